@@ -1,0 +1,1 @@
+//! OCI archives for tests, made from files

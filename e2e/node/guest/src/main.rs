@@ -1,0 +1,3 @@
+//! The node VM's end of the command channel
+
+fn main() {}

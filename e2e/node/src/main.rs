@@ -1,0 +1,3 @@
+//! Builds, boots and talks to the node VM
+
+fn main() {}

@@ -1,0 +1,3 @@
+//! What runs in the tests' containers
+
+fn main() {}

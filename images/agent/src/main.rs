@@ -1,0 +1,3 @@
+//! PID 1 inside the μVM
+
+fn main() {}

@@ -1,0 +1,1 @@
+//! Bakes μVMs

@@ -1,0 +1,1 @@
+//! Where baked μVMs are kept

@@ -1,0 +1,1 @@
+//! The control API of kiln-vmm and its client

@@ -1,0 +1,1 @@
+//! Finds out whether this machine's KVM runs an ordinary guest
