@@ -1,1 +1,10 @@
-//! The virtual machine monitor
+//! The virtual machine monitor: KVM, memory, PCI, virtio devices, hot-plug, snapshot and resume,
+//! and the jail all of it runs in. Knows nothing of containers or Kubernetes.
+//!
+//! What it trusts: the process that started it and the files that process handed over. What it does
+//! not trust: the guest, and every byte the guest can write (memory, rings, registers, AML mailboxes).
+
+pub mod devices;
+pub mod event;
+pub mod memory;
+pub mod virtio;
