@@ -1,3 +1,137 @@
-//! What runs in the tests' containers
+//! `testprog`: the program inside the tests' containers.
+//!
+//! One static file that does what a test wants to see done from inside (use memory and CPU, write
+//! files, serve HTTP, catch signals) and tells what it sees there as JSON. It trusts nothing but
+//! its arguments and needs nothing from the image around it.
 
-fn main() {}
+mod files;
+mod http;
+mod json;
+mod load;
+mod process;
+mod report;
+mod signals;
+mod text;
+
+use std::process::ExitCode;
+
+use anyhow::{Context, Result, bail};
+
+const USAGE: &str = "\
+testprog COMMAND [ARGUMENTS]
+  pause                      wait for TERM or INT, reaping orphans
+  started                    print `started` and then pause
+  report                     print what this process sees, as JSON
+  fill MIB [STEP]            touch MIB of memory in steps, print each, hold it
+  burn SECONDS [THREADS]     use CPU, then print what was used
+  write PATH BYTES [SEED]    write pseudo-random bytes, fsync, print their SHA-256
+  hash PATH...               print the SHA-256 of files
+  http PORT                  answer HTTP
+  get HOST:PORT PATH         GET, print the body; exit 22 unless the status is 200
+  exit CODE                  exit
+  signals [NAME=CODE|NAME=ignore]...  print signals as they come; exit with CODE where one is given
+  lines COUNT [LENGTH] [ERR_EVERY]    print numbered lines, every n-th on stderr
+  echo                       copy stdin to stdout, then print the count on stderr
+  tty                        print whether stdio is a terminal and its size; again after each resize
+  spawn COUNT                start COUNT sleeping children, print their pids, pause
+  orphan                     leave an orphaned child behind that ends at once
+  sleep SECONDS              sleep (fractions allowed)";
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    match run(&arguments) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("testprog: {error:#}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn run(arguments: &[String]) -> Result<ExitCode> {
+    let Some((command, rest)) = arguments.split_first() else {
+        bail!("no command given\n{USAGE}");
+    };
+    match command.as_str() {
+        "pause" => return process::pause(),
+        "started" => {
+            text::say("started")?;
+            return process::pause();
+        }
+        "report" => text::say(&report::report().to_string())?,
+        "fill" => load::fill(number(rest, 0)?, optional(rest, 1)?.unwrap_or(8))?,
+        "burn" => load::burn(fraction(rest, 0)?, optional(rest, 1)?.unwrap_or(1))?,
+        "write" => {
+            files::write(word(rest, 0)?, number(rest, 1)?, optional(rest, 2)?.unwrap_or(1))?
+        }
+        "hash" => files::hash(rest)?,
+        "http" => http::serve(number(rest, 0)?)?,
+        "get" => return http::get(word(rest, 0)?, word(rest, 1)?),
+        "exit" => return Ok(ExitCode::from(number::<u8>(rest, 0)?)),
+        "signals" => return signals::watch(rest),
+        "lines" => text::lines(
+            number(rest, 0)?,
+            optional(rest, 1)?.unwrap_or(0),
+            optional(rest, 2)?.unwrap_or(0),
+        )?,
+        "echo" => text::echo()?,
+        "tty" => return text::tty(),
+        "spawn" => return process::spawn(number(rest, 0)?),
+        "orphan" => process::orphan()?,
+        "sleep" => std::thread::sleep(std::time::Duration::from_secs_f64(fraction(rest, 0)?)),
+        "help" | "--help" | "-h" => text::say(USAGE)?,
+        other => bail!("unknown command {other:?}\n{USAGE}"),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn word(arguments: &[String], index: usize) -> Result<&str> {
+    arguments
+        .get(index)
+        .map(String::as_str)
+        .with_context(|| format!("argument {} is missing\n{USAGE}", index + 1))
+}
+
+fn number<T: std::str::FromStr>(arguments: &[String], index: usize) -> Result<T>
+where
+    T::Err: std::error::Error + Send + Sync + 'static,
+{
+    let text = word(arguments, index)?;
+    text.parse().with_context(|| format!("{text:?} is not a number that fits here"))
+}
+
+fn optional<T: std::str::FromStr>(arguments: &[String], index: usize) -> Result<Option<T>>
+where
+    T::Err: std::error::Error + Send + Sync + 'static,
+{
+    if index < arguments.len() { number(arguments, index).map(Some) } else { Ok(None) }
+}
+
+fn fraction(arguments: &[String], index: usize) -> Result<f64> {
+    let seconds: f64 = number(arguments, index)?;
+    if !seconds.is_finite() || seconds < 0.0 {
+        bail!("{seconds} is no length of time");
+    }
+    Ok(seconds)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_missing_or_unknown_command_is_an_error_that_shows_the_usage() {
+        for arguments in [vec![], vec!["frobnicate".to_owned()], vec!["exit".to_owned()]] {
+            let error = run(&arguments).unwrap_err();
+            assert!(format!("{error:#}").contains("testprog COMMAND"), "{error:#}");
+        }
+    }
+
+    #[test]
+    fn a_length_of_time_is_finite_and_not_negative() {
+        for bad in ["-1", "inf", "NaN", "x"] {
+            assert!(fraction(&[bad.to_owned()], 0).is_err(), "{bad}");
+        }
+        assert_eq!(fraction(&["0.25".to_owned()], 0).unwrap(), 0.25);
+    }
+}

@@ -1,0 +1,97 @@
+//! Writing files with known content and hashing them.
+
+use std::fs::File;
+use std::io::{BufWriter, Read, Write};
+
+use anyhow::{Context, Result, bail};
+use sha2::{Digest, Sha256};
+
+use crate::load::Random;
+use crate::text::say;
+
+/// Writes `bytes` pseudo-random bytes made from `seed`, syncs them, and prints their SHA-256.
+pub(crate) fn write(path: &str, bytes: u64, seed: u64) -> Result<()> {
+    let file = File::create(path).with_context(|| format!("cannot create {path}"))?;
+    let mut out = BufWriter::with_capacity(1 << 20, file);
+    let mut hash = Sha256::new();
+    for piece in Content::new(bytes, seed) {
+        out.write_all(&piece).with_context(|| format!("cannot write to {path}"))?;
+        hash.update(&piece);
+    }
+    let file = out.into_inner().with_context(|| format!("cannot write to {path}"))?;
+    file.sync_all().with_context(|| format!("cannot sync {path}"))?;
+    say(&hex(&hash.finalize()))
+}
+
+/// Prints the SHA-256 of each file.
+pub(crate) fn hash(paths: &[String]) -> Result<()> {
+    if paths.is_empty() {
+        bail!("no path given");
+    }
+    for path in paths {
+        let mut file = File::open(path).with_context(|| format!("cannot open {path}"))?;
+        let mut hash = Sha256::new();
+        let mut buffer = vec![0; 1 << 20];
+        loop {
+            let got = file.read(&mut buffer).with_context(|| format!("cannot read {path}"))?;
+            if got == 0 {
+                break;
+            }
+            hash.update(&buffer[..got]);
+        }
+        say(&hex(&hash.finalize()))?;
+    }
+    Ok(())
+}
+
+/// Pseudo-random content of a given length, in pieces of up to 64 KiB.
+pub(crate) struct Content {
+    left: u64,
+    random: Random,
+}
+
+impl Content {
+    const PIECE: usize = 64 << 10;
+
+    pub(crate) fn new(bytes: u64, seed: u64) -> Self {
+        Content { left: bytes, random: Random::new(seed) }
+    }
+}
+
+impl Iterator for Content {
+    type Item = Vec<u8>;
+
+    fn next(&mut self) -> Option<Vec<u8>> {
+        if self.left == 0 {
+            return None;
+        }
+        let size = usize::try_from(self.left).map_or(Self::PIECE, |left| left.min(Self::PIECE));
+        let mut piece = Vec::with_capacity(size + 8);
+        while piece.len() < size {
+            piece.extend_from_slice(&self.random.next().to_le_bytes());
+        }
+        piece.truncate(size);
+        self.left -= size as u64;
+        Some(piece)
+    }
+}
+
+pub(crate) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn content_has_the_length_asked_for_and_is_the_same_for_the_same_seed() {
+        for bytes in [0, 1, 7, 65_535, 65_536, 65_537, 200_000] {
+            let first: Vec<u8> = Content::new(bytes, 9).flatten().collect();
+            assert_eq!(first.len() as u64, bytes);
+            assert_eq!(first, Content::new(bytes, 9).flatten().collect::<Vec<u8>>());
+        }
+        let other: Vec<u8> = Content::new(64, 10).flatten().collect();
+        assert_ne!(other, Content::new(64, 9).flatten().collect::<Vec<u8>>());
+    }
+}

@@ -1,0 +1,53 @@
+//! Being, and having, child processes.
+
+use std::process::{Command, ExitCode};
+
+use anyhow::{Context, Result};
+
+use crate::signals::Signals;
+use crate::text::say;
+
+/// Waits for TERM or INT, collecting children that end meanwhile: what a pod's first process does.
+pub(crate) fn pause() -> Result<ExitCode> {
+    wait_for_end()?;
+    Ok(ExitCode::SUCCESS)
+}
+
+pub(crate) fn wait_for_end() -> Result<()> {
+    let signals = Signals::new(&[libc::SIGTERM, libc::SIGINT, libc::SIGCHLD])?;
+    loop {
+        reap();
+        if signals.next()? != libc::SIGCHLD {
+            return Ok(());
+        }
+    }
+}
+
+fn reap() {
+    // SAFETY: waitpid with a null status pointer writes to no memory of ours.
+    while unsafe { libc::waitpid(-1, std::ptr::null_mut(), libc::WNOHANG) } > 0 {}
+}
+
+/// Starts `count` children that sleep, prints their pids in one line, and pauses.
+pub(crate) fn spawn(count: usize) -> Result<ExitCode> {
+    let program = std::env::current_exe().context("cannot find this program")?;
+    let mut pids = Vec::with_capacity(count);
+    for _ in 0..count {
+        let child = Command::new(&program)
+            .arg("pause")
+            .spawn()
+            .with_context(|| format!("cannot start child {} of {count}", pids.len() + 1))?;
+        pids.push(child.id().to_string());
+    }
+    say(&format!("spawned {}", pids.join(" ")))?;
+    pause()
+}
+
+/// Leaves a grandchild behind whose parent is gone: it becomes a child of the container's (or the
+/// pod's) first process, which has to collect it when it ends a moment later.
+pub(crate) fn orphan() -> Result<()> {
+    let program = std::env::current_exe().context("cannot find this program")?;
+    let child =
+        Command::new(program).args(["sleep", "0.2"]).spawn().context("cannot start a child")?;
+    say(&format!("orphan {}", child.id()))
+}
