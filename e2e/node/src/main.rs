@@ -1,3 +1,136 @@
-//! Builds, boots and talks to the node VM
+//! The node VM: a Debian machine with real KVM, containerd and runc, on any host.
 
-fn main() {}
+mod cleanup;
+mod image;
+mod initramfs;
+mod machine;
+mod payload;
+mod session;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use clap::Parser;
+
+use image::Suite;
+use machine::{Clock, Engine, Machine};
+use payload::Put;
+use session::{Input, Session};
+
+/// Boots a node VM, runs a command in it (or a shell), and leaves nothing behind.
+#[derive(Debug, Parser)]
+#[command(name = "kiln-node-vm", version)]
+struct Cli {
+    /// Which Debian the node runs, and with it which containerd.
+    #[arg(long, default_value = "trixie")]
+    suite: Suite,
+    /// How time passes in the node.
+    #[arg(long, default_value = "wall")]
+    clock: Clock,
+    /// The node's memory in MiB.
+    #[arg(long, default_value_t = 8192)]
+    memory: u32,
+    /// The node's init program (kiln-node-init); by default the one beside this program.
+    #[arg(long)]
+    init: Option<PathBuf>,
+    /// Copies a file or a folder into the node before the command runs: HOST:NODE.
+    #[arg(long, value_name = "HOST:NODE")]
+    put: Vec<Put>,
+    /// Copies a folder of the node to the host after the command ran, whatever became of it: NODE:HOST.
+    #[arg(long, value_name = "NODE:HOST")]
+    get: Vec<Put>,
+    /// Sets a variable for the command: NAME=VALUE.
+    #[arg(long, value_name = "NAME=VALUE", value_parser = parse_variable)]
+    env: Vec<(String, String)>,
+    /// Ends the node if the command takes longer than so many seconds.
+    #[arg(long, value_name = "SECONDS")]
+    timeout: Option<u64>,
+    /// Shows the node's console.
+    #[arg(long)]
+    console: bool,
+    /// Makes the image if it is not in the cache yet, and boots nothing.
+    #[arg(long)]
+    image_only: bool,
+    /// The command and its arguments; a shell if there is none.
+    #[arg(last = true)]
+    command: Vec<String>,
+}
+
+fn parse_variable(text: &str) -> Result<(String, String), String> {
+    let (name, value) = text.split_once('=').ok_or("NAME=VALUE is wanted")?;
+    Ok((name.to_owned(), value.to_owned()))
+}
+
+/// A cold boot under emulation takes about ten seconds; a busy host may need many times that.
+const BOOT_PATIENCE: Duration = Duration::from_secs(300);
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match run(&cli) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("node: {error:#}");
+            // As `env` and `timeout` do: the failure is ours, not the command's.
+            ExitCode::from(125)
+        }
+    }
+}
+
+fn run(cli: &Cli) -> Result<ExitCode> {
+    cleanup::on_signals()?;
+    let image = image::prepare(cli.suite)?;
+    if cli.image_only {
+        return Ok(ExitCode::SUCCESS);
+    }
+    machine::check_memory(cli.memory)?;
+    let engine = machine::choose_engine(cli.clock);
+    match &engine {
+        Engine::Kvm => eprintln!("node: booting {} on this machine's KVM", cli.suite.name()),
+        Engine::Emulation { because } => {
+            eprintln!("node: booting {} with an emulated CPU ({because})", cli.suite.name());
+        }
+    }
+    let start = Instant::now();
+    let init = read_init(cli.init.as_deref())?;
+    let machine = Machine::boot(&machine::Options {
+        image: &image,
+        clock: cli.clock,
+        engine: &engine,
+        memory_mib: cli.memory,
+        files: payload::system_files(cli.suite),
+        payload: &payload::archive(&cli.put)?,
+        init: &init,
+        show_console: cli.console,
+    })?;
+    let mut session = Session::open(&machine, BOOT_PATIENCE)?;
+    eprintln!("node: up after {:.1} s", start.elapsed().as_secs_f64());
+
+    let interactive = cli.command.is_empty();
+    let command =
+        if interactive { vec!["bash".to_owned(), "-l".to_owned()] } else { cli.command.clone() };
+    let mut env: BTreeMap<_, _> = cli.env.iter().cloned().collect();
+    if let Ok(terminal) = std::env::var("TERM") {
+        env.entry("TERM".to_owned()).or_insert(terminal);
+    }
+    session.limit(cli.timeout.map(Duration::from_secs));
+    let input = Input::of_this_process(interactive);
+    let result = session.run(&command, &env, input, &mut std::io::stdout());
+    // Results are worth most when the command failed.
+    session.limit(Some(BOOT_PATIENCE));
+    for get in cli.get.iter().filter(|_| result.is_ok()) {
+        let from = get.from.to_string_lossy();
+        session.fetch(&from, Path::new(&get.to)).with_context(|| format!("fetching {from}"))?;
+    }
+    Ok(ExitCode::from(u8::try_from(result?).unwrap_or(1)))
+}
+
+fn read_init(given: Option<&Path>) -> Result<Vec<u8>> {
+    let path = match given {
+        Some(path) => path.to_owned(),
+        None => std::env::current_exe()?.with_file_name("kiln-node-init"),
+    };
+    std::fs::read(&path).with_context(|| format!("reading {}; `make build` builds it", path.display()))
+}
