@@ -5,29 +5,70 @@ SHELL := /bin/bash
 
 # Which Debian the node VM runs: trixie (containerd 1.7) or sid (containerd 2.x).
 NODE ?= trixie
+# Only the end-to-end tests whose name contains this.
+T ?=
+# Only these benches.
+BENCH ?=
 
 BIN := target/x86_64-unknown-linux-gnu/release
-STAMPS := target/.stamps
-
-# What a node gets in /usr/local/bin.
+# What a node gets in /usr/local/bin, and what the tests bring along.
 SHIPPED := kiln kiln-vmm kiln-agent containerd-shim-kiln-v2
-NODE_VM := $(BIN)/kiln-node-vm --suite $(NODE)
-PUT_SHIPPED = $(foreach program,$(SHIPPED),$(if $(wildcard $(BIN)/$(program)),--put $(BIN)/$(program):/usr/local/bin/$(program)))
+TESTERS := kiln-e2e kiln-testprog kiln-bench kiln-demo
+put = $(foreach program,$(1),$(if $(wildcard $(BIN)/$(program)),--put $(BIN)/$(program):$(2)/$(program)))
 
-.PHONY: help
+NODE_VM = $(BIN)/kiln-node-vm --suite $(NODE) $(call put,$(SHIPPED),/usr/local/bin)
+NODE_TEST = $(NODE_VM) $(call put,$(TESTERS),/opt/kiln-e2e)
+RESULTS = target/e2e/$(NODE)
+quote = '$(subst ','\'',$(1))'
+
+.PHONY: help setup build node demo test test-unit test-e2e bench doctor lint fmt clean-node
+
 help: ## This list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-.PHONY: setup
 setup: ## Install what building and testing need (Debian packages), once
 	@e2e/node/setup-host
 
-.PHONY: build
 build: setup ## Build everything
 	@cargo build --release --workspace --bins
 
-.PHONY: node
 node: build ## Boot the node VM and run CMD='…' in it, or a shell
-	@$(NODE_VM) $(PUT_SHIPPED) -- $(if $(CMD),bash -c $(call quote,$(CMD)))
+	@$(NODE_VM) $(if $(CMD),-- bash -c $(call quote,$(CMD)))
 
-quote = '$(subst ','\'',$(1))'
+demo: build ## Start a pod in the node VM and show its timeline
+	@$(NODE_TEST) --timeout 600 -- /opt/kiln-e2e/kiln-demo
+
+test: setup ## Run every test: unit tests here, end-to-end tests in the node VM
+	@mkdir -p target
+	@set -o pipefail; { $(MAKE) --no-print-directory test-unit && \
+	    $(MAKE) --no-print-directory test-e2e; } 2>&1 | tee target/test.log; \
+	    status=$$?; e2e/count-tests target/test.log; exit $$status
+
+test-unit: setup ## Run the unit tests
+	@cargo test --release --workspace --no-fail-fast
+
+test-e2e: build ## Run the end-to-end tests (T=… selects)
+	@rm -rf $(RESULTS)
+	@$(NODE_TEST) --timeout 3000 --get /var/log/kiln-e2e:$(RESULTS) \
+	    --env KILN_E2E_OUT=/var/log/kiln-e2e -- /opt/kiln-e2e/kiln-e2e $(T) || \
+	    { status=$$?; echo "logs of failed tests: $(RESULTS)"; exit $$status; }
+
+bench: build ## Run the benches on the counted clock (BENCH=… selects); writes target/bench
+	@mkdir -p target/bench
+	@$(NODE_TEST) --clock counted --timeout 7200 --get /var/log/kiln-bench:target/bench \
+	    --env KILN_COMMIT=$$(git describe --always --dirty) \
+	    --env KILN_MACHINE="$$(nproc) cores, $$(uname -m), node VM on the counted clock" \
+	    -- /opt/kiln-e2e/kiln-bench --out /var/log/kiln-bench $(BENCH)
+
+doctor: build ## Say what this machine can do
+	@$(BIN)/kiln doctor
+
+lint: setup ## Formatting and lints, as strict as they are meant
+	@cargo fmt --all --check
+	@cargo clippy --release --workspace --all-targets -- -D warnings
+
+fmt: ## Format the code
+	@cargo fmt --all
+
+clean-node: ## Remove the cached node images
+	@rm -rf "$${KILN_CACHE:-$${XDG_CACHE_HOME:-$$HOME/.cache}/kiln}/node"

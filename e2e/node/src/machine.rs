@@ -149,10 +149,13 @@ pub(crate) fn choose_engine(clock: Clock) -> Engine {
     if std::env::var_os("KILN_NODE_EMULATE").is_some() {
         return emulation("KILN_NODE_EMULATE is set");
     }
-    if !nested_virtualization() {
-        return emulation("this machine's KVM offers no virtualization to its guests");
+    match kiln_kvm_probe::probe() {
+        kiln_kvm_probe::Report::Usable { .. } if nested_virtualization() => Engine::Kvm,
+        kiln_kvm_probe::Report::Usable { .. } => {
+            emulation("this machine's KVM offers its guests no virtualization of their own")
+        }
+        other => emulation(&format!("KVM: {other}")),
     }
-    Engine::Kvm
 }
 
 fn nested_virtualization() -> bool {
