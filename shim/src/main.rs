@@ -1,3 +1,3 @@
-//! The containerd shim
+//! The containerd shim's program: the command line, and nothing else.
 
 fn main() {}

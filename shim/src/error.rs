@@ -1,0 +1,125 @@
+//! The shim's error and the one place where errors become RPC codes.
+//!
+//! containerd acts on the code (a `NotFound` task is reaped, a `FailedPrecondition` is retried by
+//! nobody), Kubernetes shows the text. So a text names the thing and the remedy, and a code is
+//! chosen once, here.
+
+use std::fmt::Write as _;
+
+use ttrpc::{Code, get_status};
+
+/// What went wrong, by what the caller can make of it.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// No such container, exec or sandbox.
+    #[error("{0} not found")]
+    NotFound(String),
+    /// The id is taken.
+    #[error("{0} already exists")]
+    AlreadyExists(String),
+    /// The request itself is wrong.
+    #[error("{0}")]
+    InvalidArgument(String),
+    /// The thing is not in a state in which that can be done.
+    #[error("{0}")]
+    FailedPrecondition(String),
+    /// kiln can't do that (yet); docs/shim.md lists these.
+    #[error("{0}")]
+    Unimplemented(String),
+    /// Not enough of something.
+    #[error("{0}")]
+    ResourceExhausted(String),
+    /// The μVM is gone.
+    #[error("{0}")]
+    Unavailable(String),
+    /// A step failed.
+    #[error("{action}")]
+    Failed {
+        /// The step.
+        action: String,
+        /// Why.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+}
+
+/// The crate's result.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+impl Error {
+    /// A step that failed for a reason from below.
+    pub fn failed(
+        action: impl Into<String>,
+        source: impl Into<Box<dyn std::error::Error + Send + Sync>>,
+    ) -> Self {
+        Self::Failed {
+            action: action.into(),
+            source: source.into(),
+        }
+    }
+
+    /// The RPC code.
+    pub fn code(&self) -> Code {
+        match self {
+            Self::NotFound(_) => Code::NOT_FOUND,
+            Self::AlreadyExists(_) => Code::ALREADY_EXISTS,
+            Self::InvalidArgument(_) => Code::INVALID_ARGUMENT,
+            Self::FailedPrecondition(_) => Code::FAILED_PRECONDITION,
+            Self::Unimplemented(_) => Code::UNIMPLEMENTED,
+            Self::ResourceExhausted(_) => Code::RESOURCE_EXHAUSTED,
+            Self::Unavailable(_) => Code::UNAVAILABLE,
+            Self::Failed { .. } => Code::UNKNOWN,
+        }
+    }
+
+    /// The message with all its causes on one line.
+    pub fn chain(&self) -> String {
+        chain(self)
+    }
+}
+
+/// An error and its causes, joined by colons; a cause whose text the outer one ends with is not
+/// repeated.
+pub fn chain(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        if !text.ends_with(&cause_text) {
+            // Writing to a String can't fail.
+            let _ = write!(text, ": {cause_text}");
+        }
+        source = cause.source();
+    }
+    text
+}
+
+impl From<Error> for ttrpc::Error {
+    fn from(error: Error) -> Self {
+        Self::RpcStatus(get_status(error.code(), error.chain()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn causes_are_told_once_each() {
+        let io = std::io::Error::from_raw_os_error(libc::ENOSPC);
+        let error = Error::failed("write the state of pod p1", io);
+        assert_eq!(
+            error.chain(),
+            "write the state of pod p1: No space left on device (os error 28)"
+        );
+    }
+
+    #[test]
+    fn containerd_sees_not_found_for_an_unknown_task() {
+        let ttrpc::Error::RpcStatus(status) = Error::NotFound("task t".into()).into() else {
+            panic!("not a status");
+        };
+        assert_eq!(status.code(), Code::NOT_FOUND);
+        assert_eq!(status.message(), "task t not found");
+    }
+}

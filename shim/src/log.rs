@@ -1,0 +1,122 @@
+//! Logging to the bundle's `log` FIFO, which containerd copies into its own log.
+//!
+//! The FIFO is opened for reading and writing: a containerd that restarts must not cost the shim a
+//! broken pipe. It is never waited for: when nobody reads and the pipe is full, lines are dropped
+//! and counted, and the count is told with the next line that fits.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use tracing_subscriber::filter::LevelFilter;
+use tracing_subscriber::fmt::MakeWriter;
+
+/// A writer that never waits.
+#[derive(Debug, Clone)]
+pub struct LogPipe {
+    file: Arc<File>,
+    dropped: Arc<AtomicU64>,
+}
+
+impl LogPipe {
+    /// Opens the FIFO that containerd made in the bundle.
+    pub fn open(path: &Path) -> io::Result<Self> {
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .custom_flags(libc::O_NONBLOCK)
+            .open(path)?;
+        Ok(Self {
+            file: Arc::new(file),
+            dropped: Arc::new(AtomicU64::new(0)),
+        })
+    }
+}
+
+impl Write for LogPipe {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        let dropped = self.dropped.swap(0, Ordering::Relaxed);
+        if dropped > 0 {
+            let note = format!("kiln: {dropped} log lines dropped, nobody read the log\n");
+            if (&*self.file).write_all(note.as_bytes()).is_err() {
+                self.dropped.fetch_add(dropped + 1, Ordering::Relaxed);
+                return Ok(line.len());
+            }
+        }
+        if (&*self.file).write_all(line).is_err() {
+            self.dropped.fetch_add(1, Ordering::Relaxed);
+        }
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl<'a> MakeWriter<'a> for LogPipe {
+    type Writer = Self;
+
+    fn make_writer(&'a self) -> Self {
+        self.clone()
+    }
+}
+
+/// Sends tracing to the bundle's log. Without a FIFO (a shim driven by hand) nothing is logged:
+/// standard error belongs to the answer of `start`.
+pub fn init(bundle: &Path, debug: bool) {
+    let Ok(pipe) = LogPipe::open(&bundle.join("log")) else {
+        return;
+    };
+    let level = if debug {
+        LevelFilter::DEBUG
+    } else {
+        LevelFilter::INFO
+    };
+    let subscriber = tracing_subscriber::fmt()
+        .with_ansi(false)
+        .with_target(false)
+        .with_max_level(level)
+        .with_writer(pipe)
+        .finish();
+    // An error means that somebody set a subscriber before; theirs stays.
+    let _ = tracing::subscriber::set_global_default(subscriber);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nix::sys::stat::Mode;
+    use nix::unistd::mkfifo;
+    use std::io::Read;
+
+    #[test]
+    fn full_pipe_drops_lines_and_says_how_many() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("log");
+        mkfifo(&path, Mode::S_IRWXU).unwrap();
+        let mut log = LogPipe::open(&path).unwrap();
+        let line = [b'x'; 4095];
+        // More than any pipe holds, with nobody reading: must return.
+        for _ in 0..64 {
+            log.write_all(&line).unwrap();
+        }
+        assert!(log.dropped.load(Ordering::Relaxed) > 0);
+
+        let mut reader = OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_NONBLOCK)
+            .open(&path)
+            .unwrap();
+        let mut buffer = vec![0; 1 << 20];
+        while reader.read(&mut buffer).is_ok_and(|n| n > 0) {}
+        log.write_all(b"after\n").unwrap();
+        let n = reader.read(&mut buffer).unwrap();
+        let text = String::from_utf8_lossy(&buffer[..n]).into_owned();
+        assert!(text.contains("log lines dropped"), "{text}");
+        assert!(text.ends_with("after\n"), "{text}");
+    }
+}
