@@ -18,7 +18,7 @@ put = $(foreach program,$(1),$(if $(wildcard $(BIN)/$(program)),--put $(BIN)/$(p
 
 NODE_VM = $(BIN)/kiln-node-vm --suite $(NODE) $(call put,$(SHIPPED),/usr/local/bin)
 NODE_TEST = $(NODE_VM) $(call put,$(TESTERS),/opt/kiln-e2e)
-RESULTS = target/e2e/$(NODE)
+RESULTS = target/e2e
 quote = '$(subst ','\'',$(1))'
 
 .PHONY: help setup build node demo test test-unit test-e2e bench doctor lint fmt clean-node
