@@ -14,7 +14,10 @@ struct Leftovers {
     terminal: Option<Termios>,
 }
 
-static LEFTOVERS: Mutex<Leftovers> = Mutex::new(Leftovers { folders: Vec::new(), terminal: None });
+static LEFTOVERS: Mutex<Leftovers> = Mutex::new(Leftovers {
+    folders: Vec::new(),
+    terminal: None,
+});
 
 fn with_leftovers<T>(change: impl FnOnce(&mut Leftovers) -> T) -> T {
     change(&mut LEFTOVERS.lock().unwrap_or_else(PoisonError::into_inner))

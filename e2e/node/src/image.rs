@@ -111,7 +111,11 @@ pub(crate) fn prepare(suite: Suite) -> Result<Image> {
 }
 
 fn cache_folder() -> Result<PathBuf> {
-    let set = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let set = |name| {
+        std::env::var_os(name)
+            .filter(|value| !value.is_empty())
+            .map(PathBuf::from)
+    };
     set("KILN_CACHE")
         .or_else(|| set("XDG_CACHE_HOME").map(|folder| folder.join("kiln")))
         .or_else(|| set("HOME").map(|folder| folder.join(".cache/kiln")))
@@ -156,21 +160,34 @@ fn build(suite: Suite, folder: &Path, finished: &Path) -> Result<()> {
     fs::write(&hook, KERNELS.replace("SUITE", name))?;
     let tarball = work.path().join("system.tar");
     run(Command::new("mmdebstrap")
-        .args(["--variant=apt", "--aptopt=Acquire::Check-Valid-Until \"false\""])
+        .args([
+            "--variant=apt",
+            "--aptopt=Acquire::Check-Valid-Until \"false\"",
+        ])
         .arg(format!("--include={}", PACKAGES.join(",")))
         .arg(format!("--customize-hook=sh {} \"$1\"", hook.display()))
         .arg(name)
         .arg(&tarball))?;
-    run(Command::new("fakeroot").args(["sh", "-euc"]).arg(
-        "mkdir \"$1\"; tar -xf \"$2\" -C \"$1\"; rm \"$2\"
+    run(Command::new("fakeroot")
+        .args(["sh", "-euc"])
+        .arg(
+            "mkdir \"$1\"; tar -xf \"$2\" -C \"$1\"; rm \"$2\"
          mke2fs -q -t ext4 -O ^has_journal -E lazy_itable_init=1 -L node -d \"$1\" \"$3\" 24G",
-    ).arg("sh").args([&tree, &tarball, &disk]))?;
+        )
+        .arg("sh")
+        .args([&tree, &tarball, &disk]))?;
 
     let version = newest(&tree.join("usr/lib/modules"))?;
-    fs::copy(tree.join(format!("boot/vmlinuz-{version}")), work.path().join("vmlinuz"))?;
+    fs::copy(
+        tree.join(format!("boot/vmlinuz-{version}")),
+        work.path().join("vmlinuz"),
+    )?;
     let driver = format!("usr/lib/modules/{version}/kernel/drivers/block/virtio_blk.ko.xz");
     let unpacked = File::create(work.path().join("virtio_blk.ko"))?;
-    run(Command::new("xz").arg("-dc").arg(tree.join(driver)).stdout(unpacked))?;
+    run(Command::new("xz")
+        .arg("-dc")
+        .arg(tree.join(driver))
+        .stdout(unpacked))?;
     fs::remove_dir_all(&tree)?;
     fs::remove_file(&hook)?;
     work.keep_as(finished)
@@ -212,9 +229,16 @@ mod tests {
         for name in ["trixie-building", "trixie-old", "trixie-new", "sid-old"] {
             fs::create_dir(folder.path().join(name)).unwrap();
         }
-        remove_stale(folder.path(), Suite::Trixie, &folder.path().join("trixie-new")).unwrap();
-        let mut left: Vec<_> =
-            fs::read_dir(folder.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
+        remove_stale(
+            folder.path(),
+            Suite::Trixie,
+            &folder.path().join("trixie-new"),
+        )
+        .unwrap();
+        let mut left: Vec<_> = fs::read_dir(folder.path())
+            .unwrap()
+            .map(|e| e.unwrap().file_name())
+            .collect();
         left.sort();
         assert_eq!(left, ["sid-old", "trixie-new"]);
     }

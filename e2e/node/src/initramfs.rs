@@ -55,7 +55,8 @@ impl Initramfs {
         ];
         self.archive.extend_from_slice(b"070701");
         for field in fields {
-            self.archive.extend_from_slice(format!("{field:08X}").as_bytes());
+            self.archive
+                .extend_from_slice(format!("{field:08X}").as_bytes());
         }
         self.archive.extend_from_slice(path.as_bytes());
         self.archive.push(0);
@@ -92,9 +93,16 @@ mod tests {
             Ok(child) => child,
             Err(error) => panic!("cpio is needed (make setup installs it): {error}"),
         };
-        cpio.stdin.take().unwrap().write_all(&initramfs.finish()).unwrap();
+        cpio.stdin
+            .take()
+            .unwrap()
+            .write_all(&initramfs.finish())
+            .unwrap();
         let listing = String::from_utf8(cpio.wait_with_output().unwrap().stdout).unwrap();
         let names: Vec<_> = listing.lines().collect();
-        assert_eq!(names, ["init", "overlay", "overlay/etc", "overlay/etc/motd"]);
+        assert_eq!(
+            names,
+            ["init", "overlay", "overlay/etc", "overlay/etc/motd"]
+        );
     }
 }

@@ -69,13 +69,22 @@ impl Machine {
         command.args(machine_arguments(options.clock, options.engine));
         command
             .args(["-m", &format!("{}M", options.memory_mib)])
-            .args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"])
+            .args([
+                "-nodefaults",
+                "-no-user-config",
+                "-no-reboot",
+                "-display",
+                "none",
+            ])
             .args(["-serial", "stdio"])
             .arg("-kernel")
             .arg(&options.image.kernel)
             .arg("-initrd")
             .arg(format!("/proc/self/fd/{}", initramfs.as_raw_fd()))
-            .args(["-append", "console=ttyS0 quiet panic=-1 apparmor=0 mitigations=off"])
+            .args([
+                "-append",
+                "console=ttyS0 quiet panic=-1 apparmor=0 mitigations=off",
+            ])
             .arg("-drive")
             .arg(format!(
                 "file={},format=raw,if=virtio,snapshot=on,cache=unsafe",
@@ -95,7 +104,11 @@ impl Machine {
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());
 
-        let inherited = [initramfs.as_raw_fd(), payload.as_raw_fd(), theirs.as_raw_fd()];
+        let inherited = [
+            initramfs.as_raw_fd(),
+            payload.as_raw_fd(),
+            theirs.as_raw_fd(),
+        ];
         // SAFETY: the closure makes only system calls that are safe between fork and exec.
         unsafe {
             command.pre_exec(move || {
@@ -109,8 +122,9 @@ impl Machine {
                 Ok(())
             });
         }
-        let mut qemu =
-            command.spawn().context("running qemu-system-x86_64; `make setup` installs it")?;
+        let mut qemu = command
+            .spawn()
+            .context("running qemu-system-x86_64; `make setup` installs it")?;
         let console = Arc::new(Mutex::new(Vec::new()));
         if let Some(stdout) = qemu.stdout.take() {
             collect(stdout, &console, options.show_console);
@@ -119,12 +133,20 @@ impl Machine {
             collect(stderr, &console, options.show_console);
         }
         let serial = qemu.stdin.take();
-        Ok(Machine { qemu, _serial: serial, console, channel: ours })
+        Ok(Machine {
+            qemu,
+            _serial: serial,
+            console,
+            channel: ours,
+        })
     }
 
     /// The last lines of the node's console and of QEMU's own messages.
     pub(crate) fn console(&self) -> String {
-        self.console.lock().unwrap_or_else(PoisonError::into_inner).join("\n")
+        self.console
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .join("\n")
     }
 }
 
@@ -142,7 +164,9 @@ fn qemu_program() -> String {
 
 /// Finds out what can run a node that must itself offer KVM.
 pub(crate) fn choose_engine(clock: Clock) -> Engine {
-    let emulation = |because: &str| Engine::Emulation { because: because.to_owned() };
+    let emulation = |because: &str| Engine::Emulation {
+        because: because.to_owned(),
+    };
     if clock == Clock::Counted {
         return emulation("the counted clock counts emulated instructions");
     }
@@ -210,9 +234,11 @@ fn initramfs(options: &Options) -> Result<Vec<u8>> {
 
 fn memory_file(name: &str, content: &[u8]) -> Result<std::fs::File> {
     let name = CString::new(name)?;
-    let fd = memfd_create(name.as_c_str(), MFdFlags::MFD_CLOEXEC).context("making a file in memory")?;
+    let fd =
+        memfd_create(name.as_c_str(), MFdFlags::MFD_CLOEXEC).context("making a file in memory")?;
     let mut file = std::fs::File::from(fd);
-    file.write_all(content).context("filling a file in memory")?;
+    file.write_all(content)
+        .context("filling a file in memory")?;
     Ok(file)
 }
 
@@ -221,7 +247,10 @@ fn collect(from: impl Read + Send + 'static, console: &Arc<Mutex<Vec<String>>>, 
     std::thread::spawn(move || {
         let mut from = BufReader::new(from);
         let mut line = Vec::new();
-        while from.read_until(b'\n', &mut line).is_ok_and(|length| length > 0) {
+        while from
+            .read_until(b'\n', &mut line)
+            .is_ok_and(|length| length > 0)
+        {
             let text = String::from_utf8_lossy(&line).trim_end().to_owned();
             if show {
                 eprintln!("console: {text}");

@@ -90,7 +90,10 @@ fn run(cli: &Cli) -> Result<ExitCode> {
     match &engine {
         Engine::Kvm => eprintln!("node: booting {} on this machine's KVM", cli.suite.name()),
         Engine::Emulation { because } => {
-            eprintln!("node: booting {} with an emulated CPU ({because})", cli.suite.name());
+            eprintln!(
+                "node: booting {} with an emulated CPU ({because})",
+                cli.suite.name()
+            );
         }
     }
     let start = Instant::now();
@@ -109,8 +112,11 @@ fn run(cli: &Cli) -> Result<ExitCode> {
     eprintln!("node: up after {:.1} s", start.elapsed().as_secs_f64());
 
     let interactive = cli.command.is_empty();
-    let command =
-        if interactive { vec!["bash".to_owned(), "-l".to_owned()] } else { cli.command.clone() };
+    let command = if interactive {
+        vec!["bash".to_owned(), "-l".to_owned()]
+    } else {
+        cli.command.clone()
+    };
     let mut env: BTreeMap<_, _> = cli.env.iter().cloned().collect();
     if let Ok(terminal) = std::env::var("TERM") {
         env.entry("TERM".to_owned()).or_insert(terminal);
@@ -122,7 +128,9 @@ fn run(cli: &Cli) -> Result<ExitCode> {
     session.limit(Some(BOOT_PATIENCE));
     for get in cli.get.iter().filter(|_| result.is_ok()) {
         let from = get.from.to_string_lossy();
-        session.fetch(&from, Path::new(&get.to)).with_context(|| format!("fetching {from}"))?;
+        session
+            .fetch(&from, Path::new(&get.to))
+            .with_context(|| format!("fetching {from}"))?;
     }
     Ok(ExitCode::from(u8::try_from(result?).unwrap_or(1)))
 }
@@ -132,5 +140,6 @@ fn read_init(given: Option<&Path>) -> Result<Vec<u8>> {
         Some(path) => path.to_owned(),
         None => std::env::current_exe()?.with_file_name("kiln-node-init"),
     };
-    std::fs::read(&path).with_context(|| format!("reading {}; `make build` builds it", path.display()))
+    std::fs::read(&path)
+        .with_context(|| format!("reading {}; `make build` builds it", path.display()))
 }

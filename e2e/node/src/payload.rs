@@ -19,9 +19,10 @@ impl FromStr for Put {
 
     fn from_str(text: &str) -> Result<Put, String> {
         match text.split_once(':') {
-            Some((from, to)) if !from.is_empty() && !to.is_empty() => {
-                Ok(Put { from: from.into(), to: to.to_owned() })
-            }
+            Some((from, to)) if !from.is_empty() && !to.is_empty() => Ok(Put {
+                from: from.into(),
+                to: to.to_owned(),
+            }),
             _ => Err(format!("{text:?} is not a pair of paths, FROM:TO")),
         }
     }
@@ -36,11 +37,25 @@ pub(crate) fn system_files(suite: Suite) -> Vec<(String, u32, Vec<u8>)> {
     let files: [(&str, u32, &[u8]); 5] = [
         ("kiln-node/setup", 0o755, include_bytes!("../system/setup")),
         ("etc/containerd/config.toml", 0o644, containerd),
-        ("etc/cni/net.d/10-bridge.conflist", 0o644, include_bytes!("../system/10-bridge.conflist")),
-        ("etc/profile.d/kiln-node.sh", 0o644, include_bytes!("../system/profile.sh")),
-        ("etc/hosts", 0o644, b"127.0.0.1 localhost node\n::1 localhost\n"),
+        (
+            "etc/cni/net.d/10-bridge.conflist",
+            0o644,
+            include_bytes!("../system/10-bridge.conflist"),
+        ),
+        (
+            "etc/profile.d/kiln-node.sh",
+            0o644,
+            include_bytes!("../system/profile.sh"),
+        ),
+        (
+            "etc/hosts",
+            0o644,
+            b"127.0.0.1 localhost node\n::1 localhost\n",
+        ),
     ];
-    files.map(|(path, permissions, content)| (path.to_owned(), permissions, content.to_vec())).into()
+    files
+        .map(|(path, permissions, content)| (path.to_owned(), permissions, content.to_vec()))
+        .into()
 }
 
 /// A tar archive of the caller's files. Its paths are relative to the node's root.

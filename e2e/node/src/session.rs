@@ -44,11 +44,21 @@ impl Session<'_> {
     /// Waits until the node is up.
     pub(crate) fn open(machine: &Machine, patience: Duration) -> Result<Session<'_>> {
         let channel = machine.channel.try_clone()?;
-        let mut session = Session { machine, channel, deadline: Some(Instant::now() + patience) };
-        match session.next_frame().context("waiting for the node to come up")? {
+        let mut session = Session {
+            machine,
+            channel,
+            deadline: Some(Instant::now() + patience),
+        };
+        match session
+            .next_frame()
+            .context("waiting for the node to come up")?
+        {
             Frame::Ready(problem) if problem.is_empty() => Ok(session),
             Frame::Ready(problem) => {
-                bail!("the node came up with a problem: {problem}\n{}", machine.console())
+                bail!(
+                    "the node came up with a problem: {problem}\n{}",
+                    machine.console()
+                )
             }
             other => bail!("the node sent {other:?} before it was ready"),
         }
@@ -74,7 +84,11 @@ impl Session<'_> {
             Input::Terminal => Some(terminal_size()?),
             _ => None,
         };
-        let command = Command { argv: argv.to_vec(), env: env.clone(), terminal };
+        let command = Command {
+            argv: argv.to_vec(),
+            env: env.clone(),
+            terminal,
+        };
         Frame::Run(command).write_to(&mut self.channel)?;
         match input {
             Input::None => Frame::StdinEnd.write_to(&mut self.channel)?,
@@ -111,9 +125,13 @@ impl Session<'_> {
         for entry in archive.entries()? {
             let mut entry = entry?;
             // Only files and folders are results; sockets and fifos beside them are not.
-            if matches!(entry.header().entry_type(), tar::EntryType::Regular | tar::EntryType::Directory)
-            {
-                entry.unpack_in(to).with_context(|| format!("writing to {}", to.display()))?;
+            if matches!(
+                entry.header().entry_type(),
+                tar::EntryType::Regular | tar::EntryType::Directory
+            ) {
+                entry
+                    .unpack_in(to)
+                    .with_context(|| format!("writing to {}", to.display()))?;
             }
         }
         Ok(())
@@ -125,7 +143,10 @@ impl Session<'_> {
             Some(deadline) => {
                 let left = deadline.saturating_duration_since(Instant::now());
                 if left.is_zero() {
-                    bail!("the time limit is over; the node's console says:\n{}", self.machine.console());
+                    bail!(
+                        "the time limit is over; the node's console says:\n{}",
+                        self.machine.console()
+                    );
                 }
                 Some(left)
             }
@@ -134,12 +155,18 @@ impl Session<'_> {
         match Frame::read_from(&mut self.channel) {
             Ok(frame) => Ok(frame),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                bail!("the time limit is over; the node's console says:\n{}", self.machine.console())
+                bail!(
+                    "the time limit is over; the node's console says:\n{}",
+                    self.machine.console()
+                )
             }
             Err(error) => {
                 // QEMU's last words may still be on their way.
                 std::thread::sleep(Duration::from_millis(200));
-                bail!("the node is gone ({error}); its console says:\n{}", self.machine.console())
+                bail!(
+                    "the node is gone ({error}); its console says:\n{}",
+                    self.machine.console()
+                )
             }
         }
     }
@@ -151,11 +178,19 @@ fn tempfile_in_memory() -> Result<File> {
 }
 
 fn terminal_size() -> Result<TerminalSize> {
-    let mut size = nix::libc::winsize { ws_row: 0, ws_col: 0, ws_xpixel: 0, ws_ypixel: 0 };
+    let mut size = nix::libc::winsize {
+        ws_row: 0,
+        ws_col: 0,
+        ws_xpixel: 0,
+        ws_ypixel: 0,
+    };
     // SAFETY: standard input is open, and the structure outlives the call that fills it.
     unsafe { get_terminal_size(io::stdin().as_raw_fd(), &raw mut size) }
         .context("asking for the terminal's size")?;
-    Ok(TerminalSize { rows: size.ws_row, columns: size.ws_col })
+    Ok(TerminalSize {
+        rows: size.ws_row,
+        columns: size.ws_col,
+    })
 }
 
 /// Sends standard input, and a terminal's changes of size, until the input ends. The thread lives as long as the
@@ -165,7 +200,9 @@ fn send_input(mut channel: UnixStream, mut size: Option<TerminalSize>) {
         let mut stdin = io::stdin().lock();
         let mut buffer = vec![0; MAX_PAYLOAD];
         loop {
-            let Ok(length) = stdin.read(&mut buffer) else { return };
+            let Ok(length) = stdin.read(&mut buffer) else {
+                return;
+            };
             if let Some(known) = &mut size
                 && let Ok(now) = terminal_size()
                 && (now.rows, now.columns) != (known.rows, known.columns)
@@ -175,8 +212,11 @@ fn send_input(mut channel: UnixStream, mut size: Option<TerminalSize>) {
                     return;
                 }
             }
-            let frame =
-                if length == 0 { Frame::StdinEnd } else { Frame::Stdin(buffer[..length].to_vec()) };
+            let frame = if length == 0 {
+                Frame::StdinEnd
+            } else {
+                Frame::Stdin(buffer[..length].to_vec())
+            };
             if frame.write_to(&mut channel).is_err() || length == 0 {
                 return;
             }

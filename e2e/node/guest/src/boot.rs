@@ -46,10 +46,34 @@ pub(crate) fn mount_api_filesystems() -> Result<()> {
     mount_at("proc", "/proc", "proc", secure, None)?;
     mount_at("sysfs", "/sys", "sysfs", secure, None)?;
     mount_at("cgroup2", "/sys/fs/cgroup", "cgroup2", secure, None)?;
-    mount_at("tmpfs", "/run", "tmpfs", MsFlags::MS_NOSUID | MsFlags::MS_NODEV, Some("mode=755"))?;
-    mount_at("tmpfs", "/tmp", "tmpfs", MsFlags::MS_NOSUID | MsFlags::MS_NODEV, Some("mode=1777"))?;
-    mount_at("devpts", "/dev/pts", "devpts", MsFlags::MS_NOSUID, Some("ptmxmode=666,mode=620"))?;
-    mount_at("tmpfs", "/dev/shm", "tmpfs", MsFlags::MS_NOSUID | MsFlags::MS_NODEV, None)?;
+    mount_at(
+        "tmpfs",
+        "/run",
+        "tmpfs",
+        MsFlags::MS_NOSUID | MsFlags::MS_NODEV,
+        Some("mode=755"),
+    )?;
+    mount_at(
+        "tmpfs",
+        "/tmp",
+        "tmpfs",
+        MsFlags::MS_NOSUID | MsFlags::MS_NODEV,
+        Some("mode=1777"),
+    )?;
+    mount_at(
+        "devpts",
+        "/dev/pts",
+        "devpts",
+        MsFlags::MS_NOSUID,
+        Some("ptmxmode=666,mode=620"),
+    )?;
+    mount_at(
+        "tmpfs",
+        "/dev/shm",
+        "tmpfs",
+        MsFlags::MS_NOSUID | MsFlags::MS_NODEV,
+        None,
+    )?;
     mount_at("mqueue", "/dev/mqueue", "mqueue", secure, None)
 }
 
@@ -83,10 +107,20 @@ fn load_drivers() -> Result<()> {
         let file = File::open(&path)?;
         // SAFETY: finit_module reads the file behind a descriptor that is open for the whole call, and
         // an empty parameter string that lives as long as the program.
-        let result =
-            unsafe { nix::libc::syscall(nix::libc::SYS_finit_module, file.as_raw_fd(), c"".as_ptr(), 0) };
+        let result = unsafe {
+            nix::libc::syscall(
+                nix::libc::SYS_finit_module,
+                file.as_raw_fd(),
+                c"".as_ptr(),
+                0,
+            )
+        };
         if result != 0 {
-            bail!("loading {}: {}", path.display(), std::io::Error::last_os_error());
+            bail!(
+                "loading {}: {}",
+                path.display(),
+                std::io::Error::last_os_error()
+            );
         }
     }
     Ok(())
@@ -96,7 +130,10 @@ fn wait_for(device: &Path) -> Result<()> {
     let start = Instant::now();
     while !device.exists() {
         if start.elapsed() > DISK_PATIENCE {
-            bail!("{} did not appear within {DISK_PATIENCE:?}", device.display());
+            bail!(
+                "{} did not appear within {DISK_PATIENCE:?}",
+                device.display()
+            );
         }
         sleep(Duration::from_millis(10));
     }

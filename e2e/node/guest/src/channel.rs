@@ -72,14 +72,23 @@ impl Frame {
         let mut header = [0; 5];
         input.read_exact(&mut header)?;
         let length = u32::from_le_bytes([header[1], header[2], header[3], header[4]]) as usize;
-        let limit = if header[0] == b'c' { 16 * MAX_PAYLOAD } else { MAX_PAYLOAD };
+        let limit = if header[0] == b'c' {
+            16 * MAX_PAYLOAD
+        } else {
+            MAX_PAYLOAD
+        };
         if length > limit {
-            return Err(bad(format!("a frame of {length} bytes; at most {limit} are allowed")));
+            return Err(bad(format!(
+                "a frame of {length} bytes; at most {limit} are allowed"
+            )));
         }
         let mut payload = vec![0; length];
         input.read_exact(&mut payload)?;
         let number = |payload: &[u8]| {
-            payload.try_into().map(i32::from_le_bytes).map_err(|_| bad("a number of a wrong size"))
+            payload
+                .try_into()
+                .map(i32::from_le_bytes)
+                .map_err(|_| bad("a number of a wrong size"))
         };
         Ok(match header[0] {
             b'r' => Frame::Ready(String::from_utf8_lossy(&payload).into_owned()),
@@ -96,8 +105,8 @@ impl Frame {
     }
 }
 
-fn bad(error: impl ToString) -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidData, format!("node channel: {}", error.to_string()))
+fn bad(error: impl std::fmt::Display) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, format!("node channel: {error}"))
 }
 
 #[cfg(test)]
@@ -109,7 +118,10 @@ mod tests {
         let command = Command {
             argv: vec!["sh".into(), "-c".into(), "exit 3".into()],
             env: BTreeMap::from([("A".into(), "b".into())]),
-            terminal: Some(TerminalSize { rows: 24, columns: 80 }),
+            terminal: Some(TerminalSize {
+                rows: 24,
+                columns: 80,
+            }),
         };
         let mut wire = Vec::new();
         Frame::Run(command).write_to(&mut wire).unwrap();
@@ -125,9 +137,17 @@ mod tests {
             }
             other => panic!("{other:?}"),
         }
-        assert!(matches!(Frame::read_from(&mut wire).unwrap(), Frame::Stdout(d) if d == [0, 255, 10]));
-        assert!(matches!(Frame::read_from(&mut wire).unwrap(), Frame::Exit(-1)));
-        assert!(Frame::read_from(&mut wire).is_err(), "the end of the stream is an error");
+        assert!(
+            matches!(Frame::read_from(&mut wire).unwrap(), Frame::Stdout(d) if d == [0, 255, 10])
+        );
+        assert!(matches!(
+            Frame::read_from(&mut wire).unwrap(),
+            Frame::Exit(-1)
+        ));
+        assert!(
+            Frame::read_from(&mut wire).is_err(),
+            "the end of the stream is an error"
+        );
     }
 
     #[test]

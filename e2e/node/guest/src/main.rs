@@ -11,7 +11,11 @@ mod serve;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    let result = if boot::in_initramfs() { boot::enter_system() } else { serve::run() };
+    let result = if boot::in_initramfs() {
+        boot::enter_system()
+    } else {
+        serve::run()
+    };
     if let Err(error) = result {
         // The console is all there is to say it on.
         eprintln!("kiln-node-init: {error:#}");

@@ -9,10 +9,13 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use nix::errno::Errno;
 use nix::sys::wait::{WaitStatus, waitpid};
 
+/// Who waits for the exit code of which process.
+type Waiters = HashMap<i32, Sender<i32>>;
+
 #[derive(Clone, Default)]
 pub(crate) struct Processes {
     // Spawning and dispatching exclude each other, or a quick child could end unknown.
-    waiters: Arc<(Mutex<HashMap<i32, Sender<i32>>>, Condvar)>,
+    waiters: Arc<(Mutex<Waiters>, Condvar)>,
 }
 
 impl Processes {
@@ -50,8 +53,10 @@ impl Processes {
                 }
                 _ => continue,
             };
-            let waiter =
-                waiters.lock().unwrap_or_else(PoisonError::into_inner).remove(&pid.as_raw());
+            let waiter = waiters
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .remove(&pid.as_raw());
             if let Some(waiter) = waiter {
                 // The asker may have gone; then nobody wants to know.
                 let _ = waiter.send(code);

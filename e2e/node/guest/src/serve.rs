@@ -26,12 +26,19 @@ type Out = Arc<Mutex<File>>;
 
 pub(crate) fn run() -> Result<()> {
     boot::mount_api_filesystems()?;
-    let port = OpenOptions::new().read(true).write(true).open(find_port()?)?;
+    let port = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(find_port()?)?;
     let out: Out = Arc::new(Mutex::new(port.try_clone()?));
     let processes = Processes::start();
 
     let (_, setup) = processes
-        .spawn(process::Command::new(SETUP).env("PATH", PATH).env("HOME", "/root"))
+        .spawn(
+            process::Command::new(SETUP)
+                .env("PATH", PATH)
+                .env("HOME", "/root"),
+        )
         .with_context(|| format!("running {SETUP}"))?;
     let problem = match setup.recv()? {
         0 => String::new(),
@@ -87,7 +94,11 @@ fn run_command(
         bail!("no command was given");
     };
     let mut child = process::Command::new(program);
-    child.args(arguments).env("PATH", PATH).env("HOME", "/root").current_dir("/root");
+    child
+        .args(arguments)
+        .env("PATH", PATH)
+        .env("HOME", "/root")
+        .current_dir("/root");
     child.envs(&command.env);
 
     let (mut stdin, outputs, terminal, exit, pid) = match command.terminal {
@@ -110,14 +121,24 @@ fn run_command(
             let (started, exit) = processes.spawn(&mut child)?;
             drop(pty.slave);
             let input = Some(File::from(pty.master.try_clone()?));
-            let outputs = vec![forward(File::from(pty.master.try_clone()?), out, Frame::Stdout)];
+            let outputs = vec![forward(
+                File::from(pty.master.try_clone()?),
+                out,
+                Frame::Stdout,
+            )];
             (input, outputs, Some(pty.master), exit, started.id())
         }
         None => {
-            child.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+            child
+                .stdin(Stdio::piped())
+                .stdout(Stdio::piped())
+                .stderr(Stdio::piped());
             child.process_group(0);
             let (mut started, exit) = processes.spawn(&mut child)?;
-            let input = started.stdin.take().map(|pipe| File::from(OwnedFd::from(pipe)));
+            let input = started
+                .stdin
+                .take()
+                .map(|pipe| File::from(OwnedFd::from(pipe)));
             let mut outputs = Vec::new();
             if let Some(pipe) = started.stdout.take() {
                 outputs.push(forward(pipe, out, Frame::Stdout));
@@ -203,13 +224,20 @@ fn forward<R: Read + AsFd + Send + 'static>(
 ) -> Forward {
     use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
     let out = Arc::clone(out);
-    #[expect(clippy::expect_used, reason = "PID 1 of a test machine that is out of descriptors is lost")]
+    #[expect(
+        clippy::expect_used,
+        reason = "PID 1 of a test machine that is out of descriptors is lost"
+    )]
     let (stopped, stop) = nix::unistd::pipe2(OFlag::O_CLOEXEC).expect("a pipe");
     let thread = spawn(move || {
         let mut buffer = vec![0; MAX_PAYLOAD];
         let mut stopping = false;
         loop {
-            let timeout = if stopping { PollTimeout::ZERO } else { PollTimeout::NONE };
+            let timeout = if stopping {
+                PollTimeout::ZERO
+            } else {
+                PollTimeout::NONE
+            };
             let mut ready = vec![PollFd::new(from.as_fd(), PollFlags::POLLIN)];
             if !stopping {
                 ready.push(PollFd::new(stopped.as_fd(), PollFlags::POLLIN));
@@ -240,9 +268,14 @@ fn forward<R: Read + AsFd + Send + 'static>(
 }
 
 fn resize(terminal: &OwnedFd, size: TerminalSize) -> Result<()> {
-    let size =
-        nix::libc::winsize { ws_row: size.rows, ws_col: size.columns, ws_xpixel: 0, ws_ypixel: 0 };
+    let size = nix::libc::winsize {
+        ws_row: size.rows,
+        ws_col: size.columns,
+        ws_xpixel: 0,
+        ws_ypixel: 0,
+    };
     // SAFETY: the descriptor is open and the structure lives through the call, which only reads it.
-    unsafe { set_terminal_size(terminal.as_raw_fd(), &raw const size) }.context("sizing the terminal")?;
+    unsafe { set_terminal_size(terminal.as_raw_fd(), &raw const size) }
+        .context("sizing the terminal")?;
     Ok(())
 }
