@@ -7,6 +7,7 @@
 pub mod block;
 pub mod chain;
 pub mod ring;
+pub mod rng;
 mod slab;
 #[cfg(any(test, feature = "test-utils"))]
 pub mod testing;
