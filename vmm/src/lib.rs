@@ -4,7 +4,13 @@
 //! What it trusts: the process that started it and the files that process handed over. What it does
 //! not trust: the guest, and every byte the guest can write (memory, rings, registers, AML mailboxes).
 
+pub mod acpi;
+pub mod boot;
+pub mod cpu;
 pub mod devices;
 pub mod event;
+pub mod layout;
 pub mod memory;
+pub mod pci;
+pub mod platform;
 pub mod virtio;

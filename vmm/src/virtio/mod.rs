@@ -4,6 +4,7 @@
 
 mod device;
 mod interrupt;
+pub mod pci;
 mod queue;
 mod state;
 pub mod testing;
