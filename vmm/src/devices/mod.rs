@@ -11,6 +11,7 @@ pub mod rng;
 mod slab;
 #[cfg(any(test, feature = "test-utils"))]
 pub mod testing;
+pub mod vsock;
 
 /// Answers a read of configuration space: what lies past its end reads as zero.
 pub(crate) fn read_config(config: &[u8], offset: u64, data: &mut [u8]) {

@@ -40,6 +40,15 @@ impl<T> Slab<T> {
         Some(value)
     }
 
+    /// The numbers in use.
+    pub(crate) fn numbers(&self) -> impl Iterator<Item = usize> + '_ {
+        self.places
+            .iter()
+            .zip(0..)
+            .filter(|(place, _)| place.is_some())
+            .map(|(_, number)| number)
+    }
+
     pub(crate) fn is_empty(&self) -> bool {
         self.places.len() == self.free.len()
     }
