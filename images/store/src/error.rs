@@ -1,0 +1,102 @@
+//! What can go wrong in the store.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use crate::{Digest, Kind, ManifestError};
+
+/// An operation on the store that failed. The store is as good as before, whatever it was.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The operating system refused something.
+    #[error("{action} {path}", path = path.display())]
+    Io {
+        /// What was being done, such as `reading`.
+        action: &'static str,
+        /// To what.
+        path: PathBuf,
+        /// The reason.
+        #[source]
+        source: io::Error,
+    },
+    /// There is no store.
+    #[error("{} is no store yet: bake a μVM first (`kiln bake`)", .0.display())]
+    NoStore(PathBuf),
+    /// The store was made by another version of kiln.
+    #[error(
+        "{path} has store format '{found}', this kiln reads '{wanted}': move it away and bake again",
+        path = path.display()
+    )]
+    Format {
+        /// The store.
+        path: PathBuf,
+        /// What its format file says.
+        found: String,
+        /// What it should say.
+        wanted: &'static str,
+    },
+    /// Nothing goes by that name.
+    #[error("no μVM '{0}' in the store: see `kiln list`")]
+    NotFound(String),
+    /// Several things go by that name.
+    #[error("'{name}' may mean {} μVMs: give more digits", matches.len())]
+    Ambiguous {
+        /// The name.
+        name: String,
+        /// What it may mean.
+        matches: Vec<Digest>,
+    },
+    /// A running μVM was resumed from it.
+    #[error("μVM {} is in use: stop the pods that run on it, then try again", .0.short())]
+    InUse(Digest),
+    /// Someone asked for it to be kept.
+    #[error("μVM {short} is pinned: `kiln unpin {short}` first", short = .0.short())]
+    Pinned(Digest),
+    /// Entering it would take the store over its budget.
+    #[error(
+        "the store holds {used} bytes, {needed} more would exceed its budget of {budget}: \
+         make room (`kiln gc`, `kiln rm`) or raise the budget (`kiln gc --set-budget`)"
+    )]
+    OverBudget {
+        /// Bytes on disk now.
+        used: u64,
+        /// Bytes to come.
+        needed: u64,
+        /// The most the store may hold.
+        budget: u64,
+    },
+    /// A μVM was to be entered without one of its parts.
+    #[error("the baked μVM has no {0} file: the bake did not finish")]
+    Incomplete(Kind),
+    /// A manifest is not what was written.
+    #[error("the manifest of μVM {id} is damaged: remove it (`kiln rm {id}`) and bake again", id = id.short())]
+    Manifest {
+        /// Its name.
+        id: Digest,
+        /// What is wrong with it.
+        #[source]
+        source: ManifestError,
+    },
+    /// A manifest's content is not the one it is named after.
+    #[error("the manifest of μVM {id} is not the one that was written: remove it (`kiln rm {id}`) and bake again", id = .0.short())]
+    ManifestDigest(Digest),
+    /// The budget file holds something else than a number.
+    #[error("{} does not hold a number of bytes: set it again (`kiln gc --set-budget`)", .0.display())]
+    Budget(PathBuf),
+}
+
+/// Names the action and the path of an I/O error.
+pub(crate) trait Context<T> {
+    fn context(self, action: &'static str, path: &Path) -> Result<T, Error>;
+}
+
+impl<T> Context<T> for io::Result<T> {
+    fn context(self, action: &'static str, path: &Path) -> Result<T, Error> {
+        self.map_err(|source| Error::Io {
+            action,
+            path: path.to_owned(),
+            source,
+        })
+    }
+}

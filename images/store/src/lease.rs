@@ -1,0 +1,105 @@
+//! Leases: while a process holds one, the μVM cannot be removed.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
+
+use crate::error::Context;
+use crate::{Digest, Error, Kind, Manifest, Store, lock};
+
+/// The right to use a μVM: a shared lock on its manifest.
+///
+/// The kernel drops it with its last file descriptor, so a holder that is killed holds nothing. It
+/// may be handed to another process (the VMM) by passing the descriptor on.
+#[derive(Debug)]
+pub struct Lease {
+    id: Digest,
+    manifest: Manifest,
+    file: File,
+    store: Store,
+}
+
+impl Store {
+    /// Takes a lease on a μVM, to use it.
+    pub fn lease(&self, id: Digest) -> Result<Lease, Error> {
+        let lease = self.hold(id)?;
+        // When it was last used is a hint for garbage collection; a read-only store does without.
+        // Kept as the time of modification, since any reader changes the time of access.
+        let now = std::time::SystemTime::now();
+        let _ = lease
+            .file
+            .set_times(std::fs::FileTimes::new().set_modified(now));
+        Ok(lease)
+    }
+
+    /// Takes a lease that does not count as use.
+    pub(crate) fn hold(&self, id: Digest) -> Result<Lease, Error> {
+        let gone = || Error::NotFound(id.to_string());
+        let path = self.uvm_path(&id);
+        let mut file = match File::open(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(gone()),
+            other => other.context("opening", &path)?,
+        };
+        // Only a removal takes this lock for itself.
+        if !lock::try_shared(&file).context("locking", &path)? {
+            return Err(gone());
+        }
+        // The removal may have been quicker than the lock.
+        if file.metadata().context("reading", &path)?.nlink() == 0 {
+            return Err(gone());
+        }
+        let manifest = self.read_manifest(id, &mut file)?;
+        Ok(Lease {
+            id,
+            manifest,
+            file,
+            store: self.clone(),
+        })
+    }
+}
+
+impl Lease {
+    /// The μVM's name.
+    pub fn id(&self) -> Digest {
+        self.id
+    }
+
+    /// What is known of it.
+    pub fn manifest(&self) -> &Manifest {
+        &self.manifest
+    }
+
+    /// Where an object of it is.
+    pub fn path(&self, kind: Kind) -> Result<PathBuf, Error> {
+        let object = self.manifest.object(kind).ok_or(Error::Incomplete(kind))?;
+        Ok(self.store.object_path(&object.digest))
+    }
+
+    /// An object of it, open for reading. Its length is checked, its content is not: that would
+    /// read all of it.
+    pub fn open(&self, kind: Kind) -> Result<File, Error> {
+        let path = self.path(kind)?;
+        let object = self.manifest.object(kind).ok_or(Error::Incomplete(kind))?;
+        let file = File::open(&path).context("opening", &path)?;
+        let length = file.metadata().context("reading", &path)?.len();
+        if length != object.length {
+            let source = io::Error::new(
+                io::ErrorKind::InvalidData,
+                format!(
+                    "the {kind} object is {length} bytes long, not {}: see `kiln verify`",
+                    object.length
+                ),
+            );
+            return Err(source).context("opening", &path);
+        }
+        Ok(file)
+    }
+}
+
+impl AsFd for Lease {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}

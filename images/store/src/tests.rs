@@ -1,0 +1,536 @@
+use std::collections::BTreeSet;
+use std::os::unix::fs::FileExt;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+
+use super::*;
+use crate::manifest::tests::description;
+
+/// Lets the N-th change to the disk fail: only that one, as a full disk would, or that and all
+/// that follow, as if the program had been killed there.
+#[derive(Debug)]
+struct FaultyDisk {
+    countdown: AtomicU32,
+    fatal: bool,
+    struck: AtomicBool,
+    log: Mutex<Vec<(&'static str, PathBuf)>>,
+}
+
+impl FaultyDisk {
+    fn new(fail_at: u32, fatal: bool) -> Arc<FaultyDisk> {
+        Arc::new(FaultyDisk {
+            countdown: AtomicU32::new(fail_at),
+            fatal,
+            struck: AtomicBool::new(false),
+            log: Mutex::new(Vec::new()),
+        })
+    }
+
+    fn step(&self, name: &'static str, path: &Path) -> io::Result<()> {
+        let left = self.countdown.load(Ordering::Relaxed);
+        let dead = self.fatal && self.struck.load(Ordering::Relaxed);
+        if left == 1 || dead {
+            self.struck.store(true, Ordering::Relaxed);
+            self.countdown.store(0, Ordering::Relaxed);
+            return Err(io::Error::from_raw_os_error(libc::ENOSPC));
+        }
+        self.countdown
+            .store(left.saturating_sub(1), Ordering::Relaxed);
+        self.log.lock().unwrap().push((name, path.to_owned()));
+        Ok(())
+    }
+}
+
+impl Disk for FaultyDisk {
+    fn create_dir(&self, path: &Path) -> io::Result<()> {
+        self.step("create_dir", path)?;
+        RealDisk.create_dir(path)
+    }
+    fn write_new(&self, path: &Path, content: &[u8]) -> io::Result<()> {
+        if let Err(error) = self.step("write_new", path) {
+            // A write that fails half-way leaves half a file.
+            RealDisk.write_new(path, &content[..content.len() / 2])?;
+            return Err(error);
+        }
+        RealDisk.write_new(path, content)
+    }
+    fn sync_file(&self, path: &Path) -> io::Result<()> {
+        self.step("sync_file", path)?;
+        RealDisk.sync_file(path)
+    }
+    fn sync_dir(&self, path: &Path) -> io::Result<()> {
+        self.step("sync_dir", path)?;
+        RealDisk.sync_dir(path)
+    }
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        self.step("rename from", from)?;
+        self.log.lock().unwrap().push(("rename to", to.to_owned()));
+        RealDisk.rename(from, to)
+    }
+    fn remove_file(&self, path: &Path) -> io::Result<()> {
+        self.step("remove_file", path)?;
+        RealDisk.remove_file(path)
+    }
+    fn remove_dir(&self, path: &Path) -> io::Result<()> {
+        self.step("remove_dir", path)?;
+        RealDisk.remove_dir(path)
+    }
+    fn punch_hole(&self, file: &File, offset: u64, length: u64) -> io::Result<()> {
+        self.step("punch_hole", Path::new(""))?;
+        RealDisk.punch_hole(file, offset, length)
+    }
+    fn seal(&self, path: &Path) -> io::Result<()> {
+        self.step("seal", path)?;
+        RealDisk.seal(path)
+    }
+}
+
+/// A bake: `name` decides the recipe and the content.
+fn bake(store: &Store, name: &str) -> Result<Digest, Error> {
+    let staging = store.begin(0)?;
+    let memory = staging.create(Kind::Memory)?;
+    memory.set_len(4 * CHUNK).unwrap();
+    memory.write_all_at(name.as_bytes(), 3 * CHUNK).unwrap();
+    memory.write_all_at(&[0; 8192], CHUNK).unwrap();
+    staging
+        .create(Kind::State)?
+        .write_all_at(&[7; 100], 0)
+        .unwrap();
+    let mut about = description(name);
+    about.class.slots = name.len() as u32;
+    staging.commit(about)
+}
+
+fn store() -> (tempfile::TempDir, Store) {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open_or_create(dir.path().join("store")).unwrap();
+    (dir, store)
+}
+
+fn ids(store: &Store) -> BTreeSet<Digest> {
+    store.list().unwrap().iter().map(|entry| entry.id).collect()
+}
+
+fn assert_clean(store: &Store) {
+    let report = store.verify(&[]).unwrap();
+    assert!(report.damage.is_empty(), "{:?}", report.damage);
+}
+
+#[test]
+fn baked_uvm_is_found_leased_and_mapped_as_it_was_written() {
+    let (_dir, store) = store();
+    let id = bake(&store, "one").unwrap();
+    let recipe = Digest::of_bytes(b"one");
+    assert_eq!(store.find(|m| m.about.recipe == recipe).unwrap(), Some(id));
+    assert_eq!(store.find(|m| m.about.recipe == id).unwrap(), None);
+    assert_eq!(store.resolve("latest").unwrap(), id);
+    assert_eq!(store.resolve(&id.short()).unwrap(), id);
+    let lease = store.lease(id).unwrap();
+    let memory = lease.open(Kind::Memory).unwrap();
+    let mut name = [0; 3];
+    memory.read_exact_at(&mut name, 3 * CHUNK).unwrap();
+    assert_eq!(&name, b"one");
+    assert_eq!(
+        lease.manifest().object(Kind::Memory).unwrap().length,
+        4 * CHUNK
+    );
+    assert!(matches!(
+        lease.open(Kind::WorkingSet),
+        Err(Error::Incomplete(Kind::WorkingSet))
+    ));
+}
+
+#[test]
+fn zeros_that_were_written_take_no_room() {
+    let (_dir, store) = store();
+    let staging = store.begin(0).unwrap();
+    let memory = staging.create(Kind::Memory).unwrap();
+    memory.write_all_at(&vec![0; 8 << 20], 0).unwrap();
+    staging
+        .create(Kind::State)
+        .unwrap()
+        .write_all_at(b"state", 0)
+        .unwrap();
+    let id = staging.commit(description("zeros")).unwrap();
+    let file = store.lease(id).unwrap().open(Kind::Memory).unwrap();
+    let meta = file.metadata().unwrap();
+    assert_eq!(meta.len(), 8 << 20);
+    assert_eq!(meta.blocks(), 0, "no block is left");
+}
+
+#[test]
+fn bake_without_memory_is_refused_and_leaves_nothing() {
+    let (_dir, store) = store();
+    let staging = store.begin(0).unwrap();
+    staging
+        .create(Kind::State)
+        .unwrap()
+        .write_all_at(b"state", 0)
+        .unwrap();
+    let error = staging.commit(description("x")).unwrap_err();
+    assert!(matches!(error, Error::Incomplete(Kind::Memory)));
+    assert_eq!(fs::read_dir(store.root().join("tmp")).unwrap().count(), 0);
+    assert!(ids(&store).is_empty());
+}
+
+#[test]
+fn store_of_another_format_is_refused_by_name() {
+    let (_dir, store) = store();
+    fs::write(store.root().join("format"), "kiln-store 2\n").unwrap();
+    let error = Store::open(store.root()).unwrap_err().to_string();
+    assert!(
+        error.contains("kiln-store 2") && error.contains("kiln-store 1"),
+        "{error}"
+    );
+    assert!(Store::open_or_create(store.root()).is_err());
+    let missing = Store::open("/nonexistent/store").unwrap_err();
+    assert!(matches!(missing, Error::NoStore(_)));
+}
+
+#[test]
+fn leased_uvm_is_neither_removed_nor_collected() {
+    let (_dir, store) = store();
+    let id = bake(&store, "one").unwrap();
+    let lease = store.lease(id).unwrap();
+    assert!(matches!(store.remove(id), Err(Error::InUse(_))));
+    let report = store
+        .collect(Policy {
+            all: true,
+            ..Policy::default()
+        })
+        .unwrap();
+    assert_eq!((report.in_use, report.removed), (vec![id], vec![]));
+    assert_clean(&store);
+    drop(lease);
+    store.remove(id).unwrap();
+    assert!(matches!(store.lease(id), Err(Error::NotFound(_))));
+    assert_eq!(store.objects().unwrap(), []);
+}
+
+#[test]
+fn pinned_uvm_stays_until_it_is_unpinned() {
+    let (_dir, store) = store();
+    let id = bake(&store, "one").unwrap();
+    store.pin(id).unwrap();
+    store.pin(id).unwrap();
+    assert!(store.entry(id).unwrap().pinned);
+    assert!(matches!(store.remove(id), Err(Error::Pinned(_))));
+    let all = Policy {
+        all: true,
+        ..Policy::default()
+    };
+    assert_eq!(store.collect(all).unwrap().removed, []);
+    store.unpin(id).unwrap();
+    assert_eq!(
+        store.collect(all).unwrap().removed,
+        [Removed { id, why: Why::All }]
+    );
+    assert!(matches!(store.pin(id), Err(Error::NotFound(_))));
+}
+
+#[test]
+fn newer_uvm_of_the_same_class_supersedes_the_older() {
+    let (_dir, store) = store();
+    let old = bake(&store, "aaa").unwrap();
+    let other_class = bake(&store, "aaaa").unwrap();
+    let staging = store.begin(0).unwrap();
+    staging
+        .create(Kind::Memory)
+        .unwrap()
+        .write_all_at(b"new", 0)
+        .unwrap();
+    staging
+        .create(Kind::State)
+        .unwrap()
+        .write_all_at(b"new", 0)
+        .unwrap();
+    let mut about = description("bbb");
+    about.class.slots = 3;
+    about.baked_at += 1;
+    let new = staging.commit(about).unwrap();
+
+    let dry = store
+        .collect(Policy {
+            dry_run: true,
+            ..Policy::default()
+        })
+        .unwrap();
+    assert_eq!(
+        dry.removed,
+        [Removed {
+            id: old,
+            why: Why::Superseded
+        }]
+    );
+    assert_eq!(ids(&store).len(), 3, "a dry run changes nothing");
+    let keep = Policy {
+        keep_superseded: true,
+        ..Policy::default()
+    };
+    assert_eq!(store.collect(keep).unwrap().removed, []);
+    let report = store.collect(Policy::default()).unwrap();
+    assert_eq!(report.removed, dry.removed);
+    assert!(report.freed > 0);
+    assert_eq!(ids(&store), BTreeSet::from([other_class, new]));
+    assert_clean(&store);
+}
+
+#[test]
+fn shared_object_survives_the_removal_of_one_of_its_uvms() {
+    let (_dir, store) = store();
+    let one = bake(&store, "one").unwrap();
+    let two = bake(&store, "four").unwrap();
+    // The state objects are equal.
+    assert_eq!(store.objects().unwrap().len(), 3);
+    store.remove(one).unwrap();
+    assert_eq!(store.objects().unwrap().len(), 2);
+    assert_clean(&store);
+    store.lease(two).unwrap().open(Kind::State).unwrap();
+}
+
+#[test]
+fn budget_is_a_hard_limit_and_collection_makes_room_for_the_least_recently_used() {
+    let (_dir, store) = store();
+    let first = bake(&store, "a").unwrap();
+    let second = bake(&store, "bb").unwrap();
+    let used = store.usage().unwrap().used;
+    store.set_budget(Some(used)).unwrap();
+    assert!(matches!(bake(&store, "ccc"), Err(Error::OverBudget { .. })));
+    assert!(matches!(
+        store.begin(1 << 30),
+        Err(Error::OverBudget { .. })
+    ));
+    assert_eq!(ids(&store), BTreeSet::from([first, second]));
+
+    let long_ago = std::time::SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(1000);
+    let file = File::options()
+        .read(true)
+        .open(store.uvm_path(&second))
+        .unwrap();
+    file.set_times(fs::FileTimes::new().set_modified(long_ago))
+        .unwrap();
+    store.set_budget(None).unwrap();
+    let used = store.usage().unwrap().used;
+    let target = Policy {
+        target: Some(used - 1),
+        ..Policy::default()
+    };
+    let report = store.collect(target).unwrap();
+    assert_eq!(
+        report.removed,
+        [Removed {
+            id: second,
+            why: Why::Room
+        }]
+    );
+    bake(&store, "ccc").unwrap();
+}
+
+#[test]
+fn verify_names_every_kind_of_damage() {
+    let (_dir, store) = store();
+    let id = bake(&store, "one").unwrap();
+    let lease = store.lease(id).unwrap();
+    let (memory, state) = (
+        lease.path(Kind::Memory).unwrap(),
+        lease.path(Kind::State).unwrap(),
+    );
+    drop(lease);
+    let damage = |store: &Store| {
+        let mut damage = store.verify(&[id]).unwrap().damage;
+        assert_eq!(damage.len(), 1, "{damage:?}");
+        damage.remove(0)
+    };
+    // Writing to a sealed file takes root, or owner's rights given back.
+    use std::os::unix::fs::PermissionsExt;
+    for path in [&memory, &state, &store.uvm_path(&id)] {
+        fs::set_permissions(path, fs::Permissions::from_mode(0o600)).unwrap();
+    }
+    let file = File::options().write(true).open(&memory).unwrap();
+    file.write_all_at(b"X", 12345).unwrap();
+    assert!(matches!(
+        damage(&store),
+        Damage::Content {
+            kind: Kind::Memory,
+            ..
+        }
+    ));
+    file.write_all_at(b"\0", 12345).unwrap();
+    assert_clean(&store);
+    file.set_len(4 * CHUNK - 1).unwrap();
+    assert!(matches!(
+        damage(&store),
+        Damage::Length {
+            kind: Kind::Memory,
+            ..
+        }
+    ));
+    file.set_len(4 * CHUNK).unwrap();
+    fs::rename(&state, state.with_extension("away")).unwrap();
+    assert!(matches!(
+        damage(&store),
+        Damage::Missing {
+            kind: Kind::State,
+            ..
+        }
+    ));
+    fs::rename(state.with_extension("away"), &state).unwrap();
+    let manifest = File::options()
+        .write(true)
+        .open(store.uvm_path(&id))
+        .unwrap();
+    manifest.write_all_at(b"x", 30).unwrap();
+    assert!(matches!(damage(&store), Damage::Manifest { .. }));
+    assert!(store.lease(id).is_err());
+    // It can still be removed, by name, and its objects with it.
+    store.remove(id).unwrap();
+    assert_eq!(store.objects().unwrap(), []);
+}
+
+#[test]
+fn nothing_is_swept_while_a_manifest_cannot_be_read() {
+    let (_dir, store) = store();
+    bake(&store, "one").unwrap();
+    let newer = Digest::of_bytes(b"from a newer kiln");
+    fs::write(store.uvm_path(&newer), "not readable here").unwrap();
+    let orphan = Digest::of_bytes(b"its object");
+    fs::create_dir_all(store.object_path(&orphan).parent().unwrap()).unwrap();
+    fs::write(store.object_path(&orphan), "data").unwrap();
+    let report = store.collect(Policy::default()).unwrap();
+    assert_eq!((report.damaged, report.objects), (vec![newer], 0));
+    assert!(store.object_path(&orphan).exists());
+    store.remove(newer).unwrap();
+    assert!(!store.object_path(&orphan).exists());
+}
+
+#[test]
+fn ambiguous_and_short_names_are_refused() {
+    let (_dir, store) = store();
+    for digit in ["aaaa1", "aaaa2"] {
+        let name = format!("{digit:0<64}");
+        fs::write(store.root().join("uvms").join(name), "").unwrap();
+    }
+    assert!(matches!(
+        store.resolve("aaaa"),
+        Err(Error::Ambiguous { .. })
+    ));
+    assert!(store.resolve("aaaa1").is_ok());
+    assert!(matches!(store.resolve("aaa"), Err(Error::NotFound(_))));
+    assert!(matches!(store.resolve("latest"), Err(Error::NotFound(_))));
+}
+
+/// Every change to the disk fails once, and each time the store must be as before, or as after.
+fn with_every_fault(fatal: bool, operation: impl Fn(&Store) -> Result<(), Error>) {
+    let mut faults = 0;
+    for fail_at in 1.. {
+        let (dir, clean) = store();
+        bake(&clean, "zzz").unwrap();
+        let removed = bake(&clean, "yyyy").unwrap();
+        let pinned = bake(&clean, "xxxxx").unwrap();
+        clean.pin(pinned).unwrap();
+        let before = ids(&clean);
+
+        let disk = FaultyDisk::new(fail_at, fatal);
+        let faulty = Store {
+            root: dir.path().join("store"),
+            disk: disk.clone(),
+        };
+        let result = operation(&faulty);
+        let struck = disk.struck.load(Ordering::Relaxed);
+
+        assert_clean(&clean);
+        let after = ids(&clean);
+        let change: Vec<Digest> = before.symmetric_difference(&after).copied().collect();
+        assert!(change.len() <= 1, "fault {fail_at}: {change:?}");
+        assert!(after.contains(&pinned));
+        if !struck {
+            result.unwrap();
+            break;
+        }
+        faults += 1;
+        // Whatever was left behind, the next writer goes on and nothing stays.
+        let fresh = bake(&clean, "next one").unwrap();
+        clean.collect(Policy::default()).unwrap();
+        assert_clean(&clean);
+        assert_eq!(clean.verify(&[]).unwrap().orphans, 0, "fault {fail_at}");
+        assert_eq!(
+            fs::read_dir(clean.root().join("tmp")).unwrap().count(),
+            0,
+            "fault {fail_at}"
+        );
+        assert!(ids(&clean).contains(&fresh));
+        match clean.remove(removed) {
+            Ok(()) | Err(Error::NotFound(_)) => {}
+            Err(error) => panic!("fault {fail_at}: {error}"),
+        }
+    }
+    assert!(faults >= 3, "only {faults} faults were injected");
+}
+
+#[test]
+fn full_disk_at_any_step_of_a_bake_leaves_the_store_whole() {
+    with_every_fault(false, |store| bake(store, "new").map(drop));
+}
+
+#[test]
+fn death_at_any_step_of_a_bake_leaves_the_store_whole() {
+    with_every_fault(true, |store| bake(store, "new").map(drop));
+}
+
+#[test]
+fn full_disk_at_any_step_of_a_removal_leaves_the_store_whole() {
+    with_every_fault(false, |store| {
+        store.remove(store.find(|m| m.about.class.slots == 4)?.unwrap())
+    });
+}
+
+#[test]
+fn death_at_any_step_of_a_removal_leaves_the_store_whole() {
+    with_every_fault(true, |store| {
+        store.remove(store.find(|m| m.about.class.slots == 4)?.unwrap())
+    });
+}
+
+#[test]
+fn death_at_any_step_of_making_a_store_does_not_stop_the_next_one() {
+    for fail_at in 1.. {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().join("store");
+        let disk = FaultyDisk::new(fail_at, true);
+        let result = Store::create_with(root.clone(), disk.clone());
+        let store = Store::open_or_create(&root).unwrap();
+        bake(&store, "one").unwrap();
+        if !disk.struck.load(Ordering::Relaxed) {
+            result.unwrap();
+            assert!(fail_at > 5);
+            break;
+        }
+    }
+}
+
+/// What a power cut would show: a name that is on the disk before its content.
+#[test]
+fn everything_renamed_into_place_was_synced_before_and_its_directory_after() {
+    let (dir, _clean) = store();
+    let disk = FaultyDisk::new(0, false);
+    let store = Store {
+        root: dir.path().join("store"),
+        disk: disk.clone(),
+    };
+    bake(&store, "one").unwrap();
+    let log = disk.log.lock().unwrap();
+    let mut renames = 0;
+    for (i, (name, path)) in log.iter().enumerate() {
+        if *name == "rename from" {
+            assert!(log[..i].contains(&("sync_file", path.clone())), "{path:?}");
+            renames += 1;
+        }
+        if *name == "rename to" {
+            let dir = path.parent().unwrap().to_owned();
+            let next_rename = log[i..].iter().position(|(name, _)| *name == "rename from");
+            let until = next_rename.map_or(log.len(), |n| i + n);
+            assert!(log[i..until].contains(&("sync_dir", dir)), "{path:?}");
+        }
+    }
+    assert_eq!(renames, 3, "state, memory and manifest");
+}

@@ -1,0 +1,163 @@
+//! A baker that is killed at a random moment, again and again, and one that runs out of disk,
+//! against a store that must stay whole.
+
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::env;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::thread::sleep;
+use std::time::Duration;
+
+use kiln_store::{Class, Cpu, Description, Digest, Error, Kernel, Kind, Policy, Store};
+
+const CHILD: &str = "KILN_STORE_TEST_ROOT";
+
+fn bake(store: &Store, seed: u64) -> Result<Digest, Error> {
+    let staging = store.begin(0)?;
+    let memory = staging.create(Kind::Memory)?;
+    memory.set_len(4 << 20).unwrap();
+    for i in 0..16 {
+        memory
+            .write_all_at(&[(seed % 251) as u8 + 1; 5000], i * 200_000)
+            .unwrap();
+    }
+    staging
+        .create(Kind::State)?
+        .write_all_at(&seed.to_le_bytes(), 0)
+        .unwrap();
+    let digest = Digest::of_bytes(&seed.to_le_bytes());
+    staging.commit(Description {
+        recipe: digest,
+        baked_at: seed,
+        kiln_version: "test".into(),
+        class: Class {
+            cpus: 1,
+            max_cpus: 1,
+            memory_mib: 4,
+            max_memory_mib: 4,
+            slots: 0,
+        },
+        kernel: Kernel {
+            release: "test".into(),
+            digest,
+            command_line: String::new(),
+        },
+        initramfs: digest,
+        agent_version: "test".into(),
+        cpu: Cpu {
+            vendor: "test".into(),
+            model: "test".into(),
+            features: digest,
+        },
+        guest_used_kib: 0,
+    })
+}
+
+/// Not a test of its own: what the tests below run in a process that they kill.
+#[test]
+fn child() {
+    let Some(root) = env::var_os(CHILD) else {
+        return;
+    };
+    let store = Store::open_or_create(Path::new(&root)).unwrap();
+    for round in 0u64.. {
+        let seed = u64::from(std::process::id()) * 1000 + round;
+        bake(&store, seed).unwrap();
+        if round % 3 == 2 {
+            store
+                .collect(Policy {
+                    target: Some(20 << 20),
+                    ..Policy::default()
+                })
+                .unwrap();
+        }
+    }
+}
+
+fn spawn_child(root: &Path) -> std::process::Child {
+    Command::new(env::current_exe().unwrap())
+        .args(["--exact", "child", "--nocapture"])
+        .env(CHILD, root)
+        .stdout(Stdio::null())
+        .stderr(Stdio::inherit())
+        .spawn()
+        .unwrap()
+}
+
+#[test]
+fn store_is_whole_after_kill_9_at_60_moments() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path().join("store");
+    let mut baked = 0;
+    for round in 0..60u64 {
+        let mut child = spawn_child(&root);
+        // Spread over a bake's length; a generator of our own keeps the moments reproducible.
+        let moment = (round * 7919 + 13) % 61;
+        sleep(Duration::from_millis(5 + moment));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        let store = Store::open_or_create(&root).unwrap();
+        let report = store.verify(&[]).unwrap();
+        assert!(
+            report.damage.is_empty(),
+            "round {round}: {:?}",
+            report.damage
+        );
+        baked += u64::from(report.uvms);
+    }
+    assert!(baked > 10, "the child was killed before it did anything");
+    let store = Store::open(&root).unwrap();
+    let last = bake(&store, u64::MAX).unwrap();
+    store
+        .collect(Policy {
+            all: true,
+            ..Policy::default()
+        })
+        .unwrap();
+    assert!(matches!(store.lease(last), Err(Error::NotFound(_))));
+    assert_eq!(std::fs::read_dir(root.join("tmp")).unwrap().count(), 0);
+    assert_eq!(store.verify(&[]).unwrap().orphans, 0);
+}
+
+#[test]
+fn two_bakers_and_a_collector_at_once_do_no_harm() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path().join("store");
+    let mut children = [spawn_child(&root), spawn_child(&root)];
+    let store = Store::open_or_create(&root).unwrap();
+    for _ in 0..20 {
+        sleep(Duration::from_millis(20));
+        let report = store.verify(&[]).unwrap();
+        assert!(report.damage.is_empty(), "{:?}", report.damage);
+        store.collect(Policy::default()).unwrap();
+    }
+    for child in &mut children {
+        assert!(child.try_wait().unwrap().is_none(), "a baker gave up");
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+}
+
+/// A lease ends with its holder, however that ended.
+#[test]
+fn lease_of_a_killed_process_holds_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open_or_create(dir.path().join("store")).unwrap();
+    let id = bake(&store, 1).unwrap();
+    let lease = store.lease(id).unwrap();
+    // The holder: a process that inherits the lease's descriptor and nothing else of ours.
+    use std::os::fd::AsFd;
+    let inherited = lease.as_fd().try_clone_to_owned().unwrap();
+    let mut holder = Command::new("sleep")
+        .arg("60")
+        .stdin(Stdio::from(inherited))
+        .spawn()
+        .unwrap();
+    drop(lease);
+    assert!(matches!(store.remove(id), Err(Error::InUse(_))));
+    holder.kill().unwrap();
+    holder.wait().unwrap();
+    store.remove(id).unwrap();
+}
