@@ -1,0 +1,236 @@
+//! Running tests: a time limit for each, everything kept when one fails, everything removed in any
+//! case, and the results printed as `cargo test` prints them.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, RwLock};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow};
+use libtest_mimic::{Arguments, Failed, Trial};
+use tokio::runtime::Runtime;
+
+use crate::evidence::{self, Marks};
+use crate::{Test, setup};
+
+/// How long a test may take, unless it says otherwise: several times what it needs on an emulated
+/// machine with other work.
+const LIMIT: Duration = Duration::from_secs(120);
+/// How long the removal of what a test made may take.
+const CLEAN_UP_LIMIT: Duration = Duration::from_secs(90);
+
+type Body = dyn Fn(Test) -> Pin<Box<dyn Future<Output = Result<()>> + Send>> + Send + Sync;
+
+/// One test, for any runtime.
+#[derive(Clone)]
+pub struct Case {
+    name: &'static str,
+    limit: Duration,
+    alone: bool,
+    body: Arc<Body>,
+}
+
+impl Case {
+    /// A test: `body` runs it with the runtime that its [`Test`] names.
+    pub fn new<F, Fut>(name: &'static str, body: F) -> Self
+    where
+        F: Fn(Test) -> Fut + Send + Sync + 'static,
+        Fut: Future<Output = Result<()>> + Send + 'static,
+    {
+        let body: Arc<Body> = Arc::new(move |test| Box::pin(body(test)));
+        Case {
+            name,
+            limit: LIMIT,
+            alone: false,
+            body,
+        }
+    }
+
+    /// Gives it another time limit.
+    pub fn limit(mut self, seconds: u64) -> Self {
+        self.limit = Duration::from_secs(seconds);
+        self
+    }
+
+    /// Lets no other test run at the same time.
+    pub fn alone(mut self) -> Self {
+        self.alone = true;
+        self
+    }
+}
+
+/// Makes a list of [`Case`]s of functions, each named like its function.
+#[macro_export]
+macro_rules! cases {
+    ($($name:ident $(.$option:ident($($argument:expr)?))*),* $(,)?) => {
+        vec![$($crate::harness::Case::new(stringify!($name), $name)$(.$option($($argument)?))*),*]
+    };
+}
+
+/// Runtime handlers to test with: `KILN_E2E_RUNTIMES`, separated by commas, or runc.
+pub fn handlers() -> Vec<String> {
+    let list = std::env::var("KILN_E2E_RUNTIMES").unwrap_or_else(|_| "runc".to_owned());
+    list.split(',')
+        .map(str::trim)
+        .filter(|name| !name.is_empty())
+        .map(str::to_owned)
+        .collect()
+}
+
+/// Runs the tests that the command line selects; the exit code says whether all passed.
+pub fn main(cases: &[Case]) -> std::process::ExitCode {
+    let mut arguments = Arguments::from_args();
+    // Two at a time keep two emulated CPUs busy: a pod start waits a good part of its time.
+    arguments.test_threads.get_or_insert(2);
+    if !arguments.list
+        && let Err(error) = prepare()
+    {
+        eprintln!("the node is not ready for tests: {error:#}");
+        return std::process::ExitCode::FAILURE;
+    }
+    let alone = Arc::new(RwLock::new(()));
+    let retries = Arc::new(AtomicU32::new(0));
+    let mut trials = Vec::new();
+    for handler in handlers() {
+        for case in cases {
+            let (case, handler) = (case.clone(), handler.clone());
+            let (alone, retries) = (Arc::clone(&alone), Arc::clone(&retries));
+            let name = format!("{handler}::{}", case.name);
+            trials.push(Trial::test(name, move || {
+                let _shared;
+                let _exclusive;
+                if case.alone {
+                    _exclusive = alone.write();
+                } else {
+                    _shared = alone.read();
+                }
+                run(&case, &handler, &retries).map_err(|error| Failed::from(format!("{error:#}")))
+            }));
+        }
+    }
+    let start = Instant::now();
+    let conclusion = libtest_mimic::run(&arguments, trials);
+    if !arguments.list {
+        println!(
+            "{} tests in {:.0} s, {} repeated after a time-out",
+            conclusion.num_passed + conclusion.num_failed,
+            start.elapsed().as_secs_f64(),
+            retries.load(Ordering::Relaxed)
+        );
+    }
+    conclusion.exit_code()
+}
+
+/// Removes what earlier runs left and imports the images.
+fn prepare() -> Result<()> {
+    let start = Instant::now();
+    let images = setup::Images::make()?;
+    runtime()?.block_on(async {
+        let client = crate::api::connect().await?;
+        let version = client.version().version(()).await?.into_inner().version;
+        crate::test::remove_leftovers(&client)
+            .await
+            .context("cannot remove an earlier run's pods")?;
+        setup::import(&client, &images).await?;
+        println!(
+            "containerd {version}, runtimes {}, images in {:.1} s",
+            handlers().join(" "),
+            start.elapsed().as_secs_f64()
+        );
+        Ok(())
+    })
+}
+
+fn runtime() -> Result<Runtime> {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .context("cannot start the async runtime")
+}
+
+enum Outcome {
+    Passed,
+    Failed(anyhow::Error),
+    TimedOut,
+}
+
+/// Runs a test; after a time-out once more, because the emulated machine itself is known to hang,
+/// rarely. Every repetition is printed and counted: more than one in a hundred is a fault of ours.
+fn run(case: &Case, handler: &str, retries: &AtomicU32) -> Result<()> {
+    for last in [false, true] {
+        let runtime = runtime()?;
+        let (outcome, place) = runtime.block_on(attempt(case, handler))?;
+        // A blocked thread of a hung test is left to itself.
+        runtime.shutdown_timeout(Duration::from_secs(1));
+        match outcome {
+            Outcome::Passed => return Ok(()),
+            Outcome::Failed(error) => return Err(with_place(error, &place)),
+            Outcome::TimedOut if last => {
+                let error = anyhow!("not finished in {} s, twice", case.limit.as_secs());
+                return Err(with_place(error, &place));
+            }
+            Outcome::TimedOut => {
+                retries.fetch_add(1, Ordering::Relaxed);
+                println!(
+                    "{handler}::{} not finished in {} s: once more (state then: {place})",
+                    case.name,
+                    case.limit.as_secs(),
+                );
+            }
+        }
+    }
+    Ok(())
+}
+
+fn with_place(error: anyhow::Error, place: &str) -> anyhow::Error {
+    anyhow!("{error:#}\nlogs and state of that time: {place}")
+}
+
+/// One attempt, with the place of the evidence if it did not pass.
+async fn attempt(case: &Case, handler: &str) -> Result<(Outcome, String)> {
+    let marks = Marks::set();
+    let test = Test::new(case.name, handler).await?;
+    // As a task of its own, so that a panic ends only the test.
+    let mut body = tokio::spawn((case.body)(test.clone()));
+    let mut outcome = match tokio::time::timeout(case.limit, &mut body).await {
+        Ok(Ok(Ok(()))) => Outcome::Passed,
+        Ok(Ok(Err(error))) => Outcome::Failed(error),
+        Ok(Err(panic)) => Outcome::Failed(anyhow!("the test panicked: {panic}")),
+        Err(_) => {
+            body.abort();
+            Outcome::TimedOut
+        }
+    };
+    let mut place = String::new();
+    match &outcome {
+        Outcome::Passed => {}
+        Outcome::Failed(error) => place = keep(&test, &marks, &format!("{error:?}")).await,
+        Outcome::TimedOut => place = keep(&test, &marks, "not finished in time").await,
+    }
+    let cleaned = match tokio::time::timeout(CLEAN_UP_LIMIT, test.clean_up()).await {
+        Ok(result) => result,
+        Err(_) => Err(anyhow!("not finished in {} s", CLEAN_UP_LIMIT.as_secs())),
+    };
+    if let Err(error) = cleaned {
+        let error = error.context("removing what the test made");
+        match outcome {
+            Outcome::Passed => {
+                place = keep(&test, &marks, &format!("{error:?}")).await;
+                outcome = Outcome::Failed(error);
+            }
+            _ => println!("{test}: {error:#}"),
+        }
+    }
+    Ok((outcome, place))
+}
+
+async fn keep(test: &Test, marks: &Marks, failure: &str) -> String {
+    let keeping = evidence::keep(test, marks, failure);
+    match tokio::time::timeout(CLEAN_UP_LIMIT, keeping).await {
+        Ok(Ok(folder)) => folder.display().to_string(),
+        Ok(Err(error)) => format!("could not be kept: {error:#}"),
+        Err(_) => "could not be kept in time".to_owned(),
+    }
+}
