@@ -5,6 +5,8 @@ SHELL := /bin/bash
 
 # Which Debian the node VM runs: trixie (containerd 1.7) or sid (containerd 2.x).
 NODE ?= trixie
+# Which runtimes are tested and measured.
+RUNTIMES ?= runc
 # Only the end-to-end tests whose name contains this.
 T ?=
 # Only these benches.
@@ -19,6 +21,8 @@ put = $(foreach program,$(1),$(if $(wildcard $(BIN)/$(program)),--put $(BIN)/$(p
 NODE_VM = $(BIN)/kiln-node-vm --suite $(NODE) $(call put,$(SHIPPED),/usr/local/bin)
 NODE_TEST = $(NODE_VM) $(call put,$(TESTERS),/opt/kiln-e2e)
 RESULTS = target/e2e
+comma := ,
+space := $() $()
 quote = '$(subst ','\'',$(1))'
 
 .PHONY: help setup build node demo test test-unit test-e2e bench doctor lint fmt clean-node
@@ -36,7 +40,7 @@ node: build ## Boot the node VM and run CMD='…' in it, or a shell
 	@$(NODE_VM) $(if $(CMD),-- bash -c $(call quote,$(CMD)))
 
 demo: build ## Start a pod in the node VM and show its timeline
-	@$(NODE_TEST) --timeout 600 -- /opt/kiln-e2e/kiln-demo
+	@$(NODE_TEST) --timeout 600 -- /opt/kiln-e2e/kiln-demo $(RUNTIMES)
 
 test: setup ## Run every test: unit tests here, end-to-end tests in the node VM
 	@mkdir -p target
@@ -50,7 +54,7 @@ test-unit: setup ## Run the unit tests
 test-e2e: build ## Run the end-to-end tests (T=… selects)
 	@rm -rf $(RESULTS)
 	@$(NODE_TEST) --timeout 3000 --get /var/log/kiln-e2e:$(RESULTS) \
-	    --env KILN_E2E_OUT=/var/log/kiln-e2e -- /opt/kiln-e2e/kiln-e2e $(T) || \
+	    --env KILN_E2E_OUT=/var/log/kiln-e2e --env KILN_E2E_RUNTIMES=$(subst $(space),$(comma),$(RUNTIMES)) -- /opt/kiln-e2e/kiln-e2e $(T) || \
 	    { status=$$?; echo "logs of failed tests: $(RESULTS)"; exit $$status; }
 
 bench: build ## Run the benches on the counted clock (BENCH=… selects); writes target/bench
