@@ -1,0 +1,1 @@
+//! Read-only EROFS images of containers' root filesystems.
