@@ -8,9 +8,9 @@
 use std::collections::BTreeMap;
 use std::fmt::{self, Debug};
 use std::io;
-use std::os::fd::RawFd;
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -31,19 +31,39 @@ struct Shared {
     epoll: Epoll,
     watches: Mutex<BTreeMap<u64, Watch>>,
     next: AtomicU64,
-    /// Held by the loop while it dispatches, and by whoever wants the devices to stand still.
-    gate: Mutex<()>,
+    gate: Mutex<Gate>,
+    gate_changed: Condvar,
     stop: EventFd,
+    nudge: EventFd,
 }
 
-/// Key of the loop's own stop event; watches count from 1.
+/// Who may run devices: the loop, or whoever holds them still.
+#[derive(Default)]
+struct Gate {
+    /// Someone holds (or is about to hold) the devices still.
+    held: bool,
+    /// A thread is in [`EventLoop::run`].
+    running: bool,
+    /// That thread waits at the gate.
+    parked: bool,
+    /// What it had fetched from epoll when it came to the gate. Edge-triggered events come only once, so
+    /// whoever drains must see these too.
+    fetched: Vec<EpollEvent>,
+}
+
+/// Keys of the loop's own events; watches count from after them.
 const STOP: u64 = 0;
-/// Upper bound of rounds [`EventLoop::drain`] takes before it lets a busy device be.
+const NUDGE: u64 = 1;
+/// Upper bound of rounds [`Stillness::drain`] takes before it lets a busy device be.
 const DRAIN_ROUNDS: usize = 64;
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // A panic aborts the process, so a poisoned lock is never seen outside unit tests.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn wait<'a, T>(changed: &Condvar, guard: MutexGuard<'a, T>) -> MutexGuard<'a, T> {
+    changed.wait(guard).unwrap_or_else(PoisonError::into_inner)
 }
 
 /// A handle to the device thread's loop.
@@ -52,25 +72,26 @@ pub struct EventLoop(Arc<Shared>);
 
 /// Devices stand still as long as this is held.
 #[derive(Debug)]
-pub struct Stillness<'a>(#[expect(dead_code, reason = "held for its drop")] MutexGuard<'a, ()>);
+pub struct Stillness(EventLoop);
 
 impl EventLoop {
     /// Makes a loop; nothing happens until a thread enters [`run`](Self::run).
     pub fn new() -> io::Result<Self> {
         let epoll = Epoll::new()?;
         let stop = EventFd::new(EFD_NONBLOCK)?;
-        let own = EpollEvent::new(EventSet::IN, STOP);
-        epoll.ctl(
-            ControlOperation::Add,
-            std::os::fd::AsRawFd::as_raw_fd(&stop),
-            own,
-        )?;
+        let nudge = EventFd::new(EFD_NONBLOCK)?;
+        for (fd, key) in [(&stop, STOP), (&nudge, NUDGE)] {
+            let own = EpollEvent::new(EventSet::IN, key);
+            epoll.ctl(ControlOperation::Add, fd.as_raw_fd(), own)?;
+        }
         Ok(Self(Arc::new(Shared {
             epoll,
             watches: Mutex::default(),
-            next: AtomicU64::new(STOP + 1),
-            gate: Mutex::new(()),
+            next: AtomicU64::new(NUDGE + 1),
+            gate: Mutex::default(),
+            gate_changed: Condvar::new(),
             stop,
+            nudge,
         })))
     }
 
@@ -84,6 +105,14 @@ impl EventLoop {
 
     /// Runs until [`stop`](Self::stop).
     pub fn run(&self) -> io::Result<()> {
+        lock(&self.0.gate).running = true;
+        let result = self.run_until_stopped();
+        lock(&self.0.gate).running = false;
+        self.0.gate_changed.notify_all();
+        result
+    }
+
+    fn run_until_stopped(&self) -> io::Result<()> {
         loop {
             let mut ready = [EpollEvent::default(); 32];
             let n = match self.0.epoll.wait(-1, &mut ready) {
@@ -91,8 +120,20 @@ impl EventLoop {
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
                 Err(e) => return Err(e),
             };
-            let _gate = lock(&self.0.gate);
-            if !self.dispatch(ready.get(..n).unwrap_or_default()) {
+            let mut fetched = ready.get(..n).unwrap_or_default().to_vec();
+            let mut gate = lock(&self.0.gate);
+            if gate.held {
+                gate.fetched = fetched;
+                gate.parked = true;
+                self.0.gate_changed.notify_all();
+                while gate.held {
+                    gate = wait(&self.0.gate_changed, gate);
+                }
+                gate.parked = false;
+                fetched = std::mem::take(&mut gate.fetched);
+            }
+            drop(gate);
+            if !self.dispatch(&fetched) {
                 return Ok(());
             }
         }
@@ -104,34 +145,37 @@ impl EventLoop {
         let _ = self.0.stop.write(1);
     }
 
-    /// Waits until no device is being run and keeps it so until the guard is dropped.
-    pub fn still(&self) -> Stillness<'_> {
-        Stillness(lock(&self.0.gate))
-    }
-
-    /// Handles what is pending now, on the calling thread, which holds the loop still. Returns whether
-    /// nothing is pending any more.
-    pub fn drain(&self, _still: &Stillness<'_>) -> io::Result<bool> {
-        for _ in 0..DRAIN_ROUNDS {
-            let mut ready = [EpollEvent::default(); 32];
-            let n = match self.0.epoll.wait(0, &mut ready) {
-                Ok(0) => return Ok(true),
-                Ok(n) => n,
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
-                Err(e) => return Err(e),
-            };
-            if !self.dispatch(ready.get(..n).unwrap_or_default()) {
-                self.stop();
-                return Ok(true);
-            }
+    /// Waits until no device is being run and keeps it so until the guard is dropped. Not for the device
+    /// thread itself.
+    pub fn still(&self) -> Stillness {
+        let mut gate = lock(&self.0.gate);
+        while gate.held {
+            gate = wait(&self.0.gate_changed, gate);
         }
-        Ok(false)
+        gate.held = true;
+        let _ = self.0.nudge.write(1);
+        while gate.running && !gate.parked {
+            gate = wait(&self.0.gate_changed, gate);
+        }
+        drop(gate);
+        Stillness(self.clone())
     }
 
+    /// See [`Stillness::drain`].
+    pub fn drain(&self, still: &Stillness) -> io::Result<bool> {
+        still.drain()
+    }
+
+    /// Returns `false` if the loop has to stop.
     fn dispatch(&self, ready: &[EpollEvent]) -> bool {
         for event in ready {
-            if event.data() == STOP {
-                return false;
+            match event.data() {
+                STOP => return false,
+                NUDGE => {
+                    let _ = self.0.nudge.read();
+                    continue;
+                }
+                _ => {}
             }
             // Looked up one by one: handling one event may have removed the watch of a later one.
             let target = lock(&self.0.watches)
@@ -169,6 +213,37 @@ impl EventLoop {
             return Err(e);
         }
         Ok(id)
+    }
+}
+
+impl Stillness {
+    /// Handles what is pending now, on the calling thread. Returns whether nothing is pending any more.
+    pub fn drain(&self) -> io::Result<bool> {
+        let fetched = std::mem::take(&mut lock(&self.0.0.gate).fetched);
+        self.handle(&fetched);
+        for _ in 0..DRAIN_ROUNDS {
+            let mut ready = [EpollEvent::default(); 32];
+            match self.0.0.epoll.wait(0, &mut ready) {
+                Ok(0) => return Ok(true),
+                Ok(n) => self.handle(ready.get(..n).unwrap_or_default()),
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(false)
+    }
+
+    fn handle(&self, ready: &[EpollEvent]) {
+        // A stop stays pending for the loop itself: its descriptor is level-triggered and not read.
+        let devices: Vec<EpollEvent> = ready.iter().filter(|e| e.data() != STOP).copied().collect();
+        self.0.dispatch(&devices);
+    }
+}
+
+impl Drop for Stillness {
+    fn drop(&mut self) {
+        lock(&self.0.0.gate).held = false;
+        self.0.0.gate_changed.notify_all();
     }
 }
 
@@ -250,7 +325,6 @@ impl Debug for WatchGuard {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::fd::AsRawFd;
     use std::sync::atomic::AtomicU32;
 
     #[derive(Default)]
@@ -273,11 +347,11 @@ mod tests {
             .watch(fd.as_raw_fd(), 7, edge)
             .unwrap();
         fd.write(1).unwrap();
-        assert!(events.drain(&events.still()).unwrap());
+        assert!(events.still().drain().unwrap());
         assert_eq!(counter.0.load(Ordering::SeqCst), 7);
         drop(guard);
         fd.write(1).unwrap();
-        assert!(events.drain(&events.still()).unwrap());
+        assert!(events.still().drain().unwrap());
         assert_eq!(counter.0.load(Ordering::SeqCst), 7);
     }
 
@@ -302,6 +376,31 @@ mod tests {
         drop(still);
         while counter.0.load(Ordering::SeqCst) == 0 {
             std::thread::yield_now();
+        }
+        events.stop();
+        thread.join().unwrap().unwrap();
+    }
+
+    /// Events the loop had fetched when it was stopped at the gate used to be invisible to a drain.
+    #[test]
+    fn drain_sees_every_event_signalled_before_it() {
+        let events = EventLoop::new().unwrap();
+        let counter = Arc::new(Counter::default());
+        let fd = EventFd::new(EFD_NONBLOCK).unwrap();
+        let edge = EventSet::IN | EventSet::EDGE_TRIGGERED;
+        let _guard = events
+            .watches(counter.clone())
+            .watch(fd.as_raw_fd(), 1, edge)
+            .unwrap();
+        let thread = std::thread::spawn({
+            let events = events.clone();
+            move || events.run()
+        });
+        for round in 1..500 {
+            fd.write(1).unwrap();
+            let still = events.still();
+            assert!(still.drain().unwrap());
+            assert_eq!(counter.0.load(Ordering::SeqCst), round);
         }
         events.stop();
         thread.join().unwrap().unwrap();

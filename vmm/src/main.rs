@@ -1,1 +1,24 @@
-fn main() {}
+//! `kiln-vmm`: one machine, one process.
+//!
+//! Started by the control client it reads its command from an inherited socket. Started by a person, `boot`
+//! and `resume` run a machine in the foreground, with the guest's console on standard output and commands
+//! on standard input (`help` lists them).
+
+mod frontend;
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    std::panic::set_hook(Box::new(|info| {
+        // A VMM with a dead thread would be a machine that half works: end it, and say why.
+        eprintln!("kiln-vmm: {info}");
+        std::process::abort();
+    }));
+    match frontend::run() {
+        Ok(code) => code,
+        Err(e) => {
+            eprintln!("kiln-vmm: {e:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -477,7 +477,7 @@ impl HotplugRegion for Memory {
                 "there is no hot-plug window",
             ));
         };
-        if bytes > self.shape.hotplug || bytes % HOTPLUG_BLOCK != 0 {
+        if bytes > self.shape.hotplug || !bytes.is_multiple_of(HOTPLUG_BLOCK) {
             return Err(io::Error::new(
                 io::ErrorKind::InvalidInput,
                 format!(
@@ -549,8 +549,8 @@ impl Memory {
 
     fn drop_pages(window: &Mapping, offset: u64, len: u64, from_file: u64) -> io::Result<()> {
         if offset.checked_add(len).is_none_or(|end| end > window.len)
-            || offset % PAGE != 0
-            || len % PAGE != 0
+            || !offset.is_multiple_of(PAGE)
+            || !len.is_multiple_of(PAGE)
         {
             return Err(io::Error::from(io::ErrorKind::InvalidInput));
         }

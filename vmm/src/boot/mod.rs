@@ -17,7 +17,7 @@ use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryMmap};
 use crate::layout;
 use crate::memory::{GuestRam, PAGE};
 
-pub use regs::{Entry, set_boot_registers};
+pub use regs::{Entry, RegsError, set_boot_registers};
 
 /// Why a kernel could not be loaded.
 #[derive(Debug, thiserror::Error)]

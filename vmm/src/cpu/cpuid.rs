@@ -36,12 +36,8 @@ fn adjust(e: &mut kvm_cpuid_entry2, index: u8) {
             e.eax &= 0x0000_3fff;
             e.eax |= u32::from(MAX_CPUS - 1) << 26;
         }
-        7 => {
-            // AMX: its tile state would make the saved XSAVE area larger than the legacy 4 KiB.
-            if e.index == 0 {
-                e.edx &= !(1 << 22 | 1 << 24 | 1 << 25);
-            }
-        }
+        // AMX: its tile state would make the saved XSAVE area larger than the legacy 4 KiB.
+        7 if e.index == 0 => e.edx &= !(1 << 22 | 1 << 24 | 1 << 25),
         0xb | 0x1f => {
             e.edx = id;
             match e.index {

@@ -181,6 +181,11 @@ impl Vcpus {
         lock(&self.all).len()
     }
 
+    /// Whether there is a vCPU with this index.
+    pub fn contains(&self, index: u8) -> bool {
+        lock(&self.all).iter().any(|v| v.index == index)
+    }
+
     /// Lets all vCPUs run.
     pub fn start(&self) {
         let mut gate = lock(&self.gate);

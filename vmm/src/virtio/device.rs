@@ -1,5 +1,6 @@
 //! The device contract.
 
+use std::any::Any;
 use std::fmt::Debug;
 use std::io;
 
@@ -114,7 +115,7 @@ pub struct Activation {
 /// The host mapping of guest memory never moves and is never unmapped while the process lives, memory
 /// hot-unplug included (it only discards pages). Pointers handed to io_uring therefore stay valid; a
 /// guest that unplugs memory under its own request reads zeroes.
-pub trait VirtioDevice: Send + Debug {
+pub trait VirtioDevice: Any + Send + Debug {
     /// Which device this is.
     fn device_type(&self) -> DeviceType;
 

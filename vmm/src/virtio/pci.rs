@@ -291,9 +291,26 @@ impl VirtioPci {
         self.slot
     }
 
-    /// The device, for calls of the machine to it.
-    pub fn device(&self) -> MutexGuard<'_, Box<dyn VirtioDevice>> {
-        lock(&self.device)
+    /// Which device this is.
+    pub fn kind(&self) -> DeviceType {
+        lock(&self.device).device_type()
+    }
+
+    /// Calls the device as what it is; `None` if it is something else.
+    pub fn with<D: VirtioDevice, R>(&self, f: impl FnOnce(&mut D) -> R) -> Option<R> {
+        let mut device = lock(&self.device);
+        let any: &mut dyn std::any::Any = &mut **device;
+        any.downcast_mut::<D>().map(f)
+    }
+
+    /// Stops the device's work; see [`VirtioDevice::pause`].
+    pub fn pause(&self) -> Result<(), DeviceError> {
+        lock(&self.device).pause()
+    }
+
+    /// Ends a pause.
+    pub fn unpause(&self) {
+        lock(&self.device).unpause();
     }
 
     /// Whether the driver has taken the device into operation.

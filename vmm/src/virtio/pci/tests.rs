@@ -147,7 +147,7 @@ impl Rig {
     }
 
     fn drain(&self) {
-        assert!(self.events.drain(&self.events.still()).unwrap());
+        assert!(self.events.still().drain().unwrap());
     }
 }
 

@@ -1,0 +1,370 @@
+//! Putting a machine together: to boot, and to resume.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixListener;
+use std::sync::{Arc, Mutex, OnceLock};
+
+use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
+
+use super::config::{DeviceKind, DeviceSpec, MachineConfig};
+use super::exits::{Board, Observer, lock};
+use super::state::MachineState;
+use super::{Enter, EnterVcpu, Machine, MachineError};
+use crate::acpi::{self, AcpiConfig, Event};
+use crate::boot::{self, BootFiles};
+use crate::cpu::thread::{ExitHandler, Vcpus};
+use crate::cpu::{CpuError, cpuid};
+use crate::devices::block::{Block, BlockConfig, FileBackend};
+use crate::devices::rng::Rng;
+use crate::devices::vsock::Vsock;
+use crate::event::EventLoop;
+use crate::layout;
+use crate::memory::{HostMemory, Memory};
+use crate::pci::PciRoot;
+use crate::pci::msix::KvmMsi;
+use crate::platform::hotplug::HotplugState;
+use crate::platform::serial::Console;
+use crate::timeline::Timeline;
+use crate::virtio::pci::{KvmDoorbells, TransportEnv, VirtioPci};
+use crate::virtio::{DeviceError, VirtioDevice};
+use crate::vm::VmSeed;
+
+/// The host's side of a device.
+#[derive(Debug)]
+pub enum HostEnd {
+    /// A disk image or block device.
+    Disk {
+        /// The file.
+        file: File,
+        /// Whether the guest may not write.
+        read_only: bool,
+    },
+    /// A socket that host programs connect to.
+    Listener(UnixListener),
+    /// Tap queues.
+    Tap(Vec<OwnedFd>),
+    /// A directory.
+    Directory(OwnedFd),
+}
+
+/// Host sides by PCI slot. A device without one has nothing behind it until something is attached.
+pub type HostEnds = BTreeMap<u8, HostEnd>;
+
+/// What a machine boots from.
+#[derive(Debug)]
+pub struct BootSpec {
+    /// Its parts.
+    pub config: MachineConfig,
+    /// The kernel.
+    pub kernel: File,
+    /// The initramfs.
+    pub initrd: Option<File>,
+    /// The kernel's command line.
+    pub cmdline: String,
+    /// Where the serial port's output goes.
+    pub console: Option<File>,
+    /// Host sides of devices.
+    pub ends: HostEnds,
+}
+
+/// What a machine resumes from.
+#[derive(Debug)]
+pub struct ResumeSpec {
+    /// The decoded state file.
+    pub state: MachineState,
+    /// The memory file.
+    pub memory: File,
+    /// Where the serial port's output goes.
+    pub console: Option<File>,
+    /// Host sides of devices.
+    pub ends: HostEnds,
+}
+
+impl Machine {
+    /// Builds a machine about to enter a kernel. It runs when [`unpause`](Self::unpause) is called.
+    pub fn boot(
+        seed: VmSeed,
+        events: EventLoop,
+        mut spec: BootSpec,
+        observer: Arc<dyn Observer>,
+        enter: EnterVcpu,
+    ) -> Result<(Arc<Self>, String), MachineError> {
+        spec.config.check()?;
+        let config = spec.config;
+        let memory = HostMemory::fresh(config.memory)?.attach(seed.vm.clone())?;
+        let tables = AcpiConfig {
+            boot_cpus: config.boot_cpus,
+            max_cpus: config.max_cpus,
+            serial: config.serial,
+        };
+        let rsdp = acpi::write_tables(memory.ram(), &tables)?;
+        let files = BootFiles {
+            kernel: &mut spec.kernel,
+            initrd: spec.initrd.as_mut(),
+            cmdline: &spec.cmdline,
+        };
+        let loaded = boot::load(memory.ram(), config.memory.ram, files, rsdp)?;
+
+        let console = config
+            .serial
+            .then(|| Mutex::new(Console::new(seed.vm.clone(), spec.console.take())));
+        let hotplug = HotplugState::new(config.boot_cpus);
+        let board = board(&seed, console, hotplug, observer);
+        let supported = seed
+            .kvm
+            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+            .map_err(|source| MachineError::Kvm {
+                call: "KVM_GET_SUPPORTED_CPUID",
+                source,
+            })?;
+        let boot_cpus = config.boot_cpus;
+        let machine = Self::assemble(seed, events, board, memory, config, enter);
+        let ends = &mut spec.ends;
+        for spec in lock(&machine.config).devices.clone() {
+            let device = make_device(&spec, ends.remove(&spec.slot), &machine.memory)?;
+            machine.add_device(spec.slot, device);
+        }
+        for index in 0..boot_cpus {
+            let fd = machine.create_vcpu(index, &cpuid::for_vcpu(&supported, index))?;
+            if index == 0 {
+                boot::set_boot_registers(&fd, machine.memory.ram(), loaded.entry).map_err(|e| {
+                    match e {
+                        boot::RegsError::Boot(e) => MachineError::Boot(e),
+                        boot::RegsError::Cpu(e) => MachineError::Cpu(e),
+                    }
+                })?;
+            }
+            machine.start_vcpu(index, fd)?;
+        }
+        Ok((machine, loaded.version))
+    }
+
+    /// Builds a machine as it was saved. It runs when [`unpause`](Self::unpause) is called.
+    pub fn resume(
+        seed: VmSeed,
+        events: EventLoop,
+        host_memory: HostMemory,
+        mut spec: ResumeSpec,
+        observer: Arc<dyn Observer>,
+        enter: EnterVcpu,
+        timeline: &mut Timeline,
+    ) -> Result<Arc<Self>, MachineError> {
+        let kvm = |call| move |source| MachineError::Kvm { call, source };
+        let state = spec.state;
+        state.config.check()?;
+
+        let memory = host_memory.attach(seed.vm.clone())?;
+        timeline.mark("vmm.memory_slots");
+
+        for chip in &state.irqchips {
+            seed.vm.set_irqchip(chip).map_err(kvm("KVM_SET_IRQCHIP"))?;
+        }
+        let console = match &state.serial {
+            Some(saved) => Some(Mutex::new(
+                Console::restore(seed.vm.clone(), spec.console.take(), saved)
+                    .ok_or(MachineError::Damaged("the serial port's registers"))?,
+            )),
+            None => None,
+        };
+        let board = board(&seed, console, state.hotplug, observer);
+        let machine = Self::assemble(seed, events, board, memory, state.config, enter);
+        timeline.mark("vmm.irqchip");
+
+        // Disks first, so that a device sees on activation what it will serve.
+        let specs = lock(&machine.config).devices.clone();
+        if specs.len() != state.devices.len() {
+            return Err(MachineError::Damaged("the list of devices"));
+        }
+        for (spec_, saved) in specs.iter().zip(&state.devices) {
+            if spec_.slot != saved.slot {
+                return Err(MachineError::Damaged("the order of devices"));
+            }
+            let end = spec.ends.remove(&spec_.slot);
+            let device = make_device(spec_, end, &machine.memory)?;
+            machine.add_device(spec_.slot, device).restore(saved)?;
+        }
+        timeline.mark("vmm.devices");
+
+        // The clock before the vCPUs: their kvmclock MSRs publish it to the guest.
+        let clock = kvm_bindings::kvm_clock_data {
+            clock: state.clock.clock,
+            ..Default::default()
+        };
+        machine
+            .board
+            .vm
+            .set_clock(&clock)
+            .map_err(kvm("KVM_SET_CLOCK"))?;
+        for saved in &state.vcpus {
+            let index = saved.index;
+            let fd = machine
+                .board
+                .vm
+                .create_vcpu(u64::from(index))
+                .map_err(|source| CpuError::Kvm {
+                    call: "KVM_CREATE_VCPU",
+                    index,
+                    source,
+                })?;
+            saved.restore(&fd)?;
+            machine.start_vcpu(index, fd)?;
+        }
+        timeline.mark("vmm.vcpus");
+
+        machine.new_generation()?;
+        timeline.mark("vmm.generation");
+        Ok(machine)
+    }
+
+    fn assemble(
+        seed: VmSeed,
+        events: EventLoop,
+        board: Arc<Board>,
+        memory: Arc<Memory>,
+        config: MachineConfig,
+        enter: EnterVcpu,
+    ) -> Arc<Self> {
+        let env = TransportEnv {
+            doorbells: Arc::new(KvmDoorbells(seed.vm.clone())),
+            msi: Arc::new(KvmMsi(seed.vm.clone())),
+            ram: memory.ram().clone(),
+            events: events.clone(),
+        };
+        Arc::new(Self {
+            board,
+            memory,
+            events,
+            env,
+            kvm: seed.kvm,
+            config: Mutex::new(config),
+            devices: Mutex::default(),
+            paused: Mutex::default(),
+            enter_vcpu: Enter(enter),
+        })
+    }
+
+    /// Puts a device on the bus.
+    pub(super) fn add_device(&self, slot: u8, device: Box<dyn VirtioDevice>) -> Arc<VirtioPci> {
+        let function = VirtioPci::new(slot, device, self.env.clone());
+        self.board.pci.set(slot, Some(function.clone()));
+        lock(&self.devices).insert(slot, function.clone());
+        function
+    }
+
+    pub(super) fn create_vcpu(
+        &self,
+        index: u8,
+        cpuid: &kvm_bindings::CpuId,
+    ) -> Result<kvm_ioctls::VcpuFd, CpuError> {
+        let kvm = |call| {
+            move |source| CpuError::Kvm {
+                call,
+                index,
+                source,
+            }
+        };
+        let fd = self
+            .board
+            .vm
+            .create_vcpu(u64::from(index))
+            .map_err(kvm("KVM_CREATE_VCPU"))?;
+        fd.set_cpuid2(cpuid).map_err(kvm("KVM_SET_CPUID2"))?;
+        Ok(fd)
+    }
+
+    pub(super) fn start_vcpu(&self, index: u8, fd: kvm_ioctls::VcpuFd) -> Result<(), CpuError> {
+        let handler: Arc<dyn ExitHandler> = self.board.clone();
+        let enter = self.enter_vcpu.0.clone();
+        self.board.vcpus.add(index, fd, handler, move || enter())
+    }
+
+    /// Gives the machine a new generation id and announces it: a resumed guest learns that it is a copy.
+    fn new_generation(&self) -> Result<(), MachineError> {
+        use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
+        let mut id = [0u8; 16];
+        // SAFETY: the buffer is 16 bytes long and writable.
+        let n = unsafe { libc::getrandom(id.as_mut_ptr().cast(), id.len(), 0) };
+        if n != 16 {
+            return Err(MachineError::Io {
+                action: "drawing a generation id",
+                source: std::io::Error::last_os_error(),
+            });
+        }
+        let ram = self.memory.ram().memory();
+        ram.write_slice(&id, GuestAddress(layout::VMGENID))
+            .map_err(|e| MachineError::Io {
+                action: "writing the generation id",
+                source: std::io::Error::other(e),
+            })?;
+        self.board.event(Event::Generation);
+        Ok(())
+    }
+}
+
+fn board(
+    seed: &VmSeed,
+    console: Option<Mutex<Console>>,
+    hotplug: HotplugState,
+    observer: Arc<dyn Observer>,
+) -> Arc<Board> {
+    Arc::new(Board {
+        vm: seed.vm.clone(),
+        pci: PciRoot::default(),
+        hotplug: Mutex::new(hotplug),
+        console,
+        vcpus: Arc::new(Vcpus::default()),
+        outcome: OnceLock::new(),
+        observer,
+    })
+}
+
+/// Makes a device of its description and the host's side of it.
+pub(super) fn make_device(
+    spec: &DeviceSpec,
+    end: Option<HostEnd>,
+    _memory: &Arc<Memory>,
+) -> Result<Box<dyn VirtioDevice>, MachineError> {
+    let slot = spec.slot;
+    let wrong = |what: &str| MachineError::Refused(format!("slot {slot}: {what}"));
+    let device = |source: DeviceError| MachineError::Device { slot, source };
+    match (&spec.kind, end) {
+        (DeviceKind::Block { id, queues }, end) => {
+            let mut block = Block::new(&BlockConfig {
+                id: id.clone(),
+                queues: *queues,
+                queue_size: 256,
+                read_only: false,
+            });
+            match end {
+                Some(HostEnd::Disk { file, read_only }) => {
+                    block
+                        .attach(Box::new(open_disk(slot, file, read_only)?))
+                        .map_err(device)?;
+                }
+                Some(_) => return Err(wrong("a disk wants a file")),
+                None => {}
+            }
+            Ok(Box::new(block))
+        }
+        (DeviceKind::Vsock { cid }, Some(HostEnd::Listener(listener))) => {
+            Ok(Box::new(Vsock::new(*cid, Some(listener))))
+        }
+        (DeviceKind::Vsock { cid }, None) => Ok(Box::new(Vsock::new(*cid, None))),
+        (DeviceKind::Rng, None) => Ok(Box::new(Rng::new())),
+        (kind, _) => Err(wrong(&format!(
+            "this build has no {kind:?} with such a host side"
+        ))),
+    }
+}
+
+/// A disk's file as a back end.
+pub(super) fn open_disk(
+    slot: u8,
+    file: File,
+    read_only: bool,
+) -> Result<FileBackend, MachineError> {
+    FileBackend::new(file, read_only)
+        .map_err(|e| MachineError::Refused(format!("slot {slot}: {e}")))
+}

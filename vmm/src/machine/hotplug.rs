@@ -1,0 +1,95 @@
+//! Hot-plug of vCPUs, and the end of devices and vCPUs the guest has let go of.
+
+use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES};
+
+use super::exits::lock;
+use super::{Machine, MachineError};
+use crate::cpu::{CpuError, cpuid};
+use crate::layout;
+use crate::platform::hotplug::HotplugAction;
+
+impl Machine {
+    /// Asks for `count` vCPUs: offers new ones, or asks the guest to let go of the last ones. The guest answers
+    /// later; see [`followed`](Self::followed).
+    pub fn request_cpus(&self, count: u8) -> Result<(), MachineError> {
+        let max = lock(&self.config).max_cpus;
+        if count == 0 || count > max {
+            return Err(MachineError::Refused(format!(
+                "{count} vCPUs: this machine takes 1 to {max}"
+            )));
+        }
+        let present: Vec<u8> = lock(&self.board.hotplug).present_cpus().collect();
+        let missing = usize::from(count).saturating_sub(present.len());
+        let new: Vec<u8> = (0..max)
+            .filter(|i| !present.contains(i))
+            .take(missing)
+            .collect();
+        for index in &new {
+            self.make_vcpu(*index)?;
+        }
+        let surplus: Vec<u8> = present.into_iter().rev().take_while(|i| *i > 0).collect();
+        let surplus_len = (surplus.len() + 1).saturating_sub(usize::from(count));
+        if missing == 0 && surplus_len == 0 {
+            return Ok(());
+        }
+        self.board.hotplug_event(|h| {
+            for index in new {
+                h.insert_cpu(index);
+            }
+            for index in surplus.into_iter().take(surplus_len) {
+                h.remove_cpu(index);
+            }
+        });
+        Ok(())
+    }
+
+    /// A vCPU that was there before is still there: KVM has no way to destroy one, and the guest's INIT restarts it.
+    fn make_vcpu(&self, index: u8) -> Result<(), MachineError> {
+        if self.board.vcpus.contains(index) {
+            return Ok(());
+        }
+        let like = self.template_cpuid()?;
+        let fd = self.create_vcpu(index, &cpuid::for_vcpu(&like, index))?;
+        self.start_vcpu(index, fd)?;
+        Ok(())
+    }
+
+    /// The CPUID new vCPUs get. The host's, because a snapshot only resumes on a host whose CPUID is the same.
+    fn template_cpuid(&self) -> Result<CpuId, MachineError> {
+        self.kvm
+            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+            .map_err(|source| MachineError::Kvm {
+                call: "KVM_GET_SUPPORTED_CPUID",
+                source,
+            })
+    }
+
+    /// Follows up what the guest did with a hot-plug request. Runs off the vCPU threads.
+    pub fn followed(&self, action: HotplugAction) -> Result<(), CpuError> {
+        match action {
+            HotplugAction::EjectCpu(index) => {
+                tracing::info!(index, "the guest let go of a vCPU");
+            }
+            HotplugAction::CpuStatus(index, status) => {
+                if status != 0 {
+                    tracing::warn!(index, status, "the guest refused a change of a vCPU");
+                }
+            }
+            HotplugAction::EjectSlots(slots) => {
+                for slot in (1..layout::PCI_SLOTS).filter(|s| slots & (1 << s) != 0) {
+                    self.remove_device(slot);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn remove_device(&self, slot: u8) {
+        self.board.pci.set(slot, None);
+        if let Some(device) = lock(&self.devices).remove(&slot) {
+            device.reset();
+            lock(&self.config).devices.retain(|d| d.slot != slot);
+            tracing::info!(slot, "the guest let go of a device");
+        }
+    }
+}

@@ -1,0 +1,194 @@
+//! What can be done with a machine that exists: run, stop, save, swap disks.
+
+use std::fs::File;
+use std::sync::Arc;
+
+use kvm_bindings::kvm_irqchip;
+
+use super::build::{HostEnd, make_device, open_disk};
+use super::config::{DeviceKind, DeviceSpec};
+use super::exits::lock;
+use super::state::{IRQCHIPS, MachineState};
+use super::{Machine, MachineError};
+use crate::cpu::VcpuState;
+use crate::devices::block::Block;
+use crate::layout;
+use crate::platform::power::Outcome;
+use crate::virtio::pci::VirtioPci;
+
+/// A machine's figures.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Stats {
+    /// vCPUs the guest has been offered and not ejected.
+    pub cpus: u8,
+    /// Base RAM and what is usable of the hot-plug window, in bytes.
+    pub memory: u64,
+    /// Whether the machine is paused.
+    pub paused: bool,
+    /// Devices on the bus.
+    pub devices: usize,
+}
+
+impl Machine {
+    /// How the machine ended, if it has.
+    pub fn outcome(&self) -> Option<&Outcome> {
+        self.board.outcome.get()
+    }
+
+    /// Ends the machine from outside.
+    pub fn stop(&self) {
+        self.board.end(Outcome::Stopped);
+    }
+
+    /// Stops vCPUs and devices. Pausing a paused machine changes nothing.
+    pub fn pause(&self) -> Result<(), MachineError> {
+        let mut paused = lock(&self.paused);
+        if paused.is_some() {
+            return Ok(());
+        }
+        // In this order: no new kicks, then no unhandled kicks, then no requests in flight.
+        self.board.vcpus.pause();
+        let still = self.events.still();
+        let drained = still.drain().map_err(|source| MachineError::Io {
+            action: "handling pending device events",
+            source,
+        })?;
+        if !drained {
+            tracing::warn!("a device was still busy when the machine was paused");
+        }
+        for (slot, d) in lock(&self.devices).iter() {
+            d.pause().map_err(|source| MachineError::Device {
+                slot: *slot,
+                source,
+            })?;
+        }
+        *paused = Some(still);
+        Ok(())
+    }
+
+    /// Lets devices and vCPUs run.
+    pub fn unpause(&self) {
+        let mut paused = lock(&self.paused);
+        if let Some(still) = paused.take() {
+            for d in lock(&self.devices).values() {
+                d.unpause();
+            }
+            drop(still);
+        }
+        self.board.vcpus.start();
+    }
+
+    /// Reads everything but memory. The machine must be paused, and stays so.
+    pub fn save(&self) -> Result<MachineState, MachineError> {
+        let kvm = |call| move |source| MachineError::Kvm { call, source };
+        if lock(&self.paused).is_none() {
+            return Err(MachineError::Refused(
+                "only a paused machine can be saved".to_owned(),
+            ));
+        }
+        if let Some(outcome) = self.outcome() {
+            return Err(MachineError::Refused(format!(
+                "the machine has ended: {outcome:?}"
+            )));
+        }
+        let vm = &self.board.vm;
+        let mut irqchips = Vec::with_capacity(IRQCHIPS.len());
+        for id in IRQCHIPS {
+            let mut chip = kvm_irqchip {
+                chip_id: id,
+                ..Default::default()
+            };
+            vm.get_irqchip(&mut chip).map_err(kvm("KVM_GET_IRQCHIP"))?;
+            irqchips.push(chip);
+        }
+        let clock = vm.get_clock().map_err(kvm("KVM_GET_CLOCK"))?;
+        let msrs = self
+            .kvm
+            .get_msr_index_list()
+            .map_err(kvm("KVM_GET_MSR_INDEX_LIST"))?;
+        let mut vcpus = Vec::new();
+        self.board.vcpus.for_each(|index, fd| {
+            vcpus.push(VcpuState::save(fd, index, &msrs)?);
+            Ok::<(), crate::cpu::CpuError>(())
+        })?;
+        let mut config = lock(&self.config).clone();
+        config.memory = self.memory.shape();
+        let devices = lock(&self.devices);
+        config.devices.sort_by_key(|d| d.slot);
+        let saved: Result<Vec<_>, _> = devices.values().map(|d| d.save()).collect();
+        Ok(MachineState {
+            config,
+            clock,
+            irqchips,
+            vcpus,
+            hotplug: lock(&self.board.hotplug).clone(),
+            serial: self.board.console.as_ref().map(|c| lock(c).save()),
+            devices: saved?,
+        })
+    }
+
+    /// Guest memory in the order of a memory file. Only for a paused machine.
+    pub fn memory(&self) -> Option<Vec<&[u8]>> {
+        lock(&self.paused).is_some().then(|| self.memory.contents())
+    }
+
+    pub(super) fn device(&self, slot: u8) -> Result<Arc<VirtioPci>, MachineError> {
+        lock(&self.devices)
+            .get(&slot)
+            .cloned()
+            .ok_or_else(|| MachineError::Refused(format!("there is no device in slot {slot}")))
+    }
+
+    /// Puts a disk into an empty block slot.
+    pub fn attach_block(&self, slot: u8, file: File, read_only: bool) -> Result<(), MachineError> {
+        let backend = Box::new(open_disk(slot, file, read_only)?);
+        match self.device(slot)?.with(|b: &mut Block| b.attach(backend)) {
+            Some(result) => result.map_err(|source| MachineError::Device { slot, source }),
+            None => Err(MachineError::Refused(format!(
+                "slot {slot} does not take disks"
+            ))),
+        }
+    }
+
+    /// Takes the disk out of a block slot.
+    pub fn detach_block(&self, slot: u8) -> Result<(), MachineError> {
+        match self.device(slot)?.with(Block::detach) {
+            Some(result) => result
+                .map(drop)
+                .map_err(|source| MachineError::Device { slot, source }),
+            None => Err(MachineError::Refused(format!("slot {slot} holds no disk"))),
+        }
+    }
+
+    /// Puts a new device into a free PCI slot and tells the guest.
+    pub fn plug_device(&self, kind: DeviceKind, end: Option<HostEnd>) -> Result<u8, MachineError> {
+        let taken: Vec<u8> = lock(&self.devices).keys().copied().collect();
+        let slot = (1..layout::PCI_SLOTS)
+            .find(|s| !taken.contains(s))
+            .ok_or_else(|| MachineError::Refused("all PCI slots are taken".to_owned()))?;
+        let spec = DeviceSpec { slot, kind };
+        let device = make_device(&spec, end, &self.memory)?;
+        self.add_device(slot, device);
+        lock(&self.config).devices.push(spec);
+        self.board.hotplug_event(|h| h.insert_slot(slot));
+        Ok(slot)
+    }
+
+    /// Asks the guest to let go of the device in a slot; it is gone when the guest ejects it.
+    pub fn unplug_device(&self, slot: u8) -> Result<(), MachineError> {
+        self.device(slot)?;
+        self.board.hotplug_event(|h| h.remove_slot(slot));
+        Ok(())
+    }
+
+    /// Figures.
+    pub fn stats(&self) -> Stats {
+        let shape = self.memory.shape();
+        Stats {
+            cpus: lock(&self.board.hotplug).present_cpus().count() as u8,
+            memory: shape.ram + shape.usable,
+            paused: lock(&self.paused).is_some(),
+            devices: lock(&self.devices).len(),
+        }
+    }
+}

@@ -1,0 +1,57 @@
+//! Where the time of a start goes: named steps, measured from the process's first instruction on.
+
+use std::time::Instant;
+
+/// Steps in the order they ended.
+#[derive(Clone, Debug)]
+pub struct Timeline {
+    start: Instant,
+    last: Instant,
+    steps: Vec<Step>,
+}
+
+/// One step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Step {
+    /// The span's name.
+    pub name: &'static str,
+    /// When it began, in nanoseconds after the start.
+    pub start_ns: u64,
+    /// How long it took.
+    pub duration_ns: u64,
+}
+
+impl Default for Timeline {
+    fn default() -> Self {
+        let now = Instant::now();
+        Self {
+            start: now,
+            last: now,
+            steps: Vec::with_capacity(16),
+        }
+    }
+}
+
+impl Timeline {
+    /// Ends a step that began where the last one ended.
+    pub fn mark(&mut self, name: &'static str) {
+        let now = Instant::now();
+        let ns = |d: std::time::Duration| u64::try_from(d.as_nanos()).unwrap_or(u64::MAX);
+        self.steps.push(Step {
+            name,
+            start_ns: ns(self.last - self.start),
+            duration_ns: ns(now - self.last),
+        });
+        self.last = now;
+    }
+
+    /// Forgets the time since the last step, which was spent waiting for someone else.
+    pub fn skip(&mut self) {
+        self.last = Instant::now();
+    }
+
+    /// The steps.
+    pub fn steps(&self) -> &[Step] {
+        &self.steps
+    }
+}
