@@ -1,9 +1,21 @@
-//! containerd's shim for kiln.
+//! containerd's shim for kiln: containerd's Task and Sandbox APIs turned into the life of a μVM.
+//!
+//! From the outside in: [`bootstrap`] is how containerd starts a shim and finds it, [`service`]
+//! translates RPCs, [`pod`] is the state machine that knows the rules, and [`uvm`] the seam behind
+//! which the VMM and the guest's agent are.
 
 pub mod bootstrap;
+pub mod config;
 pub mod error;
 pub mod events;
 pub mod log;
+pub mod pod;
 pub mod publisher;
+pub mod rootfs;
+pub mod service;
+pub mod size;
+pub mod spec;
+pub mod stats;
 pub mod stdio;
 pub mod time;
+pub mod uvm;

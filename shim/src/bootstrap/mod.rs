@@ -13,7 +13,7 @@ mod socket;
 mod version;
 
 pub use answer::{Answer, AnswerForm};
-pub use args::{Action, Args, ArgsError};
+pub use args::{Action, Args, ArgsError, is_identifier};
 pub use daemon::{Fork, adjust_oom_score, fork_daemon};
 pub use params::{StartParams, StartProtocol, runtime_options_config_path};
 pub use socket::{ShimSocket, SocketError, address_for, bind_or_find, is_alive, path_of, remove};

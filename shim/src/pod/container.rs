@@ -1,0 +1,110 @@
+//! One container of a pod, with its execs.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::process::Process;
+use crate::error::{Error, Result};
+use crate::rootfs::Storage;
+use crate::size::Limits;
+
+/// What stands behind a container.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// CRI's pause container: the μVM itself. No process, no root file system.
+    Pause,
+    /// A container in the guest.
+    Guest,
+}
+
+/// A container.
+#[derive(Debug)]
+pub struct Container {
+    /// Its id.
+    pub id: String,
+    /// Its bundle.
+    pub bundle: PathBuf,
+    /// What stands behind it.
+    pub kind: Kind,
+    /// Its first process.
+    pub init: Arc<Process>,
+    pub(super) limits: Mutex<Limits>,
+    pub(super) storage: Mutex<Option<Storage>>,
+    execs: Mutex<HashMap<String, Exec>>,
+}
+
+/// An exec and, until it is started, what is to be run.
+#[derive(Debug, Clone)]
+pub(super) struct Exec {
+    pub(super) process: Arc<Process>,
+    /// An OCI process object, JSON.
+    pub(super) spec: Arc<[u8]>,
+}
+
+impl Container {
+    pub(super) fn new(
+        id: &str,
+        bundle: PathBuf,
+        kind: Kind,
+        init: Arc<Process>,
+        limits: Limits,
+    ) -> Self {
+        Self {
+            id: id.to_owned(),
+            bundle,
+            kind,
+            init,
+            limits: Mutex::new(limits),
+            storage: Mutex::new(None),
+            execs: Mutex::default(),
+        }
+    }
+
+    fn lock_execs(&self) -> MutexGuard<'_, HashMap<String, Exec>> {
+        self.execs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Finds a process: the first one for an empty id.
+    pub fn process(&self, exec: &str) -> Result<Arc<Process>> {
+        if exec.is_empty() {
+            return Ok(Arc::clone(&self.init));
+        }
+        self.exec(exec).map(|e| e.process)
+    }
+
+    pub(super) fn exec(&self, exec: &str) -> Result<Exec> {
+        self.lock_execs()
+            .get(exec)
+            .cloned()
+            .ok_or_else(|| Error::NotFound(format!("exec {exec} of container {}", self.id)))
+    }
+
+    pub(super) fn add_exec(&self, exec: Exec) -> Result<()> {
+        let id = exec.process.exec_id().to_owned();
+        let mut execs = self.lock_execs();
+        if execs.contains_key(&id) {
+            return Err(Error::AlreadyExists(format!(
+                "exec {id} of container {}",
+                self.id
+            )));
+        }
+        execs.insert(id, exec);
+        Ok(())
+    }
+
+    pub(super) fn remove_exec(&self, exec: &str) {
+        self.lock_execs().remove(exec);
+    }
+
+    pub(super) fn execs(&self) -> Vec<Arc<Process>> {
+        self.lock_execs()
+            .values()
+            .map(|e| Arc::clone(&e.process))
+            .collect()
+    }
+
+    pub(super) fn limits(&self) -> Limits {
+        *self.limits.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,342 @@
+//! The state machine: a pod, its containers and their processes, without RPC and without KVM.
+//!
+//! Everything containerd can ask is a plain function here; the services translate. The rules it
+//! keeps:
+//!
+//! - events are told in the order create, start, exit, delete (exec-added, exec-started, exit for
+//!   an exec), however short a process lives, and a container's first process ends last;
+//! - the end of the μVM is the end of every process in it, told as killed;
+//! - what was made is undone, whichever step failed.
+
+mod container;
+mod process;
+mod resize;
+mod sandbox;
+mod tasks;
+
+#[cfg(test)]
+mod tests;
+
+pub use container::{Container, Kind};
+pub use process::{Phase, Process};
+pub use sandbox::{SandboxRequest, SandboxStatus};
+pub use tasks::{CreateTask, TaskState};
+
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::{OnceCell, watch};
+
+use crate::config::{Config, PodOverrides};
+use crate::error::{Error, Result};
+use crate::events::{Event, Exit};
+use crate::publisher::Publisher;
+use crate::rootfs::SharedVolumes;
+use crate::size::{Limits, size_of};
+use crate::spec::{Role, Spec};
+use crate::uvm::{GuestEvent, Launcher, PodSetup, Uvm};
+
+/// How long execs get to end after the first process of their container did.
+const EXEC_GRACE: Duration = Duration::from_secs(2);
+
+/// A pod: one shim, one μVM.
+pub struct Pod {
+    id: String,
+    config: Config,
+    publisher: Publisher,
+    launcher: Arc<dyn Launcher>,
+    uvm: OnceCell<Arc<dyn Uvm>>,
+    /// What the μVM was launched for, and how big it is now.
+    setup: Mutex<Option<Launched>>,
+    containers: Mutex<HashMap<String, Arc<Container>>>,
+    sandbox: Mutex<Option<sandbox::Sandbox>>,
+    shared_volumes: SharedVolumes,
+    /// Set when the μVM is gone for good.
+    ended: watch::Sender<Option<Exit>>,
+    shutdown: watch::Sender<bool>,
+}
+
+#[derive(Debug, Clone)]
+struct Launched {
+    setup: PodSetup,
+    overrides: PodOverrides,
+}
+
+impl fmt::Debug for Pod {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Pod")
+            .field("id", &self.id)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Pod {
+    /// A pod with nothing in it yet.
+    pub fn new(
+        id: &str,
+        config: Config,
+        publisher: Publisher,
+        launcher: Arc<dyn Launcher>,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            id: id.to_owned(),
+            config,
+            publisher,
+            launcher,
+            uvm: OnceCell::new(),
+            setup: Mutex::new(None),
+            containers: Mutex::default(),
+            sandbox: Mutex::new(None),
+            shared_volumes: SharedVolumes::default(),
+            ended: watch::channel(None).0,
+            shutdown: watch::channel(false).0,
+        })
+    }
+
+    /// The pod's id.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// Begins to resume the μVM before containerd asks for it, if the bundle tells enough. Whoever
+    /// needs the μVM later waits for this, and reports its failure by trying again.
+    pub fn launch_ahead(self: &Arc<Self>, spec: &Spec) {
+        if spec.role() == Role::Member {
+            return;
+        }
+        let Ok(launched) = self.setup_for(spec) else {
+            return;
+        };
+        let pod = Arc::clone(self);
+        tokio::spawn(async move {
+            if let Err(error) = pod.launch(launched).await {
+                tracing::warn!(
+                    error = error.chain(),
+                    "the μVM could not be resumed ahead of time"
+                );
+            }
+        });
+    }
+
+    /// What a sandbox or a lone container needs its μVM to be.
+    fn setup_for(&self, spec: &Spec) -> Result<Launched> {
+        let limits = match spec.role() {
+            Role::Sandbox => spec.sandbox_limits(),
+            Role::Member | Role::Alone => spec.limits(),
+        };
+        let netns = match spec.network_namespace() {
+            Some(path) => path,
+            // No network namespace of its own means the host's, and a VM can't be in that.
+            None => {
+                return Err(Error::InvalidArgument(
+                    "the pod asks for the host's network (hostNetwork), which a pod in a μVM can't \
+                     have; run it with another runtime class"
+                        .into(),
+                ));
+            }
+        };
+        // A lone container without a namespace to join gets a μVM without a network.
+        let setup = PodSetup {
+            id: self.id.clone(),
+            size: size_of(limits, &PodOverrides::default(), &self.config),
+            hostname: spec.hostname().unwrap_or_default().to_owned(),
+            netns,
+            sysctls: spec.sysctls(),
+            cgroup: spec.cgroups_path().map(str::to_owned),
+        };
+        self.with_overrides(setup, limits, spec.annotations())
+    }
+
+    fn with_overrides(
+        &self,
+        mut setup: PodSetup,
+        limits: Limits,
+        annotations: &std::collections::BTreeMap<String, String>,
+    ) -> Result<Launched> {
+        let overrides = self
+            .config
+            .pod_overrides(annotations)
+            .map_err(|e| Error::InvalidArgument(e.to_string()))?;
+        setup.size = size_of(limits, &overrides, &self.config);
+        Ok(Launched { setup, overrides })
+    }
+
+    /// The μVM, resumed now if it isn't yet.
+    async fn launch(self: &Arc<Self>, launched: Launched) -> Result<Arc<dyn Uvm>> {
+        let uvm = self
+            .uvm
+            .get_or_try_init(|| async {
+                let uvm = self.launcher.launch(&launched.setup).await?;
+                *lock(&self.setup) = Some(launched);
+                self.follow(&uvm);
+                Ok::<_, Error>(uvm)
+            })
+            .await?;
+        Ok(Arc::clone(uvm))
+    }
+
+    /// The running μVM.
+    fn uvm(&self) -> Result<Arc<dyn Uvm>> {
+        self.uvm.get().cloned().ok_or_else(|| {
+            Error::FailedPrecondition(format!("the sandbox of pod {} was not started", self.id))
+        })
+    }
+
+    /// The process id that stands for the pod on the host; 0 before there is one.
+    pub fn pid(&self) -> u32 {
+        self.uvm.get().map_or(0, |uvm| uvm.pid())
+    }
+
+    /// Looks after a μVM: its end and its events.
+    fn follow(self: &Arc<Self>, uvm: &Arc<dyn Uvm>) {
+        let (pod, vm) = (Arc::clone(self), Arc::clone(uvm));
+        tokio::spawn(async move {
+            let reason = vm.ended().await;
+            tracing::info!(%reason, "the μVM has ended");
+            pod.all_ended().await;
+        });
+        let (pod, vm) = (Arc::clone(self), Arc::clone(uvm));
+        tokio::spawn(async move {
+            while let Some(GuestEvent::Oom { container }) = vm.next_event().await {
+                if lock(&pod.containers).contains_key(&container) {
+                    pod.publisher.publish(&Event::Oom { container });
+                }
+            }
+        });
+    }
+
+    /// The μVM is gone, and all that ran in it.
+    async fn all_ended(self: &Arc<Self>) {
+        let exit = Exit::killed_now();
+        let containers: Vec<_> = lock(&self.containers).values().cloned().collect();
+        for container in containers {
+            self.finish(&container, &container.init, exit).await;
+        }
+        self.set_ended(exit);
+    }
+
+    /// Records the end of the μVM; the first record stays.
+    fn set_ended(&self, exit: Exit) {
+        self.ended.send_if_modified(|known| {
+            let first = known.is_none();
+            known.get_or_insert(exit);
+            first
+        });
+    }
+
+    /// Waits, in the background, for a process of the guest to end.
+    fn watch_process(self: &Arc<Self>, uvm: Arc<dyn Uvm>, c: Arc<Container>, p: Arc<Process>) {
+        let pod = Arc::clone(self);
+        tokio::spawn(async move {
+            let exit = match uvm.wait(&c.id, p.exec_id()).await {
+                Ok(exit) => exit,
+                Err(error) => {
+                    let process = p.name();
+                    tracing::warn!(
+                        process,
+                        error = error.chain(),
+                        "end not seen, taken as killed"
+                    );
+                    Exit::killed_now()
+                }
+            };
+            pod.finish(&c, &p, exit).await;
+        });
+    }
+
+    /// Records and tells the end of a process.
+    async fn finish(&self, container: &Container, process: &Arc<Process>, exit: Exit) {
+        if process.exec_id().is_empty() {
+            self.finish_execs(container).await;
+        }
+        let _step = process.step.lock().await;
+        if process.set_exit(exit) {
+            self.publisher.publish(&Event::Exit {
+                container: container.id.clone(),
+                exec: process.exec_id().to_owned(),
+                pid: self.pid(),
+                exit,
+            });
+        }
+    }
+
+    /// A container's first process has ended: its execs are ended, and told, before it.
+    async fn finish_execs(&self, container: &Container) {
+        let running: Vec<_> = container
+            .execs()
+            .into_iter()
+            .filter(|p| matches!(p.phase(), Phase::Running | Phase::Paused))
+            .collect();
+        let deadline = tokio::time::Instant::now() + EXEC_GRACE;
+        for process in running {
+            // In a PID namespace of the pod they outlive the first process unless they are killed.
+            if let Some(uvm) = self.uvm.get() {
+                let kill = uvm.kill(&container.id, process.exec_id(), 9, false);
+                // An exec that is gone already can't be killed, which is as good.
+                let _ = tokio::time::timeout_at(deadline, kill).await;
+            }
+            if tokio::time::timeout_at(deadline, process.wait())
+                .await
+                .is_err()
+            {
+                let _step = process.step.lock().await;
+                let exit = Exit::killed_now();
+                if process.set_exit(exit) {
+                    self.publisher.publish(&Event::Exit {
+                        container: container.id.clone(),
+                        exec: process.exec_id().to_owned(),
+                        pid: self.pid(),
+                        exit,
+                    });
+                }
+            }
+        }
+    }
+
+    fn container(&self, id: &str) -> Result<Arc<Container>> {
+        lock(&self.containers)
+            .get(id)
+            .cloned()
+            .ok_or_else(|| Error::NotFound(format!("container {id}")))
+    }
+
+    /// `Shutdown`: containerd calls it after every task it deletes, so it only counts when nothing
+    /// is left.
+    pub fn shutdown_if_idle(&self) {
+        let busy = !lock(&self.containers).is_empty() || lock(&self.sandbox).is_some();
+        if !busy {
+            self.shut_down();
+        }
+    }
+
+    /// Ends the shim.
+    pub fn shut_down(&self) {
+        self.shutdown.send_replace(true);
+    }
+
+    /// Returns when the shim is to end.
+    pub async fn until_shutdown(&self) {
+        // The sender lives in `self`.
+        let _ = self.shutdown.subscribe().wait_for(|down| *down).await;
+    }
+
+    /// Ends the μVM and releases what containers still hold. The last thing a shim does.
+    pub async fn close(&self) {
+        if let Some(uvm) = self.uvm.get() {
+            uvm.stop().await;
+        }
+        let containers: Vec<_> = lock(&self.containers).drain().map(|(_, c)| c).collect();
+        for container in containers {
+            let storage = lock(&container.storage).take();
+            if let Some(storage) = storage {
+                storage.release(None).await;
+            }
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,94 @@
+//! `Update`: a container's limits, and with them the size of the μVM.
+
+use super::{Kind, Pod, lock};
+use crate::error::{Error, Result};
+use crate::size::{Limits, Resources, Size, size_of};
+
+impl Pod {
+    /// Changes a container's limits to an OCI `LinuxResources` (JSON). The μVM grows before the
+    /// limits do and shrinks after them, so that the limits are never more than there is.
+    pub async fn update(&self, id: &str, resources: &[u8]) -> Result<()> {
+        let container = self.container(id)?;
+        let parsed: Resources = serde_json::from_slice(resources)
+            .map_err(|e| Error::InvalidArgument(format!("the resources of container {id}: {e}")))?;
+        let uvm = self.uvm()?;
+        let limits = merge(container.limits(), parsed.limits());
+        let wanted = self.size_with(id, container.kind, limits);
+        let now = self.size();
+        if let (Some(wanted), Some(now)) = (wanted, now) {
+            let grown = Size {
+                cpus: wanted.cpus.max(now.cpus),
+                memory: wanted.memory.max(now.memory),
+            };
+            if grown != now {
+                uvm.resize(grown).await?;
+                self.set_size(grown);
+            }
+        }
+        if container.kind == Kind::Guest {
+            uvm.update(id, resources.to_vec()).await?;
+        }
+        *lock(&container.limits) = limits;
+        if let (Some(wanted), Some(now)) = (wanted, self.size())
+            && wanted != now
+        {
+            uvm.resize(wanted).await?;
+            self.set_size(wanted);
+        }
+        Ok(())
+    }
+
+    fn size(&self) -> Option<Size> {
+        lock(&self.setup).as_ref().map(|l| l.setup.size)
+    }
+
+    fn set_size(&self, size: Size) {
+        if let Some(launched) = lock(&self.setup).as_mut() {
+            launched.setup.size = size;
+        }
+    }
+
+    /// The size the μVM should have if the container had these limits. `None` leaves it alone:
+    /// with an unlimited container in the pod the sum says nothing.
+    fn size_with(&self, id: &str, kind: Kind, limits: Limits) -> Option<Size> {
+        let overrides = lock(&self.setup).as_ref()?.overrides.clone();
+        if kind == Kind::Pause {
+            return Some(size_of(limits, &overrides, &self.config));
+        }
+        let sum = lock(&self.containers)
+            .values()
+            .filter(|c| c.kind == Kind::Guest && c.id != id)
+            .map(|c| c.limits())
+            .fold(limits, Limits::plus);
+        let now = self.size()?;
+        let mut size = size_of(sum, &overrides, &self.config);
+        if sum.cpu_quota <= 0 && overrides.cpus.is_none() {
+            size.cpus = now.cpus;
+        }
+        if sum.memory <= 0 && overrides.memory.is_none() {
+            size.memory = now.memory;
+        }
+        Some(size)
+    }
+}
+
+/// An update leaves alone what it doesn't mention.
+fn merge(old: Limits, new: Limits) -> Limits {
+    Limits {
+        cpu_quota: if new.cpu_quota == 0 {
+            old.cpu_quota
+        } else {
+            new.cpu_quota
+        },
+        cpu_period: if new.cpu_period == 0 {
+            old.cpu_period
+        } else {
+            new.cpu_period
+        },
+        memory: if new.memory == 0 {
+            old.memory
+        } else {
+            new.memory
+        },
+    }
+}

@@ -1,0 +1,176 @@
+//! What the Sandbox service asks of a pod.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use kiln_agent_api::proto;
+
+use super::{Launched, Pod, lock};
+use crate::config::PodOverrides;
+use crate::error::{Error, Result};
+use crate::events::Exit;
+use crate::size::{Limits, size_of};
+use crate::time::UnixNanos;
+use crate::uvm::PodSetup;
+
+/// What `CreateSandbox` is asked.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct SandboxRequest {
+    /// The sandbox's id.
+    pub id: String,
+    /// The pod's network namespace; empty: the host's.
+    pub netns: Option<PathBuf>,
+    /// The pod's host name.
+    pub hostname: String,
+    /// Annotations.
+    pub annotations: BTreeMap<String, String>,
+    /// Sysctls.
+    pub sysctls: BTreeMap<String, String>,
+    /// The pod's limits.
+    pub limits: Limits,
+    /// The pod's cgroup.
+    pub cgroup_parent: Option<String>,
+}
+
+/// A sandbox made through the Sandbox service.
+#[derive(Debug)]
+pub(super) struct Sandbox {
+    launched: Launched,
+    started_at: Option<UnixNanos>,
+}
+
+/// What `SandboxStatus` answers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SandboxStatus {
+    /// The process id on the host.
+    pub pid: u32,
+    /// When it was started.
+    pub started_at: Option<UnixNanos>,
+    /// How it ended, if it has.
+    pub exit: Option<Exit>,
+}
+
+impl SandboxStatus {
+    /// Whether containers can be made in it.
+    pub fn ready(&self) -> bool {
+        self.started_at.is_some() && self.exit.is_none()
+    }
+}
+
+impl Pod {
+    /// `CreateSandbox`: notes what is wanted.
+    pub fn create_sandbox(&self, request: SandboxRequest) -> Result<()> {
+        self.check_sandbox_id(&request.id)?;
+        if request.netns.is_none() {
+            return Err(Error::InvalidArgument(
+                "the pod asks for the host's network (hostNetwork), which a pod in a μVM can't \
+                 have; run it with another runtime class"
+                    .into(),
+            ));
+        }
+        let setup = PodSetup {
+            id: self.id.clone(),
+            size: size_of(request.limits, &PodOverrides::default(), &self.config),
+            hostname: request.hostname,
+            netns: request.netns,
+            sysctls: request.sysctls,
+            cgroup: request
+                .cgroup_parent
+                .map(|parent| format!("{parent}/{}", self.id)),
+        };
+        let launched = self.with_overrides(setup, request.limits, &request.annotations)?;
+        let mut sandbox = lock(&self.sandbox);
+        if sandbox.is_some() {
+            return Err(Error::AlreadyExists(format!("sandbox {}", self.id)));
+        }
+        *sandbox = Some(Sandbox {
+            launched,
+            started_at: None,
+        });
+        Ok(())
+    }
+
+    /// `StartSandbox`: resumes the μVM.
+    pub async fn start_sandbox(self: &Arc<Self>, id: &str) -> Result<SandboxStatus> {
+        self.check_sandbox_id(id)?;
+        let launched = match lock(&self.sandbox).as_ref() {
+            Some(sandbox) => sandbox.launched.clone(),
+            None => return Err(self.no_sandbox()),
+        };
+        self.launch(launched).await?;
+        if let Some(sandbox) = lock(&self.sandbox).as_mut() {
+            sandbox.started_at.get_or_insert_with(UnixNanos::now);
+        }
+        self.sandbox_status(id)
+    }
+
+    /// `SandboxStatus`.
+    pub fn sandbox_status(&self, id: &str) -> Result<SandboxStatus> {
+        self.check_sandbox_id(id)?;
+        let sandbox = lock(&self.sandbox);
+        let sandbox = sandbox.as_ref().ok_or_else(|| self.no_sandbox())?;
+        Ok(SandboxStatus {
+            pid: self.pid(),
+            started_at: sandbox.started_at,
+            exit: *self.ended.borrow(),
+        })
+    }
+
+    /// `WaitSandbox`.
+    pub async fn wait_sandbox(&self, id: &str) -> Result<Exit> {
+        self.sandbox_status(id)?;
+        let mut ended = self.ended.subscribe();
+        let exit = ended.wait_for(Option::is_some).await.ok().and_then(|e| *e);
+        Ok(exit.unwrap_or_else(Exit::killed_now))
+    }
+
+    /// `StopSandbox`: ends the μVM, which ends all that runs in it.
+    pub async fn stop_sandbox(&self, id: &str) -> Result<()> {
+        self.sandbox_status(id)?;
+        // A wanted end, told before the μVM's own end can be: status 0.
+        let exit = Exit {
+            status: 0,
+            at: UnixNanos::now(),
+        };
+        self.set_ended(exit);
+        if let Some(uvm) = self.uvm.get() {
+            uvm.stop().await;
+        }
+        Ok(())
+    }
+
+    /// `ShutdownSandbox`: ends the sandbox and the shim.
+    pub async fn shutdown_sandbox(&self, id: &str) -> Result<()> {
+        self.check_sandbox_id(id)?;
+        if lock(&self.sandbox).is_some() {
+            self.stop_sandbox(id).await?;
+        }
+        lock(&self.sandbox).take();
+        self.shut_down();
+        Ok(())
+    }
+
+    /// `SandboxMetrics`.
+    pub async fn sandbox_stats(
+        &self,
+        id: &str,
+    ) -> Result<(proto::StatsResponse, proto::NetworkState)> {
+        self.sandbox_status(id)?;
+        self.usage("").await
+    }
+
+    fn check_sandbox_id(&self, id: &str) -> Result<()> {
+        if id == self.id {
+            return Ok(());
+        }
+        Err(Error::NotFound(format!(
+            "sandbox {id} (this shim serves {})",
+            self.id
+        )))
+    }
+
+    fn no_sandbox(&self) -> Error {
+        Error::NotFound(format!("sandbox {}", self.id))
+    }
+}

@@ -1,0 +1,435 @@
+//! What the Task service asks of a pod.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use containerd_shim_protos::api::Mount;
+use kiln_agent_api::proto;
+
+use super::container::Exec;
+use super::{Container, Kind, Phase, Pod, Process, lock};
+use crate::bootstrap::is_identifier;
+use crate::error::{Error, Result};
+use crate::events::{Event, Exit};
+use crate::rootfs::{Storage, Wanted};
+use crate::spec::{Role, Spec};
+use crate::stdio::StdioPaths;
+use crate::time::UnixNanos;
+use crate::uvm::Uvm;
+
+/// How long `Delete` waits for output that its reader hasn't taken yet.
+const DRAIN: Duration = Duration::from_secs(10);
+const SIGKILL: u32 = 9;
+
+/// What `Create` is asked.
+#[derive(Debug, Clone)]
+pub struct CreateTask {
+    /// The container's id.
+    pub id: String,
+    /// Its bundle.
+    pub bundle: PathBuf,
+    /// The mounts that make its root file system.
+    pub rootfs: Vec<Mount>,
+    /// Its streams.
+    pub stdio: StdioPaths,
+}
+
+/// What `State` answers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TaskState {
+    /// The container's bundle.
+    pub bundle: PathBuf,
+    /// The process id on the host.
+    pub pid: u32,
+    /// Where the process is in its life.
+    pub phase: Phase,
+    /// Its streams.
+    pub stdio: StdioPaths,
+    /// How it ended, if it has.
+    pub exit: Option<Exit>,
+}
+
+impl Pod {
+    /// Makes a container. The first one of a pod brings its μVM.
+    pub async fn create(self: &Arc<Self>, task: CreateTask) -> Result<u32> {
+        if !is_identifier(&task.id) {
+            return Err(Error::InvalidArgument(format!(
+                "container id {:?} is no id",
+                task.id
+            )));
+        }
+        if lock(&self.containers).contains_key(&task.id) {
+            return Err(Error::AlreadyExists(format!("container {}", task.id)));
+        }
+        let spec = Spec::load(&task.bundle)?;
+        let process = Arc::new(Process::new(&task.id, "", task.stdio.clone())?);
+        let (kind, uvm) = match spec.role() {
+            Role::Sandbox => (Kind::Pause, self.launch(self.setup_for(&spec)?).await?),
+            Role::Alone => (Kind::Guest, self.launch(self.setup_for(&spec)?).await?),
+            Role::Member => (Kind::Guest, self.uvm()?),
+        };
+        let container = Arc::new(Container::new(
+            &task.id,
+            task.bundle.clone(),
+            kind,
+            process,
+            spec.limits(),
+        ));
+        if kind == Kind::Guest {
+            self.create_in_guest(uvm.as_ref(), &container, &spec, &task.rootfs)
+                .await?;
+        }
+        lock(&self.containers).insert(task.id.clone(), Arc::clone(&container));
+        let pid = uvm.pid();
+        self.publisher.publish(&Event::Create {
+            container: task.id,
+            bundle: task.bundle.display().to_string(),
+            rootfs: task.rootfs,
+            stdio: task.stdio,
+            pid,
+        });
+        if kind == Kind::Guest {
+            let init = Arc::clone(&container.init);
+            self.watch_process(uvm, container, init);
+        }
+        Ok(pid)
+    }
+
+    async fn create_in_guest(
+        &self,
+        uvm: &dyn Uvm,
+        container: &Container,
+        spec: &Spec,
+        rootfs: &[Mount],
+    ) -> Result<()> {
+        let wanted = Wanted {
+            id: &container.id,
+            bundle: &container.bundle,
+            spec,
+            rootfs,
+        };
+        let (storage, guest) =
+            Storage::prepare(&wanted, &self.config, &self.shared_volumes, uvm).await?;
+        let (tty_width, tty_height) = spec.console_size();
+        let request = proto::CreateContainerRequest {
+            container_id: container.id.clone(),
+            spec: guest.spec,
+            stdio: Some(container.init.agent_stdio()).into(),
+            mounts: guest.mounts,
+            rootfs: guest.rootfs,
+            pid_namespace: match spec.pid_namespace() {
+                Some(None) => proto::PidNamespace::PID_OWN,
+                // The pod's, or (no entry at all) the host's, which for a μVM is the pod's.
+                Some(Some(_)) | None => proto::PidNamespace::PID_POD,
+            }
+            .into(),
+            tty_width,
+            tty_height,
+            ..Default::default()
+        };
+        if let Err(error) = uvm.create(request).await {
+            storage.release(Some(uvm)).await;
+            return Err(error);
+        }
+        if let Err(error) = container.init.connect(uvm).await {
+            if let Err(also) = uvm.delete(&container.id, "").await {
+                tracing::warn!(
+                    error = also.chain(),
+                    "a half-made container could not be removed"
+                );
+            }
+            storage.release(Some(uvm)).await;
+            return Err(error);
+        }
+        *lock(&container.storage) = Some(storage);
+        Ok(())
+    }
+
+    /// Starts a container's first process, or an exec.
+    pub async fn start(self: &Arc<Self>, id: &str, exec: &str) -> Result<u32> {
+        let container = self.container(id)?;
+        let process = container.process(exec)?;
+        let _step = process.step.lock().await;
+        if process.phase() != Phase::Created {
+            return Err(Error::FailedPrecondition(format!(
+                "{} was started before",
+                process.name()
+            )));
+        }
+        let pid = self.pid();
+        if exec.is_empty() {
+            if container.kind == Kind::Guest {
+                self.uvm()?.start(id).await?;
+            }
+            process.set_phase(Phase::Running);
+            self.publisher.publish(&Event::Start {
+                container: id.to_owned(),
+                pid,
+            });
+        } else {
+            self.start_exec(&container, exec).await?;
+            process.set_phase(Phase::Running);
+            self.publisher.publish(&Event::ExecStarted {
+                container: id.to_owned(),
+                exec: exec.to_owned(),
+                pid,
+            });
+        }
+        Ok(pid)
+    }
+
+    /// The caller holds the exec's step, so its end is told after its start.
+    async fn start_exec(self: &Arc<Self>, container: &Arc<Container>, exec: &str) -> Result<()> {
+        if container.init.phase() != Phase::Running {
+            return Err(Error::FailedPrecondition(format!(
+                "container {} is not running, so nothing can be started in it",
+                container.id
+            )));
+        }
+        let uvm = self.uvm()?;
+        let Exec { process, spec } = container.exec(exec)?;
+        uvm.exec(proto::ExecRequest {
+            container_id: container.id.clone(),
+            exec_id: exec.to_owned(),
+            process: spec.to_vec(),
+            stdio: Some(process.agent_stdio()).into(),
+            ..Default::default()
+        })
+        .await?;
+        if let Err(error) = process.connect(uvm.as_ref()).await {
+            if let Err(also) = uvm.delete(&container.id, exec).await {
+                tracing::warn!(
+                    error = also.chain(),
+                    "a half-made exec could not be removed"
+                );
+            }
+            return Err(error);
+        }
+        self.watch_process(uvm, Arc::clone(container), process);
+        Ok(())
+    }
+
+    /// Registers an exec; it runs from `start`.
+    pub fn exec(&self, id: &str, exec: &str, stdio: StdioPaths, spec: &[u8]) -> Result<()> {
+        let container = self.container(id)?;
+        if !is_identifier(exec) {
+            return Err(Error::InvalidArgument(format!("exec id {exec:?} is no id")));
+        }
+        if container.kind == Kind::Pause {
+            return Err(Error::FailedPrecondition(format!(
+                "{id} is the pod's sandbox, which has no file system to run anything in"
+            )));
+        }
+        let process = Arc::new(Process::new(id, exec, stdio)?);
+        container.add_exec(Exec {
+            process,
+            spec: spec.into(),
+        })?;
+        self.publisher.publish(&Event::ExecAdded {
+            container: id.to_owned(),
+            exec: exec.to_owned(),
+        });
+        Ok(())
+    }
+
+    /// Sends a signal.
+    pub async fn kill(&self, id: &str, exec: &str, signal: u32, all: bool) -> Result<()> {
+        let container = self.container(id)?;
+        let process = container.process(exec)?;
+        if process.phase() == Phase::Stopped {
+            return Err(Error::NotFound(format!(
+                "{} has ended; its process",
+                process.name()
+            )));
+        }
+        if container.kind == Kind::Pause {
+            self.kill_pause(&container, signal).await;
+            return Ok(());
+        }
+        if process.phase() == Phase::Created && !exec.is_empty() {
+            return Err(Error::FailedPrecondition(format!(
+                "{} was not started",
+                process.name()
+            )));
+        }
+        self.uvm()?.kill(id, exec, signal, all).await
+    }
+
+    /// The pause program ends by SIGTERM and SIGINT with status 0, by SIGKILL as killed, and
+    /// ignores what else it is sent. Its end is the pod's.
+    async fn kill_pause(&self, container: &Arc<Container>, signal: u32) {
+        let status = match signal {
+            SIGKILL => 128 + SIGKILL,
+            2 | 15 => 0,
+            _ => return,
+        };
+        self.finish(
+            container,
+            &container.init,
+            Exit {
+                status,
+                at: UnixNanos::now(),
+            },
+        )
+        .await;
+        if let Some(uvm) = self.uvm.get().cloned() {
+            // containerd needn't wait for the μVM's end here: Delete does.
+            tokio::spawn(async move { uvm.stop().await });
+        }
+    }
+
+    /// Waits for the end of a process.
+    pub async fn wait(&self, id: &str, exec: &str) -> Result<Exit> {
+        let process = self.container(id)?.process(exec)?;
+        Ok(process.wait().await)
+    }
+
+    /// Ends the books on a process that has ended (or was never started).
+    pub async fn delete(&self, id: &str, exec: &str) -> Result<(u32, Exit)> {
+        let container = self.container(id)?;
+        let process = container.process(exec)?;
+        let _step = process.step.lock().await;
+        let started = match process.phase() {
+            Phase::Running | Phase::Paused => {
+                return Err(Error::FailedPrecondition(format!(
+                    "{} is running; kill it before deleting it",
+                    process.name()
+                )));
+            }
+            Phase::Stopped => true,
+            Phase::Created => false,
+        };
+        let pid = self.pid();
+        process
+            .drain(if started { DRAIN } else { Duration::ZERO })
+            .await;
+        // The agent knows an exec only once it was started.
+        let uvm = self.uvm.get().filter(|_| self.ended.borrow().is_none());
+        if let (Some(uvm), Kind::Guest, true) = (uvm, container.kind, started || exec.is_empty()) {
+            match uvm.delete(id, exec).await {
+                Ok(()) | Err(Error::NotFound(_) | Error::Unavailable(_)) => {}
+                Err(error) => tracing::warn!(error = error.chain(), "the guest kept a process"),
+            }
+        }
+        process.set_exit(Exit::killed_now());
+        let exit = process.exit().unwrap_or_else(Exit::killed_now);
+        if !exec.is_empty() {
+            container.remove_exec(exec);
+            return Ok((pid, exit));
+        }
+        let storage = lock(&container.storage).take();
+        if let Some(storage) = storage {
+            storage.release(uvm.map(AsRef::as_ref)).await;
+        }
+        lock(&self.containers).remove(id);
+        if id == self.id
+            && let Some(uvm) = self.uvm.get()
+        {
+            uvm.stop().await;
+        }
+        self.publisher.publish(&Event::Delete {
+            container: id.to_owned(),
+            pid,
+            exit,
+        });
+        Ok((pid, exit))
+    }
+
+    /// Freezes a container.
+    pub async fn pause(&self, id: &str) -> Result<()> {
+        let container = self.running_in_guest(id)?;
+        self.uvm()?.pause(id).await?;
+        container.init.set_phase(Phase::Paused);
+        self.publisher.publish(&Event::Paused {
+            container: id.to_owned(),
+        });
+        Ok(())
+    }
+
+    /// Thaws it.
+    pub async fn resume(&self, id: &str) -> Result<()> {
+        let container = self.container(id)?;
+        if container.init.phase() != Phase::Paused {
+            return Err(Error::FailedPrecondition(format!(
+                "container {id} is not paused"
+            )));
+        }
+        self.uvm()?.unpause(id).await?;
+        container.init.set_phase(Phase::Running);
+        self.publisher.publish(&Event::Resumed {
+            container: id.to_owned(),
+        });
+        Ok(())
+    }
+
+    pub(super) fn running_in_guest(&self, id: &str) -> Result<Arc<Container>> {
+        let container = self.container(id)?;
+        if container.kind == Kind::Pause {
+            return Err(Error::FailedPrecondition(format!(
+                "{id} is the pod's sandbox; pause and resume work on containers"
+            )));
+        }
+        if container.init.phase() != Phase::Running {
+            return Err(Error::FailedPrecondition(format!(
+                "container {id} is not running"
+            )));
+        }
+        Ok(container)
+    }
+
+    /// Where a process is in its life.
+    pub fn state(&self, id: &str, exec: &str) -> Result<TaskState> {
+        let container = self.container(id)?;
+        let process = container.process(exec)?;
+        Ok(TaskState {
+            bundle: container.bundle.clone(),
+            pid: self.pid(),
+            phase: process.phase(),
+            stdio: process.stdio().clone(),
+            exit: process.exit(),
+        })
+    }
+
+    /// The process ids on the host that stand for a container: the VMM's.
+    pub fn pids(&self, id: &str) -> Result<Vec<u32>> {
+        self.container(id)?;
+        Ok(vec![self.pid()])
+    }
+
+    /// Changes a terminal's size.
+    pub async fn resize_pty(&self, id: &str, exec: &str, w: u32, h: u32) -> Result<()> {
+        self.container(id)?.process(exec)?;
+        self.uvm()?.resize_tty(id, exec, w, h).await
+    }
+
+    /// `CloseIO`.
+    pub fn close_stdin(&self, id: &str, exec: &str) -> Result<()> {
+        self.container(id)?.process(exec)?.close_stdin();
+        Ok(())
+    }
+
+    /// Usage of a container; of the whole pod for its sandbox.
+    pub async fn stats(&self, id: &str) -> Result<(proto::StatsResponse, proto::NetworkState)> {
+        let container = self.container(id)?;
+        let asked = if container.kind == Kind::Pause {
+            ""
+        } else {
+            id
+        };
+        self.usage(asked).await
+    }
+
+    pub(super) async fn usage(
+        &self,
+        of: &str,
+    ) -> Result<(proto::StatsResponse, proto::NetworkState)> {
+        let uvm = self.uvm()?;
+        Ok((uvm.stats(of).await?, uvm.network().await?))
+    }
+
+    /// Whether a container is known; for `Connect`.
+    pub fn has_container(&self, id: &str) -> bool {
+        lock(&self.containers).contains_key(id)
+    }
+}

@@ -1,0 +1,706 @@
+//! The state machine against a scripted μVM: it answers what it is told to and keeps a list of what
+//! it was asked, so that tests choose the order in which things happen.
+
+use super::*;
+use crate::size::Size;
+use crate::time::UnixNanos;
+use crate::uvm::GuestDisk;
+use async_trait::async_trait;
+use containerd_shim_protos::api::{Empty, ForwardRequest};
+use containerd_shim_protos::shim_async::{Events, create_events};
+use kiln_agent_api::proto;
+use kiln_agent_api::stream::{Header, Kind as StreamKind};
+use serde_json::json;
+use std::fs::File;
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+use tempfile::TempDir;
+use tokio::net::UnixStream;
+use tokio::sync::{Notify, mpsc};
+use ttrpc::asynchronous::{Server, TtrpcContext};
+
+const SECOND: Duration = Duration::from_secs(1);
+
+#[derive(Default)]
+struct Scripted {
+    calls: Mutex<Vec<String>>,
+    exits: Mutex<HashMap<String, watch::Sender<Option<u32>>>>,
+    streams: Mutex<HashMap<String, UnixStream>>,
+    /// Calls that fail.
+    failing: Mutex<Vec<&'static str>>,
+    dead: watch::Sender<bool>,
+    /// `start` returns only when it may.
+    hold_start: Mutex<Option<Arc<Notify>>>,
+    events: tokio::sync::Mutex<Option<mpsc::UnboundedReceiver<GuestEvent>>>,
+}
+
+impl Scripted {
+    fn call(&self, name: &'static str, detail: &str) -> Result<()> {
+        self.calls
+            .lock()
+            .unwrap()
+            .push(format!("{name} {detail}").trim_end().to_owned());
+        if *self.dead.borrow() {
+            return Err(Error::Unavailable("the μVM has ended".into()));
+        }
+        if self.failing.lock().unwrap().contains(&name) {
+            return Err(Error::failed(name, "told to fail"));
+        }
+        Ok(())
+    }
+
+    fn exit_of(&self, container: &str, exec: &str) -> watch::Sender<Option<u32>> {
+        let key = format!("{container}/{exec}");
+        self.exits
+            .lock()
+            .unwrap()
+            .entry(key)
+            .or_insert_with(|| watch::channel(None).0)
+            .clone()
+    }
+
+    fn end(&self, container: &str, exec: &str, status: u32) {
+        self.exit_of(container, exec).send_replace(Some(status));
+    }
+
+    fn calls(&self) -> Vec<String> {
+        self.calls.lock().unwrap().clone()
+    }
+
+    fn was_called(&self, call: &str) -> bool {
+        self.calls().iter().any(|c| c == call)
+    }
+
+    fn fail(&self, call: &'static str) {
+        self.failing.lock().unwrap().push(call);
+    }
+}
+
+#[async_trait]
+impl Uvm for Scripted {
+    fn pid(&self) -> u32 {
+        4242
+    }
+    async fn create(&self, r: proto::CreateContainerRequest) -> Result<()> {
+        self.call("create", &r.container_id)
+    }
+    async fn start(&self, container: &str) -> Result<()> {
+        let hold = self.hold_start.lock().unwrap().clone();
+        if let Some(hold) = hold {
+            hold.notified().await;
+        }
+        self.call("start", container)
+    }
+    async fn exec(&self, r: proto::ExecRequest) -> Result<()> {
+        self.call("exec", &r.exec_id)
+    }
+    async fn kill(&self, container: &str, exec: &str, signal: u32, _: bool) -> Result<()> {
+        self.call("kill", &format!("{container}/{exec} {signal}"))
+    }
+    async fn wait(&self, container: &str, exec: &str) -> Result<Exit> {
+        let mut exit = self.exit_of(container, exec).subscribe();
+        let mut dead = self.dead.subscribe();
+        tokio::select! {
+            status = exit.wait_for(Option::is_some) => {
+                Ok(Exit { status: status.unwrap().unwrap(), at: UnixNanos(1) })
+            }
+            _ = dead.wait_for(|d| *d) => Err(Error::Unavailable("the μVM has ended".into())),
+        }
+    }
+    async fn pause(&self, container: &str) -> Result<()> {
+        self.call("pause", container)
+    }
+    async fn unpause(&self, container: &str) -> Result<()> {
+        self.call("unpause", container)
+    }
+    async fn update(&self, container: &str, _: Vec<u8>) -> Result<()> {
+        self.call("update", container)
+    }
+    async fn stats(&self, container: &str) -> Result<proto::StatsResponse> {
+        self.call("stats", container)
+            .map(|()| proto::StatsResponse::new())
+    }
+    async fn network(&self) -> Result<proto::NetworkState> {
+        Ok(proto::NetworkState::new())
+    }
+    async fn resize_tty(&self, container: &str, _: &str, w: u32, h: u32) -> Result<()> {
+        self.call("resize_tty", &format!("{container} {w}x{h}"))
+    }
+    async fn delete(&self, container: &str, exec: &str) -> Result<()> {
+        self.end(container, exec, 137);
+        self.call("delete", &format!("{container}/{exec}"))
+    }
+    async fn stream(&self, header: &Header) -> Result<UnixStream> {
+        let name = match header.kind {
+            StreamKind::Stdin => "stdin",
+            StreamKind::Stdout => "stdout",
+            _ => "stderr",
+        };
+        self.call("stream", name)?;
+        let (ours, guests) = UnixStream::pair().unwrap();
+        self.streams.lock().unwrap().insert(name.to_owned(), guests);
+        Ok(ours)
+    }
+    async fn next_event(&self) -> Option<GuestEvent> {
+        match self.events.lock().await.as_mut() {
+            Some(events) => events.recv().await,
+            None => std::future::pending().await,
+        }
+    }
+    async fn write_file(&self, r: proto::WriteFileRequest) -> Result<()> {
+        self.call("write_file", &r.path)
+    }
+    async fn add_mounts(&self, mounts: Vec<proto::Mount>) -> Result<()> {
+        self.call("add_mounts", &mounts[0].target)
+    }
+    async fn attach_disk(&self, _: File, read_only: bool) -> Result<GuestDisk> {
+        self.call("attach", if read_only { "ro" } else { "rw" })?;
+        Ok(GuestDisk {
+            slot: 0,
+            path: "/dev/vda".into(),
+            size: 4096,
+        })
+    }
+    async fn detach_disk(&self, disk: &GuestDisk) -> Result<()> {
+        self.call("detach", &disk.path)
+    }
+    async fn resize(&self, size: Size) -> Result<()> {
+        self.call("resize", &format!("{} {}", size.cpus, size.memory >> 20))
+    }
+    async fn stop(&self) {
+        self.calls.lock().unwrap().push("stop".into());
+        self.dead.send_replace(true);
+    }
+    async fn ended(&self) -> String {
+        let _ = self.dead.subscribe().wait_for(|d| *d).await;
+        "told to".into()
+    }
+}
+
+struct ScriptedLauncher {
+    uvm: Arc<Scripted>,
+    setups: Mutex<Vec<PodSetup>>,
+}
+
+#[async_trait]
+impl Launcher for ScriptedLauncher {
+    async fn launch(&self, setup: &PodSetup) -> Result<Arc<dyn Uvm>> {
+        self.setups.lock().unwrap().push(setup.clone());
+        self.uvm.call("launch", &setup.id)?;
+        Ok(self.uvm.clone())
+    }
+}
+
+/// containerd's side of the events, as "topic container/exec status".
+#[derive(Default)]
+struct Sink(Mutex<Vec<String>>);
+
+#[async_trait]
+impl Events for Sink {
+    async fn forward(&self, _: &TtrpcContext, r: ForwardRequest) -> ttrpc::Result<Empty> {
+        self.0
+            .lock()
+            .unwrap()
+            .push(r.envelope.topic.trim_start_matches("/tasks/").to_owned());
+        Ok(Empty::new())
+    }
+}
+
+struct Bed {
+    pod: Arc<Pod>,
+    uvm: Arc<Scripted>,
+    launcher: Arc<ScriptedLauncher>,
+    sink: Arc<Sink>,
+    publisher: Publisher,
+    dir: TempDir,
+    _server: Server,
+}
+
+impl Bed {
+    async fn new(id: &str) -> Self {
+        Self::with_events(id, None).await
+    }
+
+    async fn with_events(id: &str, events: Option<mpsc::UnboundedReceiver<GuestEvent>>) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("events.sock");
+        let sink = Arc::new(Sink::default());
+        let mut server = Server::new()
+            .bind(&format!("unix://{}", socket.display()))
+            .unwrap()
+            .register_service(create_events(sink.clone()));
+        server.start().await.unwrap();
+        let publisher = Publisher::start(socket.to_str().unwrap(), "n");
+        let uvm = Arc::new(Scripted {
+            events: tokio::sync::Mutex::new(events),
+            ..Default::default()
+        });
+        let launcher = Arc::new(ScriptedLauncher {
+            uvm: Arc::clone(&uvm),
+            setups: Mutex::default(),
+        });
+        let config = Config {
+            rootfs_cache: dir.path().join("cache"),
+            max_cpus: 8,
+            ..Config::default()
+        };
+        let pod = Pod::new(id, config, publisher.clone(), launcher.clone());
+        Self {
+            pod,
+            uvm,
+            launcher,
+            sink,
+            publisher,
+            dir,
+            _server: server,
+        }
+    }
+
+    fn bundle(&self, id: &str, kind: Option<&str>) -> PathBuf {
+        let bundle = self.dir.path().join(id);
+        std::fs::create_dir_all(bundle.join("rootfs")).unwrap();
+        let mut annotations = json!({});
+        if let Some(kind) = kind {
+            annotations["io.kubernetes.cri.container-type"] = kind.into();
+            annotations["io.kubernetes.cri.sandbox-id"] = "sb".into();
+        }
+        let spec = json!({
+            "annotations": annotations,
+            "linux": {
+                "namespaces": [{"type": "network", "path": "/run/netns/x"}],
+                "resources": {"cpu": {"quota": 100_000, "period": 100_000},
+                              "memory": {"limit": 128 << 20}},
+            },
+        });
+        std::fs::write(bundle.join("config.json"), spec.to_string()).unwrap();
+        bundle
+    }
+
+    async fn create(&self, id: &str, kind: Option<&str>) -> Result<u32> {
+        self.create_with(id, kind, StdioPaths::default()).await
+    }
+
+    async fn create_with(&self, id: &str, kind: Option<&str>, stdio: StdioPaths) -> Result<u32> {
+        let bundle = self.bundle(id, kind);
+        self.pod
+            .create(CreateTask {
+                id: id.into(),
+                bundle,
+                rootfs: vec![],
+                stdio,
+            })
+            .await
+    }
+
+    async fn events(&self) -> Vec<String> {
+        assert!(self.publisher.flush(5 * SECOND).await);
+        self.sink.0.lock().unwrap().clone()
+    }
+
+    fn fifo(&self, name: &str) -> PathBuf {
+        let path = self.dir.path().join(name);
+        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        path
+    }
+}
+
+use crate::stdio::StdioPaths;
+
+fn text(path: &Path) -> String {
+    path.to_str().unwrap().to_owned()
+}
+
+#[tokio::test]
+async fn a_lone_container_lives_and_leaves_nothing() {
+    let bed = Bed::new("c").await;
+    assert_eq!(bed.create("c", None).await.unwrap(), 4242);
+    assert_eq!(bed.pod.state("c", "").unwrap().phase, Phase::Created);
+    bed.pod.start("c", "").await.unwrap();
+    bed.uvm.end("c", "", 3);
+    assert_eq!(bed.pod.wait("c", "").await.unwrap().status, 3);
+    let (pid, exit) = bed.pod.delete("c", "").await.unwrap();
+    assert_eq!((pid, exit.status), (4242, 3));
+    assert_eq!(bed.events().await, ["create", "start", "exit", "delete"]);
+    assert!(
+        bed.uvm.was_called("detach /dev/vda"),
+        "{:?}",
+        bed.uvm.calls()
+    );
+    assert!(bed.uvm.was_called("stop"));
+    bed.pod.shutdown_if_idle();
+    tokio::time::timeout(SECOND, bed.pod.until_shutdown())
+        .await
+        .unwrap();
+}
+
+#[tokio::test]
+async fn exit_of_a_process_that_ends_during_start_is_told_after_the_start() {
+    let bed = Bed::new("c").await;
+    bed.create("c", None).await.unwrap();
+    let hold = Arc::new(Notify::new());
+    *bed.uvm.hold_start.lock().unwrap() = Some(Arc::clone(&hold));
+    let start = {
+        let pod = Arc::clone(&bed.pod);
+        tokio::spawn(async move { pod.start("c", "").await })
+    };
+    tokio::task::yield_now().await;
+    bed.uvm.end("c", "", 0);
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    assert_eq!(bed.pod.state("c", "").unwrap().exit, None);
+    hold.notify_one();
+    start.await.unwrap().unwrap();
+    bed.pod.wait("c", "").await.unwrap();
+    assert_eq!(bed.events().await, ["create", "start", "exit"]);
+    assert_eq!(bed.pod.state("c", "").unwrap().phase, Phase::Stopped);
+}
+
+#[tokio::test]
+async fn execs_end_before_their_container() {
+    let bed = Bed::new("c").await;
+    bed.create("c", None).await.unwrap();
+    bed.pod.start("c", "").await.unwrap();
+    bed.pod
+        .exec("c", "e1", StdioPaths::default(), b"{}")
+        .unwrap();
+    bed.pod.start("c", "e1").await.unwrap();
+    bed.pod
+        .exec("c", "e2", StdioPaths::default(), b"{}")
+        .unwrap();
+    bed.pod.start("c", "e2").await.unwrap();
+    bed.uvm.end("c", "e1", 1);
+    assert_eq!(bed.pod.wait("c", "e1").await.unwrap().status, 1);
+    // e2 never answers its kill: it is told as killed, and before the container.
+    bed.uvm.end("c", "", 0);
+    assert_eq!(bed.pod.wait("c", "").await.unwrap().status, 0);
+    assert_eq!(bed.pod.wait("c", "e2").await.unwrap().status, 137);
+    assert!(bed.uvm.was_called("kill c/e2 9"));
+    assert_eq!(
+        bed.events().await,
+        [
+            "create",
+            "start",
+            "exec-added",
+            "exec-started",
+            "exec-added",
+            "exec-started",
+            "exit",
+            "exit",
+            "exit"
+        ]
+    );
+}
+
+#[tokio::test]
+async fn exec_rules() {
+    let bed = Bed::new("c").await;
+    bed.create("c", None).await.unwrap();
+    bed.pod
+        .exec("c", "e", StdioPaths::default(), b"{}")
+        .unwrap();
+    let again = bed.pod.exec("c", "e", StdioPaths::default(), b"{}");
+    assert!(matches!(again, Err(Error::AlreadyExists(_))));
+    let early = bed.pod.start("c", "e").await;
+    assert!(
+        matches!(early, Err(Error::FailedPrecondition(_))),
+        "container not running"
+    );
+    assert!(matches!(
+        bed.pod.start("c", "no").await,
+        Err(Error::NotFound(_))
+    ));
+    // Never started: deleted without the guest knowing of it.
+    bed.pod.delete("c", "e").await.unwrap();
+    assert!(!bed.uvm.calls().iter().any(|c| c == "delete c/e"));
+    assert!(matches!(bed.pod.state("c", "e"), Err(Error::NotFound(_))));
+}
+
+#[tokio::test]
+async fn running_container_is_not_deleted_and_an_ended_one_not_killed() {
+    let bed = Bed::new("c").await;
+    bed.create("c", None).await.unwrap();
+    bed.pod.start("c", "").await.unwrap();
+    assert!(matches!(
+        bed.pod.delete("c", "").await,
+        Err(Error::FailedPrecondition(_))
+    ));
+    assert!(matches!(
+        bed.pod.start("c", "").await,
+        Err(Error::FailedPrecondition(_))
+    ));
+    bed.uvm.end("c", "", 0);
+    bed.pod.wait("c", "").await.unwrap();
+    assert!(matches!(
+        bed.pod.kill("c", "", 15, false).await,
+        Err(Error::NotFound(_))
+    ));
+}
+
+#[tokio::test]
+async fn container_that_was_never_started_can_be_deleted() {
+    let bed = Bed::new("c").await;
+    bed.create("c", None).await.unwrap();
+    let (_, exit) = bed.pod.delete("c", "").await.unwrap();
+    assert_eq!(exit.status, 137);
+    assert_eq!(bed.events().await, ["create", "delete"]);
+}
+
+#[tokio::test]
+async fn pod_of_cri_shares_one_uvm_and_ends_with_its_sandbox() {
+    let bed = Bed::new("sb").await;
+    let early = bed.create("c1", Some("container")).await;
+    assert!(
+        matches!(early, Err(Error::FailedPrecondition(_))),
+        "no sandbox yet"
+    );
+    bed.create("sb", Some("sandbox")).await.unwrap();
+    bed.pod.start("sb", "").await.unwrap();
+    for id in ["c1", "c2"] {
+        bed.create(id, Some("container")).await.unwrap();
+        bed.pod.start(id, "").await.unwrap();
+    }
+    assert_eq!(bed.launcher.setups.lock().unwrap().len(), 1);
+    // The sandbox runs nothing in the guest.
+    assert!(
+        !bed.uvm
+            .calls()
+            .iter()
+            .any(|c| c.ends_with(" sb") && !c.starts_with("launch"))
+    );
+    bed.uvm.end("c1", "", 0);
+    bed.pod.wait("c1", "").await.unwrap();
+    bed.pod.delete("c1", "").await.unwrap();
+    bed.pod.shutdown_if_idle();
+    let idle = tokio::time::timeout(Duration::from_millis(50), bed.pod.until_shutdown()).await;
+    assert!(idle.is_err(), "a pod with containers must not shut down");
+
+    bed.pod.kill("sb", "", 9, false).await.unwrap();
+    assert_eq!(bed.pod.wait("sb", "").await.unwrap().status, 137);
+    // The μVM goes with its sandbox, and takes c2 along.
+    assert_eq!(bed.pod.wait("c2", "").await.unwrap().status, 137);
+    bed.pod.delete("c2", "").await.unwrap();
+    bed.pod.delete("sb", "").await.unwrap();
+    bed.pod.shutdown_if_idle();
+    tokio::time::timeout(SECOND, bed.pod.until_shutdown())
+        .await
+        .unwrap();
+}
+
+#[tokio::test]
+async fn end_of_the_uvm_ends_everything_once() {
+    let bed = Bed::new("sb").await;
+    bed.create("sb", Some("sandbox")).await.unwrap();
+    bed.pod.start("sb", "").await.unwrap();
+    bed.create("c", Some("container")).await.unwrap();
+    bed.pod.start("c", "").await.unwrap();
+    bed.uvm.dead.send_replace(true);
+    for id in ["sb", "c"] {
+        let wait = tokio::time::timeout(SECOND, bed.pod.wait(id, ""));
+        assert_eq!(wait.await.unwrap().unwrap().status, 137);
+    }
+    for id in ["c", "sb"] {
+        bed.pod.delete(id, "").await.unwrap();
+    }
+    let events = bed.events().await;
+    assert_eq!(
+        events.iter().filter(|e| *e == "exit").count(),
+        2,
+        "{events:?}"
+    );
+}
+
+#[tokio::test]
+async fn failed_create_undoes_what_it_did() {
+    for failing in ["create", "stream", "attach"] {
+        let bed = Bed::new("c").await;
+        bed.uvm.fail(failing);
+        let out = bed.fifo("out");
+        let _reader = std::fs::OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(&out)
+            .unwrap();
+        let stdio = StdioPaths {
+            stdout: text(&out),
+            ..Default::default()
+        };
+        assert!(
+            bed.create_with("c", None, stdio).await.is_err(),
+            "{failing}"
+        );
+        assert!(matches!(bed.pod.state("c", ""), Err(Error::NotFound(_))));
+        let attached = bed.uvm.was_called("attach ro") && failing != "attach";
+        assert_eq!(bed.uvm.was_called("detach /dev/vda"), attached, "{failing}");
+        assert_eq!(bed.uvm.was_called("delete c/"), failing == "stream");
+        assert!(bed.events().await.is_empty());
+    }
+}
+
+#[tokio::test]
+async fn output_is_complete_when_delete_returns_and_input_arrives() {
+    let bed = Bed::new("c").await;
+    let (out, input) = (bed.fifo("out"), bed.fifo("in"));
+    let reader = {
+        let out = out.clone();
+        std::thread::spawn(move || {
+            let mut all = String::new();
+            File::open(out).unwrap().read_to_string(&mut all).unwrap();
+            all
+        })
+    };
+    let stdio = StdioPaths {
+        stdin: text(&input),
+        stdout: text(&out),
+        ..Default::default()
+    };
+    bed.create_with("c", None, stdio).await.unwrap();
+    bed.pod.start("c", "").await.unwrap();
+    let mut client = std::fs::OpenOptions::new()
+        .write(true)
+        .open(&input)
+        .unwrap();
+    client.write_all(b"ping").unwrap();
+    drop(client);
+    bed.pod.close_stdin("c", "").unwrap();
+    let (mut stdin, mut stdout) = {
+        let mut streams = bed.uvm.streams.lock().unwrap();
+        (
+            streams.remove("stdin").unwrap(),
+            streams.remove("stdout").unwrap(),
+        )
+    };
+    let mut got = String::new();
+    tokio::io::AsyncReadExt::read_to_string(&mut stdin, &mut got)
+        .await
+        .unwrap();
+    assert_eq!(got, "ping");
+    tokio::io::AsyncWriteExt::write_all(&mut stdout, b"pong")
+        .await
+        .unwrap();
+    bed.uvm.end("c", "", 0);
+    bed.pod.wait("c", "").await.unwrap();
+    drop(stdout);
+    bed.pod.delete("c", "").await.unwrap();
+    assert_eq!(reader.join().unwrap(), "pong");
+}
+
+#[tokio::test]
+async fn oom_is_told_for_containers_that_are_known() {
+    let (tell, events) = mpsc::unbounded_channel();
+    let bed = Bed::with_events("c", Some(events)).await;
+    bed.create("c", None).await.unwrap();
+    tell.send(GuestEvent::Oom {
+        container: "stranger".into(),
+    })
+    .unwrap();
+    tell.send(GuestEvent::Oom {
+        container: "c".into(),
+    })
+    .unwrap();
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    assert_eq!(bed.events().await, ["create", "oom"]);
+}
+
+#[tokio::test]
+async fn pause_and_resume_are_told_and_kept_in_order() {
+    let bed = Bed::new("c").await;
+    bed.create("c", None).await.unwrap();
+    assert!(matches!(
+        bed.pod.pause("c").await,
+        Err(Error::FailedPrecondition(_))
+    ));
+    bed.pod.start("c", "").await.unwrap();
+    bed.pod.pause("c").await.unwrap();
+    assert_eq!(bed.pod.state("c", "").unwrap().phase, Phase::Paused);
+    bed.pod.resume("c").await.unwrap();
+    assert_eq!(bed.events().await, ["create", "start", "paused", "resumed"]);
+}
+
+#[tokio::test]
+async fn uvm_grows_before_limits_and_shrinks_after_them() {
+    let bed = Bed::new("sb").await;
+    bed.create("sb", Some("sandbox")).await.unwrap();
+    bed.create("c", Some("container")).await.unwrap();
+    bed.uvm.calls.lock().unwrap().clear();
+    // The sandbox said nothing of limits, so the μVM has the default size: 1 CPU, 256 + 64 MiB.
+    let more = br#"{"cpu":{"quota":200000,"period":100000},"memory":{"limit":536870912}}"#;
+    bed.pod.update("c", more).await.unwrap();
+    assert_eq!(bed.uvm.calls(), ["resize 2 576", "update c"]);
+    bed.uvm.calls.lock().unwrap().clear();
+    let less = br#"{"cpu":{"quota":100000,"period":100000},"memory":{"limit":134217728}}"#;
+    bed.pod.update("c", less).await.unwrap();
+    assert_eq!(bed.uvm.calls(), ["update c", "resize 1 192"]);
+}
+
+#[tokio::test]
+async fn refused_growth_leaves_the_limits_alone() {
+    let bed = Bed::new("sb").await;
+    bed.create("sb", Some("sandbox")).await.unwrap();
+    bed.create("c", Some("container")).await.unwrap();
+    bed.uvm.fail("resize");
+    let more = br#"{"cpu":{"quota":200000,"period":100000}}"#;
+    assert!(bed.pod.update("c", more).await.is_err());
+    assert!(!bed.uvm.was_called("update c"));
+}
+
+fn sandbox_request() -> SandboxRequest {
+    SandboxRequest {
+        id: "sb".into(),
+        netns: Some("/run/netns/x".into()),
+        hostname: "web".into(),
+        cgroup_parent: Some("/kubepods/p".into()),
+        ..Default::default()
+    }
+}
+
+#[tokio::test]
+async fn sandbox_api_starts_stops_and_shuts_down() {
+    let bed = Bed::new("sb").await;
+    bed.pod.create_sandbox(sandbox_request()).unwrap();
+    assert!(!bed.pod.sandbox_status("sb").unwrap().ready());
+    assert!(bed.pod.start_sandbox("sb").await.unwrap().ready());
+    let setup = bed.launcher.setups.lock().unwrap()[0].clone();
+    assert_eq!(
+        (setup.hostname.as_str(), setup.cgroup.as_deref()),
+        ("web", Some("/kubepods/p/sb"))
+    );
+    bed.create("c", Some("container")).await.unwrap();
+    bed.pod.start("c", "").await.unwrap();
+    bed.pod.stop_sandbox("sb").await.unwrap();
+    let exit = tokio::time::timeout(SECOND, bed.pod.wait_sandbox("sb"))
+        .await
+        .unwrap()
+        .unwrap();
+    assert_eq!(exit.status, 0);
+    assert_eq!(bed.pod.wait("c", "").await.unwrap().status, 137);
+    bed.pod.delete("c", "").await.unwrap();
+    bed.pod.shutdown_if_idle();
+    let idle = tokio::time::timeout(Duration::from_millis(50), bed.pod.until_shutdown()).await;
+    assert!(idle.is_err(), "the sandbox is still there");
+    bed.pod.shutdown_sandbox("sb").await.unwrap();
+    tokio::time::timeout(SECOND, bed.pod.until_shutdown())
+        .await
+        .unwrap();
+}
+
+#[tokio::test]
+async fn host_network_is_refused_before_anything_is_started() {
+    let bed = Bed::new("sb").await;
+    let error = bed
+        .pod
+        .create_sandbox(SandboxRequest {
+            netns: None,
+            ..sandbox_request()
+        })
+        .unwrap_err();
+    assert!(error.to_string().contains("hostNetwork"), "{error}");
+    assert!(bed.uvm.calls().is_empty());
+}
+
+#[tokio::test]
+async fn launch_ahead_is_the_launch_that_create_waits_for() {
+    let bed = Bed::new("c").await;
+    let spec = Spec::load(&bed.bundle("c", None)).unwrap();
+    bed.pod.launch_ahead(&spec);
+    bed.create("c", None).await.unwrap();
+    assert_eq!(bed.launcher.setups.lock().unwrap().len(), 1);
+}

@@ -1,0 +1,233 @@
+//! A container's files: its root file system as a disk of the guest, its volumes, and the mounts
+//! that put them together there.
+//!
+//! The root is a read-only image on a virtio-blk slot with a tmpfs over it in the guest. From a
+//! snapshotter that gives directories (`overlayfs`, `native`) the image is an EROFS one, made once
+//! for each chain of layers and kept on the node; one that gives a device or image file
+//! (`blockfile`, `devmapper`) is used as it is.
+
+mod image;
+mod volumes;
+
+use std::fs::OpenOptions;
+use std::path::Path;
+
+use containerd_shim_protos::api::Mount;
+use kiln_agent_api::proto;
+
+use crate::config::Config;
+use crate::error::{Error, Result};
+use crate::spec::Spec;
+use crate::uvm::{GuestDisk, Uvm};
+use image::Source;
+pub use volumes::SharedVolumes;
+
+/// How long the guest waits for a disk whose slot was just filled.
+const DISK_WAIT_MS: u32 = 5000;
+
+/// What the guest is told to make of a container's files.
+#[derive(Debug)]
+pub struct GuestFiles {
+    /// The specification, with guest paths only.
+    pub spec: Vec<u8>,
+    /// What to mount before the container is made.
+    pub mounts: Vec<proto::Mount>,
+    /// Where the root then lies.
+    pub rootfs: String,
+}
+
+/// A container that wants files.
+#[derive(Debug, Clone, Copy)]
+pub struct Wanted<'a> {
+    /// Its id.
+    pub id: &'a str,
+    /// Its bundle.
+    pub bundle: &'a Path,
+    /// Its specification.
+    pub spec: &'a Spec,
+    /// containerd's mounts for its root.
+    pub rootfs: &'a [Mount],
+}
+
+/// What a container's files hold on to, on the host and in the μVM's slots.
+#[derive(Debug, Default)]
+#[must_use = "storage must be released"]
+pub struct Storage {
+    disks: Vec<GuestDisk>,
+}
+
+impl Storage {
+    /// Makes ready what the container needs.
+    pub async fn prepare(
+        wanted: &Wanted<'_>,
+        config: &Config,
+        shared: &SharedVolumes,
+        uvm: &dyn Uvm,
+    ) -> Result<(Self, GuestFiles)> {
+        let mut storage = Self::default();
+        match storage.fill(wanted, config, shared, uvm).await {
+            Ok(files) => Ok((storage, files)),
+            Err(error) => {
+                storage.release(Some(uvm)).await;
+                Err(error)
+            }
+        }
+    }
+
+    async fn fill(
+        &mut self,
+        wanted: &Wanted<'_>,
+        config: &Config,
+        shared: &SharedVolumes,
+        uvm: &dyn Uvm,
+    ) -> Result<GuestFiles> {
+        let Wanted {
+            id,
+            bundle,
+            spec,
+            rootfs,
+        } = *wanted;
+        // Volumes first: what can't be had is found out before a disk is attached.
+        let mounts = volumes::prepare(uvm, shared, spec.mounts()?).await?;
+        let source = image::find(rootfs, bundle)?;
+        let (image, read_only, kind) = match source {
+            Source::Directories(lower) => {
+                let cache = config.rootfs_cache.clone();
+                let path = tokio::task::spawn_blocking(move || image::erofs(&cache, &lower))
+                    .await
+                    .map_err(|e| Error::failed("make a root file system image", e))??;
+                (path, true, "erofs".to_owned())
+            }
+            Source::Image {
+                path,
+                kind,
+                read_only,
+            } => (path, read_only, kind),
+        };
+        let file = OpenOptions::new()
+            .read(true)
+            .write(!read_only)
+            .open(&image)
+            .map_err(|e| Error::failed(format!("open the image {}", image.display()), e))?;
+        let disk = uvm.attach_disk(file, read_only).await?;
+        let mounts_in_guest = guest_mounts(id, &disk, &kind, read_only);
+        self.disks.push(disk);
+        Ok(GuestFiles {
+            spec: spec.for_guest(&mounts)?,
+            mounts: mounts_in_guest,
+            rootfs: rootfs_path(id),
+        })
+    }
+
+    /// Gives back what is held. Without a μVM there is nothing left to give back to.
+    pub async fn release(self, uvm: Option<&dyn Uvm>) {
+        let Some(uvm) = uvm else { return };
+        for disk in &self.disks {
+            match uvm.detach_disk(disk).await {
+                Ok(()) | Err(Error::Unavailable(_)) => {}
+                Err(error) => {
+                    tracing::warn!(
+                        disk = disk.path,
+                        error = error.chain(),
+                        "a disk stays attached"
+                    );
+                }
+            }
+        }
+    }
+}
+
+fn rootfs_path(id: &str) -> String {
+    format!("{}/containers/{id}/rootfs", kiln_agent_api::GUEST_STATE_DIR)
+}
+
+/// The mounts, in order, that end with the root.
+fn guest_mounts(id: &str, disk: &GuestDisk, kind: &str, read_only: bool) -> Vec<proto::Mount> {
+    let base = format!("{}/storage/{id}", kiln_agent_api::GUEST_STATE_DIR);
+    let device = |target: String, options: &[&str]| proto::Mount {
+        source: disk.path.clone(),
+        target,
+        type_: kind.to_owned(),
+        options: options.iter().map(|o| (*o).to_owned()).collect(),
+        wait_ms: DISK_WAIT_MS,
+        make_target: true,
+        target_mode: 0o755,
+        min_size: disk.size,
+        ..Default::default()
+    };
+    if !read_only {
+        return vec![device(rootfs_path(id), &[])];
+    }
+    let (lower, rw) = (format!("{base}/lower"), format!("{base}/rw"));
+    let (upper, work) = (format!("{rw}/upper"), format!("{rw}/work"));
+    vec![
+        device(lower.clone(), &["ro"]),
+        proto::Mount {
+            source: "tmpfs".into(),
+            target: rw,
+            type_: "tmpfs".into(),
+            options: vec!["mode=755".into()],
+            make_target: true,
+            target_mode: 0o755,
+            ..Default::default()
+        },
+        proto::Mount {
+            source: "overlay".into(),
+            target: rootfs_path(id),
+            type_: "overlay".into(),
+            options: vec![
+                format!("lowerdir={lower}"),
+                format!("upperdir={upper}"),
+                format!("workdir={work}"),
+            ],
+            make_target: true,
+            target_mode: 0o755,
+            make_directories: vec![upper, work],
+            ..Default::default()
+        },
+    ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn disk() -> GuestDisk {
+        GuestDisk {
+            slot: 3,
+            path: "/dev/vdc".into(),
+            size: 4096,
+        }
+    }
+
+    #[test]
+    fn read_only_image_gets_a_writable_layer_in_ram() {
+        let mounts = guest_mounts("c1", &disk(), "erofs", true);
+        let targets: Vec<_> = mounts.iter().map(|m| m.target.as_str()).collect();
+        assert_eq!(
+            targets,
+            [
+                "/run/kiln/storage/c1/lower",
+                "/run/kiln/storage/c1/rw",
+                "/run/kiln/containers/c1/rootfs"
+            ]
+        );
+        assert_eq!(
+            (mounts[0].source.as_str(), mounts[0].min_size),
+            ("/dev/vdc", 4096)
+        );
+        assert!(
+            mounts[2]
+                .options
+                .contains(&"upperdir=/run/kiln/storage/c1/rw/upper".to_owned())
+        );
+        assert_eq!(mounts[2].make_directories.len(), 2);
+    }
+
+    #[test]
+    fn writable_image_is_the_root_itself() {
+        let mounts = guest_mounts("c1", &disk(), "ext4", false);
+        assert_eq!(mounts.len(), 1);
+        assert_eq!(mounts[0].target, "/run/kiln/containers/c1/rootfs");
+    }
+}

@@ -1,0 +1,399 @@
+//! The OCI specification in a bundle: what the shim reads of it, and what becomes of it for the
+//! guest.
+//!
+//! The document is kept as it came: fields the shim knows nothing of reach the agent untouched.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use crate::error::{Error, Result};
+use crate::size::{Limits, Resources};
+
+const CONTAINER_TYPE: &str = "io.kubernetes.cri.container-type";
+const SANDBOX_ID: &str = "io.kubernetes.cri.sandbox-id";
+const GROUP: &str = "io.containerd.runc.v2.group";
+const SANDBOX_CPU_QUOTA: &str = "io.kubernetes.cri.sandbox-cpu-quota";
+const SANDBOX_CPU_PERIOD: &str = "io.kubernetes.cri.sandbox-cpu-period";
+const SANDBOX_MEMORY: &str = "io.kubernetes.cri.sandbox-memory";
+
+/// What a task is to its pod.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// CRI's pause container: stands for the pod, runs nothing.
+    Sandbox,
+    /// One container of a pod whose sandbox was made before.
+    Member,
+    /// A container without a pod (`ctr run`): a pod of one.
+    Alone,
+}
+
+/// A mount as the specification has it.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(default)]
+#[derive(Default)]
+pub struct SpecMount {
+    /// Where in the container.
+    pub destination: String,
+    /// Its type; `bind` for most.
+    #[serde(rename = "type")]
+    pub kind: String,
+    /// What is mounted.
+    pub source: String,
+    /// Options as in fstab.
+    pub options: Vec<String>,
+}
+
+impl SpecMount {
+    /// Whether a path of the host is meant.
+    pub fn is_bind(&self) -> bool {
+        self.kind == "bind" || self.options.iter().any(|o| o == "bind" || o == "rbind")
+    }
+
+    /// Whether it is to be read only.
+    pub fn is_read_only(&self) -> bool {
+        self.options.iter().any(|o| o == "ro")
+    }
+}
+
+/// A specification.
+#[derive(Debug, Clone)]
+pub struct Spec {
+    value: Value,
+    annotations: BTreeMap<String, String>,
+}
+
+impl Spec {
+    /// Reads a bundle's `config.json`.
+    pub fn load(bundle: &Path) -> Result<Self> {
+        let path = bundle.join("config.json");
+        let text = fs::read(&path)
+            .map_err(|e| Error::failed(format!("read the OCI spec {}", path.display()), e))?;
+        Self::parse(&text)
+    }
+
+    /// Parses a specification.
+    pub fn parse(text: &[u8]) -> Result<Self> {
+        let value: Value = serde_json::from_slice(text)
+            .map_err(|e| Error::InvalidArgument(format!("the OCI spec is not JSON: {e}")))?;
+        if !value.is_object() {
+            return Err(Error::InvalidArgument(
+                "the OCI spec is not a JSON object".into(),
+            ));
+        }
+        let annotations = value
+            .get("annotations")
+            .and_then(Value::as_object)
+            .into_iter()
+            .flatten()
+            .filter_map(|(k, v)| Some((k.clone(), v.as_str()?.to_owned())))
+            .collect();
+        Ok(Self { value, annotations })
+    }
+
+    /// All annotations.
+    pub fn annotations(&self) -> &BTreeMap<String, String> {
+        &self.annotations
+    }
+
+    /// The id of the pod this belongs to, if it says.
+    pub fn group(&self) -> Option<&str> {
+        [GROUP, SANDBOX_ID]
+            .iter()
+            .find_map(|k| self.annotations.get(*k))
+            .map(String::as_str)
+    }
+
+    /// What it is to its pod.
+    pub fn role(&self) -> Role {
+        match self.annotations.get(CONTAINER_TYPE).map(String::as_str) {
+            Some("sandbox") => Role::Sandbox,
+            Some("container") => Role::Member,
+            _ => Role::Alone,
+        }
+    }
+
+    /// The limits of the whole pod, which CRI writes on the sandbox.
+    pub fn sandbox_limits(&self) -> Limits {
+        sandbox_limits(&self.annotations)
+    }
+
+    /// The container's own limits.
+    pub fn limits(&self) -> Limits {
+        self.value
+            .pointer("/linux/resources")
+            .and_then(|r| Resources::deserialize(r).ok())
+            .unwrap_or_default()
+            .limits()
+    }
+
+    /// The network namespace, if the spec names one; `Some(None)` is a new one.
+    pub fn network_namespace(&self) -> Option<Option<PathBuf>> {
+        self.namespace("network")
+    }
+
+    /// The PID namespace, likewise.
+    pub fn pid_namespace(&self) -> Option<Option<PathBuf>> {
+        self.namespace("pid")
+    }
+
+    fn namespace(&self, kind: &str) -> Option<Option<PathBuf>> {
+        let list = self.value.pointer("/linux/namespaces")?.as_array()?;
+        let entry = list
+            .iter()
+            .find(|n| n.get("type").and_then(Value::as_str) == Some(kind))?;
+        let path = entry
+            .get("path")
+            .and_then(Value::as_str)
+            .filter(|p| !p.is_empty());
+        Some(path.map(PathBuf::from))
+    }
+
+    /// The cgroup the spec asks for on the host.
+    pub fn cgroups_path(&self) -> Option<&str> {
+        self.value
+            .pointer("/linux/cgroupsPath")
+            .and_then(Value::as_str)
+            .filter(|p| !p.is_empty())
+    }
+
+    /// The host name.
+    pub fn hostname(&self) -> Option<&str> {
+        self.value
+            .get("hostname")
+            .and_then(Value::as_str)
+            .filter(|h| !h.is_empty())
+    }
+
+    /// The sysctls.
+    pub fn sysctls(&self) -> BTreeMap<String, String> {
+        self.value
+            .pointer("/linux/sysctl")
+            .and_then(|s| BTreeMap::deserialize(s).ok())
+            .unwrap_or_default()
+    }
+
+    /// Whether the root file system is read only.
+    pub fn root_is_read_only(&self) -> bool {
+        self.value
+            .pointer("/root/readonly")
+            .and_then(Value::as_bool)
+            .unwrap_or(false)
+    }
+
+    /// Whether the first process has a terminal.
+    pub fn terminal(&self) -> bool {
+        self.value
+            .pointer("/process/terminal")
+            .and_then(Value::as_bool)
+            .unwrap_or(false)
+    }
+
+    /// The terminal's width and height; 0 if not stated.
+    pub fn console_size(&self) -> (u32, u32) {
+        let side = |name: &str| {
+            self.value
+                .pointer(&format!("/process/consoleSize/{name}"))
+                .and_then(Value::as_u64)
+                .and_then(|n| u32::try_from(n).ok())
+                .unwrap_or(0)
+        };
+        (side("width"), side("height"))
+    }
+
+    /// The mounts.
+    pub fn mounts(&self) -> Result<Vec<SpecMount>> {
+        match self.value.get("mounts") {
+            None | Some(Value::Null) => Ok(Vec::new()),
+            Some(list) => Vec::deserialize(list)
+                .map_err(|e| Error::InvalidArgument(format!("the OCI spec's mounts: {e}"))),
+        }
+    }
+
+    /// The specification for the agent: `mounts` in place of the spec's own, no path of the host
+    /// left in it, and nothing that only makes sense on the host.
+    pub fn for_guest(&self, mounts: &[SpecMount]) -> Result<Vec<u8>> {
+        let mut value = self.value.clone();
+        value["mounts"] = mounts
+            .iter()
+            .map(|m| {
+                json!({
+                    "destination": m.destination, "type": m.kind,
+                    "source": m.source, "options": m.options,
+                })
+            })
+            .collect();
+        // The agent decides where the root lies.
+        if let Some(root) = value.get_mut("root").and_then(Value::as_object_mut) {
+            root.insert("path".into(), "rootfs".into());
+        }
+        // Hooks are programs of the host.
+        remove(&mut value, "", "hooks");
+        // The guest has no AppArmor profiles and no SELinux policy; the VM is the confinement.
+        remove(&mut value, "/process", "apparmorProfile");
+        remove(&mut value, "/process", "selinuxLabel");
+        remove(&mut value, "/linux", "mountLabel");
+        // Cache and bandwidth classes of the host's CPUs.
+        remove(&mut value, "/linux", "intelRdt");
+        if let Some(list) = value
+            .pointer_mut("/linux/namespaces")
+            .and_then(Value::as_array_mut)
+        {
+            // The guest's own network is the pod's. A namespace with a path is one the pod's
+            // containers share: for ipc and uts that is the guest's own, for pid the agent is told
+            // by another field.
+            list.retain(|n| {
+                let kind = n.get("type").and_then(Value::as_str).unwrap_or_default();
+                let joined = n
+                    .get("path")
+                    .and_then(Value::as_str)
+                    .is_some_and(|p| !p.is_empty());
+                kind != "network" && !joined
+            });
+        }
+        serde_json::to_vec(&value).map_err(|e| Error::failed("write the guest's OCI spec", e))
+    }
+}
+
+/// The limits of a whole pod from CRI's annotations on its sandbox.
+pub fn sandbox_limits(annotations: &BTreeMap<String, String>) -> Limits {
+    let number = |key: &str| {
+        annotations
+            .get(key)
+            .and_then(|v| v.parse::<i64>().ok())
+            .unwrap_or(0)
+    };
+    Limits {
+        cpu_quota: number(SANDBOX_CPU_QUOTA),
+        cpu_period: u64::try_from(number(SANDBOX_CPU_PERIOD)).unwrap_or(0),
+        memory: number(SANDBOX_MEMORY),
+    }
+}
+
+fn remove(value: &mut Value, parent: &str, key: &str) {
+    if let Some(object) = value.pointer_mut(parent).and_then(Value::as_object_mut) {
+        object.remove(key);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec(value: &Value) -> Spec {
+        Spec::parse(&serde_json::to_vec(value).unwrap()).unwrap()
+    }
+
+    fn sandbox() -> Spec {
+        spec(&json!({
+            "hostname": "web-0",
+            "annotations": {
+                "io.kubernetes.cri.container-type": "sandbox",
+                "io.kubernetes.cri.sandbox-id": "sb",
+                "io.kubernetes.cri.sandbox-cpu-quota": "50000",
+                "io.kubernetes.cri.sandbox-cpu-period": "100000",
+                "io.kubernetes.cri.sandbox-memory": "134217728",
+            },
+            "linux": {
+                "cgroupsPath": "/kubepods/pod1/sb",
+                "sysctl": {"net.ipv4.ip_unprivileged_port_start": "0"},
+                "namespaces": [{"type": "pid"}, {"type": "network", "path": "/run/netns/cni-1"}],
+            },
+        }))
+    }
+
+    #[test]
+    fn sandbox_of_cri_is_recognised_with_its_limits_and_network() {
+        let spec = sandbox();
+        assert_eq!(spec.role(), Role::Sandbox);
+        assert_eq!(spec.group(), Some("sb"));
+        assert_eq!(
+            spec.sandbox_limits(),
+            Limits {
+                cpu_quota: 50_000,
+                cpu_period: 100_000,
+                memory: 128 << 20
+            }
+        );
+        assert_eq!(
+            spec.network_namespace(),
+            Some(Some("/run/netns/cni-1".into()))
+        );
+        assert_eq!(spec.pid_namespace(), Some(None));
+        assert_eq!(spec.hostname(), Some("web-0"));
+        assert_eq!(spec.sysctls().len(), 1);
+    }
+
+    #[test]
+    fn container_of_ctr_is_a_pod_of_one() {
+        let spec = spec(&json!({"process": {"terminal": true}}));
+        assert_eq!(spec.role(), Role::Alone);
+        assert_eq!(spec.group(), None);
+        assert!(spec.terminal());
+        assert_eq!(spec.network_namespace(), None);
+    }
+
+    #[test]
+    fn the_guests_copy_has_no_path_of_the_host_and_keeps_what_it_does_not_know() {
+        let spec = spec(&json!({
+            "ociVersion": "1.2.0",
+            "process": {"args": ["sh"], "apparmorProfile": "cri", "selinuxLabel": "x", "novel": 1},
+            "root": {"path": "/run/containerd/x/rootfs", "readonly": true},
+            "hooks": {"prestart": [{"path": "/usr/bin/nvidia"}]},
+            "mounts": [{"destination": "/data", "type": "bind", "source": "/var/lib/kubelet/x"}],
+            "linux": {
+                "mountLabel": "x",
+                "namespaces": [
+                    {"type": "mount"}, {"type": "pid"},
+                    {"type": "network", "path": "/proc/7/ns/net"},
+                    {"type": "ipc", "path": "/proc/7/ns/ipc"},
+                ],
+            },
+        }));
+        let mount = SpecMount {
+            destination: "/data".into(),
+            kind: "bind".into(),
+            source: "/run/kiln/volumes/0".into(),
+            options: vec!["rbind".into()],
+        };
+        let guest: Value = serde_json::from_slice(&spec.for_guest(&[mount]).unwrap()).unwrap();
+        let text = guest.to_string();
+        for host in [
+            "/var/lib/kubelet",
+            "/run/containerd",
+            "/proc/7",
+            "nvidia",
+            "apparmor",
+        ] {
+            assert!(!text.contains(host), "{host} in {text}");
+        }
+        assert_eq!(guest["process"]["novel"], 1);
+        assert_eq!(guest["root"]["readonly"], true);
+        assert_eq!(
+            guest["linux"]["namespaces"],
+            json!([{"type": "mount"}, {"type": "pid"}])
+        );
+        assert_eq!(guest["mounts"][0]["source"], "/run/kiln/volumes/0");
+    }
+
+    #[test]
+    fn documents_that_are_no_spec_are_refused() {
+        assert!(Spec::parse(b"[]").is_err());
+        assert!(Spec::parse(b"{").is_err());
+    }
+
+    #[test]
+    fn bind_mounts_are_known_by_type_or_option() {
+        let mount = |kind: &str, options: &[&str]| SpecMount {
+            kind: kind.into(),
+            options: options.iter().map(|o| (*o).to_owned()).collect(),
+            ..SpecMount::default()
+        };
+        assert!(mount("bind", &[]).is_bind());
+        assert!(mount("none", &["rbind", "ro"]).is_bind());
+        assert!(!mount("tmpfs", &["nosuid"]).is_bind());
+    }
+}

@@ -1,0 +1,114 @@
+//! The seam between pods and μVMs: what the state machine needs of one, and nothing of how it is
+//! done. Behind it stand the VMM's control client and the guest agent's.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use kiln_agent_api::proto;
+use kiln_agent_api::stream::Header;
+use tokio::net::UnixStream;
+
+use crate::error::Result;
+use crate::events::Exit;
+use crate::size::Size;
+
+/// What a μVM is launched with.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PodSetup {
+    /// The pod's id: the sandbox's, or the task's own.
+    pub id: String,
+    /// How big.
+    pub size: Size,
+    /// The pod's host name; empty: none was asked for.
+    pub hostname: String,
+    /// The pod's network namespace; `None`: the pod has no network but its loopback.
+    pub netns: Option<PathBuf>,
+    /// Sysctls of the pod.
+    pub sysctls: BTreeMap<String, String>,
+    /// The cgroup that the VMM's memory and CPU time are charged to, as the OCI spec writes it.
+    pub cgroup: Option<String>,
+}
+
+/// Starts μVMs.
+#[async_trait]
+pub trait Launcher: Send + Sync {
+    /// Resumes a μVM and makes it this pod's. When it returns, the identity gate is open and the
+    /// network is up.
+    async fn launch(&self, setup: &PodSetup) -> Result<Arc<dyn Uvm>>;
+}
+
+/// A block device as the guest sees it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GuestDisk {
+    /// What the VMM calls it.
+    pub slot: u32,
+    /// Its device path in the guest.
+    pub path: String,
+    /// Its size, which the agent waits for.
+    pub size: u64,
+}
+
+/// What the guest's own events are to the shim.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum GuestEvent {
+    /// The kernel killed a process of the container because its memory ran out.
+    Oom {
+        /// The container.
+        container: String,
+    },
+}
+
+/// A running μVM.
+#[async_trait]
+pub trait Uvm: Send + Sync {
+    /// The VMM's process id, which stands for every process of the pod on the host.
+    fn pid(&self) -> u32;
+
+    /// Makes a container; its first process waits to be started.
+    async fn create(&self, request: proto::CreateContainerRequest) -> Result<()>;
+    /// Starts a container's first process.
+    async fn start(&self, container: &str) -> Result<()>;
+    /// Starts another process.
+    async fn exec(&self, request: proto::ExecRequest) -> Result<()>;
+    /// Sends a signal; an empty `exec` means the first process.
+    async fn kill(&self, container: &str, exec: &str, signal: u32, all: bool) -> Result<()>;
+    /// Waits for the end of a process. Answers until the process is deleted, so none is missed.
+    async fn wait(&self, container: &str, exec: &str) -> Result<Exit>;
+    /// Freezes a container.
+    async fn pause(&self, container: &str) -> Result<()>;
+    /// Thaws it.
+    async fn unpause(&self, container: &str) -> Result<()>;
+    /// Changes a container's limits: an OCI `LinuxResources`, JSON.
+    async fn update(&self, container: &str, resources: Vec<u8>) -> Result<()>;
+    /// Usage of a container, or of all together for an empty id.
+    async fn stats(&self, container: &str) -> Result<proto::StatsResponse>;
+    /// The guest's network counters.
+    async fn network(&self) -> Result<proto::NetworkState>;
+    /// Changes a terminal's size.
+    async fn resize_tty(&self, container: &str, exec: &str, w: u32, h: u32) -> Result<()>;
+    /// Ends the books on a process or container, killing it first if need be.
+    async fn delete(&self, container: &str, exec: &str) -> Result<()>;
+    /// Opens a stream of a process, or a TCP connection into the pod.
+    async fn stream(&self, header: &Header) -> Result<UnixStream>;
+    /// The next thing that happened unasked; `None` when the guest is gone.
+    async fn next_event(&self) -> Option<GuestEvent>;
+
+    /// Writes a file in the guest.
+    async fn write_file(&self, request: proto::WriteFileRequest) -> Result<()>;
+    /// Mounts things in the guest, for the whole pod.
+    async fn add_mounts(&self, mounts: Vec<proto::Mount>) -> Result<()>;
+    /// Gives the guest a disk.
+    async fn attach_disk(&self, image: File, read_only: bool) -> Result<GuestDisk>;
+    /// Takes it away.
+    async fn detach_disk(&self, disk: &GuestDisk) -> Result<()>;
+    /// Changes the size of the μVM.
+    async fn resize(&self, size: Size) -> Result<()>;
+
+    /// Ends the μVM and everything that belongs to it on the host. Done twice is done once.
+    async fn stop(&self);
+    /// Returns when the VMM has ended, with the reason.
+    async fn ended(&self) -> String;
+}
