@@ -6,6 +6,7 @@
 
 pub mod block;
 pub mod chain;
+pub mod mem;
 pub mod ring;
 pub mod rng;
 mod slab;
