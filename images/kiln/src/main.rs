@@ -1,3 +1,48 @@
-//! The kiln command
+//! The `kiln` command: looks after baked μVMs, and says whether this machine can run them.
 
-fn main() {}
+mod args;
+mod doctor;
+mod failure;
+mod output;
+mod store;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use args::{Args, Command};
+use failure::Failure;
+use output::Output;
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    let output = Output::new(args.json);
+    match run(&args, &output) {
+        Ok(code) => code,
+        Err(failure) => {
+            failure.print();
+            failure.code()
+        }
+    }
+}
+
+fn run(args: &Args, output: &Output) -> Result<ExitCode, Failure> {
+    match &args.command {
+        Command::Doctor => doctor::run(&args.store, output),
+        Command::List => store::list(&args.store, output),
+        Command::Inspect { uvm } => store::inspect(&args.store, uvm, output),
+        Command::Verify { uvms } => store::verify(&args.store, uvms, output),
+        Command::Rm { uvms } => store::remove(&args.store, uvms, output),
+        Command::Pin { uvm } => store::pin(&args.store, uvm, true),
+        Command::Unpin { uvm } => store::pin(&args.store, uvm, false),
+        Command::Gc(options) => store::collect(&args.store, options, output),
+        Command::Completions { shell } => {
+            args::completions(*shell);
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Man { dir } => {
+            args::man_pages(dir)?;
+            Ok(ExitCode::SUCCESS)
+        }
+    }
+}

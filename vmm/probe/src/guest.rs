@@ -45,7 +45,7 @@ const TASK: u16 = 0x30;
 const TIMER_VECTOR: u8 = 0x41;
 
 const REAL_MODE_SUM: u32 = 1000;
-const WORK_ROUNDS: u32 = 300_000;
+const WORK_ROUNDS: u32 = 100_000;
 const WORK_FACTOR: u64 = 6_364_136_223_846_793_005;
 const WORK_TERM: u64 = 1_442_695_040_888_963_407;
 const MAGIC: u32 = 0x6b69_6c6e;
@@ -145,6 +145,12 @@ kiln_probe_guest_start:
     movw    ${task}, %ax
     ltr     %ax
 
+                                        # what emulators lack comes before what they do slowly
+    movl    ${magic}, %eax
+    cvtsi2sdq %rax, %xmm0
+    sqrtsd  %xmm0, %xmm1
+    mulsd   %xmm1, %xmm0
+    movsd   %xmm0, {results} + 24
     movl    ${rounds}, %ecx
     movabsq ${factor}, %rsi
     movabsq ${term}, %rdi
@@ -157,11 +163,6 @@ kiln_probe_guest_start:
     decl    %ecx
     jnz     4b
     movq    %rax, {results} + 16
-    movl    ${magic}, %eax
-    cvtsi2sdq %rax, %xmm0
-    sqrtsd  %xmm0, %xmm1
-    mulsd   %xmm1, %xmm0
-    movsd   %xmm0, {results} + 24
     movl    $2, %eax
     movw    ${port}, %dx
     outl    %eax, %dx

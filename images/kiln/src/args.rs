@@ -1,0 +1,236 @@
+//! The command line: what can be asked, and how it is explained.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+use clap::{CommandFactory, Parser, Subcommand, ValueHint};
+
+const EXIT_CODES: &str = "Exit codes:
+  0  done; for doctor: pods can run; for verify: nothing is damaged
+  1  failed; for doctor: pods cannot run; for verify: something is damaged
+  2  the command line makes no sense
+  3  no such μVM, or no store
+  4  the μVM is in use or pinned
+  5  the store's budget or the disk has no room";
+
+/// Runs containers in μVMs that were baked beforehand.
+///
+/// A pod that kiln runs does not boot a kernel: it resumes a μVM that was baked earlier. `kiln`
+/// bakes μVMs, looks after the store they are kept in, and says whether this machine can run them.
+///
+/// Begin with `kiln doctor`: it tells what is missing on this machine and how to mend it.
+#[derive(Debug, Parser)]
+#[command(name = "kiln", version, after_help = EXIT_CODES, max_term_width = 100)]
+pub(crate) struct Args {
+    /// Print JSON, for programs. The names in it are stable.
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+
+    /// The directory baked μVMs are kept in.
+    #[arg(
+        long,
+        global = true,
+        value_name = "DIR",
+        env = "KILN_STORE",
+        default_value = kiln_store::DEFAULT_ROOT,
+        value_hint = ValueHint::DirPath
+    )]
+    pub(crate) store: PathBuf,
+
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Say what this machine can do, and how to mend what is missing.
+    ///
+    /// Runs a small guest on /dev/kvm (a device that exists proves nothing), looks at the kernel,
+    /// the cgroups, containerd and its configuration, the programs of kiln, disk and memory, and
+    /// the store. Takes a few seconds at most. Exit code 0 means that pods can run.
+    Doctor,
+
+    /// List the baked μVMs, the newest first.
+    #[command(visible_alias = "ls")]
+    List,
+
+    /// Show everything that is known of a baked μVM.
+    Inspect {
+        /// Its digest, the first digits of it (4 at least), or `latest`.
+        #[arg(default_value = "latest")]
+        uvm: String,
+    },
+
+    /// Read baked μVMs and compare them with what was written.
+    ///
+    /// Names every object that has changed, has another length or is missing. A damaged μVM is
+    /// mended by removing it (`kiln rm`) and baking again.
+    Verify {
+        /// Which ones; all of them if none is named.
+        #[arg(value_name = "UVM")]
+        uvms: Vec<String>,
+    },
+
+    /// Remove baked μVMs. Those in use and pinned ones are refused.
+    Rm {
+        /// Their digests, the first digits of them (4 at least), or `latest`.
+        #[arg(value_name = "UVM", required = true)]
+        uvms: Vec<String>,
+    },
+
+    /// Keep a baked μVM from `rm` and `gc`.
+    Pin {
+        /// Its digest, the first digits of it (4 at least), or `latest`.
+        uvm: String,
+    },
+
+    /// Take the pin off a baked μVM.
+    Unpin {
+        /// Its digest, the first digits of it (4 at least), or `latest`.
+        uvm: String,
+    },
+
+    /// Remove what nobody needs any more.
+    ///
+    /// Removes what interrupted bakes left, and μVMs for which there is a newer one of the same
+    /// size class, kernel release and CPU. If the store is over its budget, the least recently used
+    /// μVMs go too. Pinned μVMs and those in use always stay.
+    Gc(Gc),
+
+    /// Print a completion script for a shell.
+    ///
+    /// For bash: kiln completions bash > /etc/bash_completion.d/kiln
+    Completions {
+        /// The shell.
+        shell: clap_complete::Shell,
+    },
+
+    /// Write the manual pages to a directory.
+    #[command(hide = true)]
+    Man {
+        /// The directory.
+        #[arg(value_hint = ValueHint::DirPath)]
+        dir: PathBuf,
+    },
+}
+
+/// What `kiln gc` may do.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Gc {
+    /// Change nothing; print what would be removed.
+    #[arg(long, short = 'n')]
+    pub(crate) dry_run: bool,
+
+    /// Remove every μVM that is neither pinned nor in use.
+    #[arg(long)]
+    pub(crate) all: bool,
+
+    /// Keep μVMs for which there is a newer one.
+    #[arg(long)]
+    pub(crate) keep_superseded: bool,
+
+    /// Go on until the store takes no more than this on disk, such as 500M or 20G.
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub(crate) target: Option<u64>,
+
+    /// From now on the store may take this much on disk, such as 20G, or `none`: a bake that would
+    /// exceed it fails.
+    #[arg(long, value_name = "SIZE", value_parser = parse_budget)]
+    pub(crate) set_budget: Option<Budget>,
+}
+
+/// A budget as it is written: a size, or none at all.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Budget(pub(crate) Option<u64>);
+
+fn parse_budget(text: &str) -> Result<Budget, String> {
+    if text == "none" {
+        Ok(Budget(None))
+    } else {
+        parse_size(text).map(|size| Budget(Some(size)))
+    }
+}
+
+/// Bytes, from a number with an optional unit; units are powers of 1024.
+pub(crate) fn parse_size(text: &str) -> Result<u64, String> {
+    let wrong = || format!("'{text}' is no size: write it like 512M or 20G");
+    let digits = text.trim_end_matches(|c: char| !c.is_ascii_digit());
+    let number: u64 = digits.parse().map_err(|_| wrong())?;
+    let factor: u64 = match text[digits.len()..].trim().to_ascii_lowercase().as_str() {
+        "" | "b" => 1,
+        "k" | "kib" => 1 << 10,
+        "m" | "mib" => 1 << 20,
+        "g" | "gib" => 1 << 30,
+        "t" | "tib" => 1 << 40,
+        _ => return Err(wrong()),
+    };
+    number.checked_mul(factor).ok_or_else(wrong)
+}
+
+pub(crate) fn completions(shell: clap_complete::Shell) {
+    clap_complete::generate(shell, &mut Args::command(), "kiln", &mut std::io::stdout());
+}
+
+pub(crate) fn man_pages(dir: &Path) -> anyhow::Result<()> {
+    std::fs::create_dir_all(dir).with_context(|| format!("making {}", dir.display()))?;
+    clap_mangen::generate_to(Args::command(), dir)
+        .with_context(|| format!("writing manual pages to {}", dir.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn command_line_is_consistent() {
+        Args::command().debug_assert();
+    }
+
+    #[test]
+    fn every_command_and_option_is_explained() {
+        fn check(command: &clap::Command, path: &str) {
+            for argument in command.get_arguments().filter(|a| a.get_id() != "help") {
+                assert!(
+                    argument.get_help().is_some(),
+                    "{path}: {}",
+                    argument.get_id()
+                );
+            }
+            for sub in command.get_subcommands() {
+                let path = format!("{path} {}", sub.get_name());
+                assert!(sub.get_about().is_some(), "{path}");
+                check(sub, &path);
+            }
+        }
+        check(&Args::command(), "kiln");
+    }
+
+    #[test]
+    fn sizes_are_read_with_units_and_refused_with_reason() {
+        assert_eq!(parse_size("0"), Ok(0));
+        assert_eq!(parse_size("512M"), Ok(512 << 20));
+        assert_eq!(parse_size("20 GiB"), Ok(20 << 30));
+        for wrong in ["", "G", "1x", "-1", "99999999999T", "1.5G"] {
+            assert!(parse_size(wrong).unwrap_err().contains("20G"), "{wrong}");
+        }
+        assert_eq!(parse_budget("none"), Ok(Budget(None)));
+    }
+
+    #[test]
+    fn every_command_has_a_manual_page_and_completions() {
+        let dir = tempfile::tempdir().unwrap();
+        man_pages(dir.path()).unwrap();
+        for name in ["kiln", "kiln-doctor", "kiln-gc", "kiln-verify"] {
+            let page = std::fs::read_to_string(dir.path().join(format!("{name}.1"))).unwrap();
+            assert!(page.contains(".SH NAME"), "{name}");
+        }
+        let mut script = Vec::new();
+        clap_complete::generate(
+            clap_complete::Shell::Bash,
+            &mut Args::command(),
+            "kiln",
+            &mut script,
+        );
+        assert!(String::from_utf8(script).unwrap().contains("doctor"));
+    }
+}

@@ -1,0 +1,355 @@
+//! Commands on the store: list, inspect, verify, rm, pin, gc.
+
+use std::path::Path;
+use std::process::ExitCode;
+
+use kiln_store::{Collected, Digest, Entry, Error, Manifest, Policy, Store, Why};
+use serde::Serialize;
+
+use crate::args::Gc;
+use crate::failure::Failure;
+use crate::output::{Colour, Output, moment, size, table};
+
+/// A μVM as programs see it.
+#[derive(Serialize)]
+struct Listed<'a> {
+    id: Digest,
+    pinned: bool,
+    used_at: u64,
+    #[serde(flatten, skip_serializing_if = "Option::is_none")]
+    manifest: Option<&'a Manifest>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    damage: Option<String>,
+}
+
+impl<'a> From<&'a Entry> for Listed<'a> {
+    fn from(entry: &'a Entry) -> Listed<'a> {
+        Listed {
+            id: entry.id,
+            pinned: entry.pinned,
+            used_at: entry.used_at,
+            manifest: entry.manifest.as_ref().ok(),
+            damage: entry.manifest.as_ref().err().map(ToString::to_string),
+        }
+    }
+}
+
+fn data(manifest: &Manifest) -> u64 {
+    manifest.objects.iter().map(|object| object.data).sum()
+}
+
+pub(crate) fn list(root: &Path, output: &Output) -> Result<ExitCode, Failure> {
+    let entries = match Store::open(root) {
+        Ok(store) => store.list()?,
+        // Nothing was baked yet: that is a short list, not a failure.
+        Err(Error::NoStore(_)) => Vec::new(),
+        Err(error) => return Err(error.into()),
+    };
+    if output.is_json() {
+        output.json(&entries.iter().map(Listed::from).collect::<Vec<_>>())?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    if entries.is_empty() {
+        output.text("No μVM is baked yet: `kiln bake` makes one.\n")?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let head = [
+        "UVM",
+        "BAKED (UTC)",
+        "CPUS",
+        "MEMORY",
+        "SLOTS",
+        "KERNEL",
+        "DATA",
+        "",
+    ];
+    let mut rows = vec![head.map(str::to_owned).to_vec()];
+    rows.extend(entries.iter().map(list_row));
+    output.text(&table(&rows))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn list_row(entry: &Entry) -> Vec<String> {
+    let pin = if entry.pinned { "pinned" } else { "" };
+    match &entry.manifest {
+        Ok(manifest) => {
+            let class = &manifest.about.class;
+            vec![
+                entry.id.short(),
+                moment(manifest.about.baked_at),
+                format!("{}-{}", class.cpus, class.max_cpus),
+                format!("{}-{} MiB", class.memory_mib, class.max_memory_mib),
+                class.slots.to_string(),
+                manifest.about.kernel.release.clone(),
+                size(data(manifest)),
+                pin.to_owned(),
+            ]
+        }
+        Err(error) => vec![entry.id.short(), format!("damaged: {error}")],
+    }
+}
+
+pub(crate) fn inspect(root: &Path, name: &str, output: &Output) -> Result<ExitCode, Failure> {
+    let store = Store::open(root)?;
+    let entry = store.entry(store.resolve(name)?)?;
+    if output.is_json() {
+        output.json(&Listed::from(&entry))?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let (id, used_at, pinned) = (entry.id, entry.used_at, entry.pinned);
+    let manifest = entry.manifest?;
+    let about = &manifest.about;
+    let mut rows: Vec<Vec<String>> = [
+        ("μVM", id.to_string()),
+        (
+            "baked",
+            format!(
+                "{} UTC by kiln {}",
+                moment(about.baked_at),
+                about.kiln_version
+            ),
+        ),
+        ("last used", format!("{} UTC", moment(used_at))),
+        ("pinned", if pinned { "yes" } else { "no" }.to_owned()),
+        ("class", about.class.to_string()),
+        ("kernel", about.kernel.release.clone()),
+        ("command line", about.kernel.command_line.clone()),
+        ("kernel image", about.kernel.digest.to_string()),
+        ("initramfs", about.initramfs.to_string()),
+        ("agent", about.agent_version.clone()),
+        ("CPU", format!("{} {}", about.cpu.vendor, about.cpu.model)),
+        ("CPU features", about.cpu.features.to_string()),
+        ("guest memory used", size(about.guest_used_kib << 10)),
+        ("recipe", about.recipe.to_string()),
+    ]
+    .map(|(name, value)| vec![name.to_owned(), value])
+    .to_vec();
+    for object in &manifest.objects {
+        let sizes = format!(
+            "{} of data, {} long",
+            size(object.data),
+            size(object.length)
+        );
+        rows.push(vec![
+            object.kind.to_string(),
+            format!("{}  {sizes}", object.digest),
+        ]);
+    }
+    output.text(&table(&rows))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+#[derive(Serialize)]
+struct VerifiedJson {
+    uvms: u32,
+    objects: u32,
+    data: u64,
+    orphans: u32,
+    damage: Vec<DamageJson>,
+}
+
+#[derive(Serialize)]
+struct DamageJson {
+    uvm: Digest,
+    what: String,
+}
+
+pub(crate) fn verify(root: &Path, names: &[String], output: &Output) -> Result<ExitCode, Failure> {
+    let store = Store::open(root)?;
+    let ids = names
+        .iter()
+        .map(|name| store.resolve(name))
+        .collect::<Result<Vec<_>, _>>()?;
+    let report = store.verify(&ids)?;
+    let good = report.damage.is_empty();
+    if output.is_json() {
+        let describe = |damage: &kiln_store::Damage| DamageJson {
+            uvm: damage.uvm(),
+            what: causes(damage),
+        };
+        output.json(&VerifiedJson {
+            uvms: report.uvms,
+            objects: report.objects,
+            data: report.data,
+            orphans: report.orphans,
+            damage: report.damage.iter().map(describe).collect(),
+        })?;
+    } else {
+        let mut text = String::new();
+        for damage in &report.damage {
+            text += &format!(
+                "{} {}\n",
+                output.paint(Colour::Red, "damaged"),
+                causes(damage)
+            );
+        }
+        text += &format!(
+            "{} μVMs, {} objects with {} of data read: {}\n",
+            report.uvms,
+            report.objects,
+            size(report.data),
+            if good {
+                output.paint(Colour::Green, "nothing is damaged")
+            } else {
+                "remove what is damaged (`kiln rm`) and bake it again (`kiln bake`)".to_owned()
+            }
+        );
+        if report.orphans > 0 {
+            text += &format!(
+                "{} objects belong to no μVM (an interrupted bake): `kiln gc` removes them\n",
+                report.orphans
+            );
+        }
+        output.text(&text)?;
+    }
+    Ok(ExitCode::from(u8::from(!good)))
+}
+
+/// An error and all its causes in one line.
+fn causes(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        text += &format!(": {cause}");
+        next = cause.source();
+    }
+    text
+}
+
+pub(crate) fn remove(root: &Path, names: &[String], output: &Output) -> Result<ExitCode, Failure> {
+    let store = Store::open(root)?;
+    // All names are looked up before anything is removed: a typing error removes nothing.
+    let ids = names
+        .iter()
+        .map(|name| store.resolve(name))
+        .collect::<Result<Vec<_>, _>>()?;
+    for id in &ids {
+        store.remove(*id)?;
+        if !output.is_json() {
+            output.text(&format!("removed {}\n", id.short()))?;
+        }
+    }
+    if output.is_json() {
+        output.json(&serde_json::json!({ "removed": ids }))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+pub(crate) fn pin(root: &Path, name: &str, pinned: bool) -> Result<ExitCode, Failure> {
+    let store = Store::open(root)?;
+    let id = store.resolve(name)?;
+    if pinned {
+        store.pin(id)?;
+    } else {
+        store.unpin(id)?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+#[derive(Serialize)]
+struct CollectedJson {
+    dry_run: bool,
+    removed: Vec<RemovedJson>,
+    in_use: Vec<Digest>,
+    damaged: Vec<Digest>,
+    objects: u32,
+    interrupted: u32,
+    freed: u64,
+    used: u64,
+    budget: Option<u64>,
+}
+
+#[derive(Serialize)]
+struct RemovedJson {
+    id: Digest,
+    why: &'static str,
+}
+
+fn why(why: Why) -> &'static str {
+    match why {
+        Why::Superseded => "superseded",
+        Why::Room => "room",
+        Why::All => "all",
+    }
+}
+
+pub(crate) fn collect(root: &Path, options: &Gc, output: &Output) -> Result<ExitCode, Failure> {
+    let store = match options.set_budget {
+        // A budget may be set before the first bake.
+        Some(_) => Store::open_or_create(root)?,
+        None => Store::open(root)?,
+    };
+    if let Some(budget) = options.set_budget
+        && !options.dry_run
+    {
+        store.set_budget(budget.0)?;
+    }
+    let report = store.collect(Policy {
+        all: options.all,
+        keep_superseded: options.keep_superseded,
+        target: options.target,
+        dry_run: options.dry_run,
+    })?;
+    let budget = store.usage()?.budget;
+    if output.is_json() {
+        let removed = report
+            .removed
+            .iter()
+            .map(|r| RemovedJson {
+                id: r.id,
+                why: why(r.why),
+            })
+            .collect();
+        output.json(&CollectedJson {
+            dry_run: options.dry_run,
+            removed,
+            in_use: report.in_use,
+            damaged: report.damaged,
+            objects: report.objects,
+            interrupted: report.interrupted,
+            freed: report.freed,
+            used: report.used,
+            budget,
+        })?;
+    } else {
+        output.text(&collected_text(&report, options.dry_run, budget))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn collected_text(report: &Collected, dry_run: bool, budget: Option<u64>) -> String {
+    let mut text = String::new();
+    let verb = if dry_run { "would remove" } else { "removed" };
+    for removed in &report.removed {
+        let reason = match removed.why {
+            Why::Superseded => "a newer one serves the same purpose",
+            Why::Room => "least recently used, to make room",
+            Why::All => "asked to remove all",
+        };
+        text += &format!("{verb} {} ({reason})\n", removed.id.short());
+    }
+    for id in &report.in_use {
+        text += &format!("kept {} (in use)\n", id.short());
+    }
+    for id in &report.damaged {
+        text += &format!("kept {} (damaged: `kiln rm` removes it)\n", id.short());
+    }
+    if report.interrupted > 0 {
+        text += &format!(
+            "removed what {} interrupted bakes left\n",
+            report.interrupted
+        );
+    }
+    let freed = if dry_run { "would free" } else { "freed" };
+    text += &format!(
+        "{freed} {}; the store takes {}",
+        size(report.freed),
+        size(report.used)
+    );
+    text += &budget.map_or(String::new(), |budget| format!(" of {}", size(budget)));
+    text.push('\n');
+    text
+}
+
+#[cfg(test)]
+pub(crate) mod tests;

@@ -1,0 +1,122 @@
+use std::os::unix::fs::FileExt;
+
+use kiln_store::{Class, Cpu, Description, Kernel, Kind};
+
+use super::*;
+
+pub(crate) fn bake(store: &Store, name: &str) -> Digest {
+    let staging = store.begin(0).unwrap();
+    let memory = staging.create(Kind::Memory).unwrap();
+    memory.write_all_at(name.as_bytes(), 1 << 20).unwrap();
+    staging
+        .create(Kind::State)
+        .unwrap()
+        .write_all_at(b"state", 0)
+        .unwrap();
+    let digest = Digest::of_bytes(name.as_bytes());
+    let about = Description {
+        recipe: digest,
+        baked_at: 1_763_726_399,
+        kiln_version: "0.1.0".into(),
+        class: Class {
+            cpus: 1,
+            max_cpus: 8,
+            memory_mib: 256,
+            max_memory_mib: 4096,
+            slots: 4,
+        },
+        kernel: Kernel {
+            release: "6.12".into(),
+            digest,
+            command_line: "quiet".into(),
+        },
+        initramfs: digest,
+        agent_version: "0.1.0".into(),
+        cpu: Cpu {
+            vendor: "AuthenticAMD".into(),
+            model: "EPYC".into(),
+            features: digest,
+        },
+        guest_used_kib: 1000,
+    };
+    staging.commit(about).unwrap()
+}
+
+fn quiet() -> Output {
+    Output::new(true)
+}
+
+#[test]
+fn row_of_the_list_tells_class_kernel_and_pin() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open_or_create(dir.path().join("s")).unwrap();
+    let id = bake(&store, "one");
+    store.pin(id).unwrap();
+    let row = list_row(&store.entry(id).unwrap());
+    assert_eq!(row[0], id.short());
+    assert_eq!(row[1], "2025-11-21 11:59");
+    assert_eq!(row[2..6], ["1-8", "256-4096 MiB", "4", "6.12"]);
+    assert_eq!(row[7], "pinned");
+}
+
+#[test]
+fn json_of_a_uvm_is_flat_and_names_its_damage() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open_or_create(dir.path().join("s")).unwrap();
+    let id = bake(&store, "one");
+    let entry = store.entry(id).unwrap();
+    let json = serde_json::to_value(Listed::from(&entry)).unwrap();
+    assert_eq!(json["id"], id.to_string());
+    assert_eq!(json["class"]["memory_mib"], 256);
+    assert_eq!(json["objects"][0]["kind"], "state");
+    assert!(json.get("damage").is_none());
+    let wrong = "ab".repeat(32);
+    std::fs::write(store.root().join("uvms").join(&wrong), "junk").unwrap();
+    let entry = store.entry(wrong.parse().unwrap()).unwrap();
+    let json = serde_json::to_value(Listed::from(&entry)).unwrap();
+    assert!(json["damage"].as_str().unwrap().contains("kiln rm"));
+}
+
+#[test]
+fn misspelt_name_removes_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open_or_create(dir.path()).unwrap();
+    let id = bake(&store, "one");
+    let names = [id.to_string(), "ffff0000".to_owned()];
+    assert!(remove(dir.path(), &names, &quiet()).is_err());
+    assert_eq!(store.list().unwrap().len(), 1);
+    remove(dir.path(), &names[..1], &quiet()).unwrap();
+    assert!(store.list().unwrap().is_empty());
+}
+
+#[test]
+fn damage_makes_verify_fail() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open_or_create(dir.path()).unwrap();
+    let id = bake(&store, "one");
+    let code = |names: &[String]| verify(dir.path(), names, &quiet()).unwrap();
+    assert_eq!(code(&[]), ExitCode::SUCCESS);
+    let memory = store.lease(id).unwrap().path(Kind::Memory).unwrap();
+    std::fs::remove_file(memory).unwrap();
+    assert_eq!(code(&[id.short()]), ExitCode::from(1));
+}
+
+#[test]
+fn text_of_a_collection_says_what_and_why() {
+    let id = Digest::of_bytes(b"x");
+    let report = Collected {
+        removed: vec![kiln_store::Removed {
+            id,
+            why: Why::Superseded,
+        }],
+        in_use: vec![id],
+        freed: 3 << 20,
+        used: 1 << 20,
+        ..Collected::default()
+    };
+    let text = collected_text(&report, false, Some(1 << 30));
+    assert!(text.contains(&format!("removed {} (a newer one", id.short())));
+    assert!(text.contains("in use"));
+    assert!(text.ends_with("freed 3.0 MiB; the store takes 1.0 MiB of 1.0 GiB\n"));
+    assert!(collected_text(&report, true, None).contains("would free"));
+}
