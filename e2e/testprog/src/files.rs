@@ -15,11 +15,15 @@ pub(crate) fn write(path: &str, bytes: u64, seed: u64) -> Result<()> {
     let mut out = BufWriter::with_capacity(1 << 20, file);
     let mut hash = Sha256::new();
     for piece in Content::new(bytes, seed) {
-        out.write_all(&piece).with_context(|| format!("cannot write to {path}"))?;
+        out.write_all(&piece)
+            .with_context(|| format!("cannot write to {path}"))?;
         hash.update(&piece);
     }
-    let file = out.into_inner().with_context(|| format!("cannot write to {path}"))?;
-    file.sync_all().with_context(|| format!("cannot sync {path}"))?;
+    let file = out
+        .into_inner()
+        .with_context(|| format!("cannot write to {path}"))?;
+    file.sync_all()
+        .with_context(|| format!("cannot sync {path}"))?;
     say(&hex(&hash.finalize()))
 }
 
@@ -33,7 +37,9 @@ pub(crate) fn hash(paths: &[String]) -> Result<()> {
         let mut hash = Sha256::new();
         let mut buffer = vec![0; 1 << 20];
         loop {
-            let got = file.read(&mut buffer).with_context(|| format!("cannot read {path}"))?;
+            let got = file
+                .read(&mut buffer)
+                .with_context(|| format!("cannot read {path}"))?;
             if got == 0 {
                 break;
             }
@@ -54,7 +60,10 @@ impl Content {
     const PIECE: usize = 64 << 10;
 
     pub(crate) fn new(bytes: u64, seed: u64) -> Self {
-        Content { left: bytes, random: Random::new(seed) }
+        Content {
+            left: bytes,
+            random: Random::new(seed),
+        }
     }
 }
 

@@ -22,7 +22,10 @@ pub(crate) fn serve(port: u16) -> Result<()> {
     let listener = TcpListener::bind(("::", port))
         .or_else(|_| TcpListener::bind(("0.0.0.0", port)))
         .with_context(|| format!("cannot listen on port {port}"))?;
-    say(&format!("listening {}", listener.local_addr().context("no address")?.port()))?;
+    say(&format!(
+        "listening {}",
+        listener.local_addr().context("no address")?.port()
+    ))?;
     for connection in listener.incoming() {
         let connection = connection.context("cannot accept a connection")?;
         std::thread::Builder::new()
@@ -50,7 +53,10 @@ fn answer(connection: &TcpStream) -> Result<()> {
 }
 
 fn respond(request: &Request, peer: SocketAddr, mut out: &TcpStream) -> Result<()> {
-    let bytes = request.path.strip_prefix("/bytes/").and_then(|count| count.parse::<u64>().ok());
+    let bytes = request
+        .path
+        .strip_prefix("/bytes/")
+        .and_then(|count| count.parse::<u64>().ok());
     if let Some(bytes) = bytes {
         write!(out, "HTTP/1.1 200 OK\r\nContent-Length: {bytes}\r\n\r\n")?;
         for piece in Content::new(bytes, BYTES_SEED) {
@@ -65,7 +71,10 @@ fn respond(request: &Request, peer: SocketAddr, mut out: &TcpStream) -> Result<(
         "/hash" => ("200 OK", hex(&Sha256::digest(&request.body))),
         path => ("404 Not Found", format!("nothing at {path}")),
     };
-    let head = format!("HTTP/1.1 {status}\r\nContent-Length: {}\r\n\r\n", body.len());
+    let head = format!(
+        "HTTP/1.1 {status}\r\nContent-Length: {}\r\n\r\n",
+        body.len()
+    );
     out.write_all(format!("{head}{body}").as_bytes())?;
     Ok(out.flush()?)
 }
@@ -89,8 +98,11 @@ impl Request {
         else {
             bail!("{first:?} is no HTTP request");
         };
-        let mut request =
-            Request { path: path.to_owned(), body: Vec::new(), close: version == "HTTP/1.0" };
+        let mut request = Request {
+            path: path.to_owned(),
+            body: Vec::new(),
+            close: version == "HTTP/1.0",
+        };
         let mut length = 0usize;
         for header in headers(input)? {
             match (header.0.as_str(), header.1.as_str()) {
@@ -130,14 +142,19 @@ fn headers(input: &mut impl BufRead) -> Result<Vec<(String, String)>> {
 pub(crate) fn get(address: &str, path: &str) -> Result<ExitCode> {
     let mut connection =
         TcpStream::connect(address).with_context(|| format!("cannot connect to {address}"))?;
-    write!(connection, "GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n")?;
+    write!(
+        connection,
+        "GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n"
+    )?;
     let mut input = BufReader::new(connection);
     let mut status = String::new();
     input.read_line(&mut status)?;
     headers(&mut input)?;
     let mut body = Vec::new();
     input.read_to_end(&mut body)?;
-    std::io::stdout().write_all(&body).context("cannot write to stdout")?;
+    std::io::stdout()
+        .write_all(&body)
+        .context("cannot write to stdout")?;
     if status.split_whitespace().nth(1) == Some("200") {
         return Ok(ExitCode::SUCCESS);
     }
@@ -156,7 +173,11 @@ mod tests {
     #[test]
     fn a_request_is_read_with_its_body() {
         let request = read("POST /hash HTTP/1.1\r\nContent-Length: 3\r\n\r\nabcd").unwrap();
-        let expected = Request { path: "/hash".into(), body: b"abc".to_vec(), close: false };
+        let expected = Request {
+            path: "/hash".into(),
+            body: b"abc".to_vec(),
+            close: false,
+        };
         assert_eq!(request, Some(expected));
     }
 

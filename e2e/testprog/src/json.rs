@@ -103,7 +103,10 @@ mod tests {
     #[test]
     fn every_kind_of_value_is_written_as_json() {
         let value = Json::Object(vec![
-            ("a".into(), Json::List(vec![1u32.into(), Json::Null, true.into()])),
+            (
+                "a".into(),
+                Json::List(vec![1u32.into(), Json::Null, true.into()]),
+            ),
             ("say \"hi\"\n\u{1}\\".into(), "ü".into()),
             ("none".into(), Option::<String>::None.into()),
         ]);

@@ -57,18 +57,27 @@ pub(crate) fn burn(seconds: f64, threads: usize) -> Result<()> {
     for worker in workers {
         rounds += worker.join().unwrap_or(0);
     }
-    say(&format!("burned cpu_ms={} rounds={rounds}", cpu_time().as_millis()))
+    say(&format!(
+        "burned cpu_ms={} rounds={rounds}",
+        cpu_time().as_millis()
+    ))
 }
 
 /// CPU time this process has used so far.
 fn cpu_time() -> Duration {
-    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    let mut time = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
     // SAFETY: the pointer is to a live timespec, which is all the call writes to.
     let result = unsafe { libc::clock_gettime(libc::CLOCK_PROCESS_CPUTIME_ID, &raw mut time) };
     if result != 0 {
         return Duration::ZERO;
     }
-    Duration::new(time.tv_sec.unsigned_abs(), u32::try_from(time.tv_nsec).unwrap_or(0))
+    Duration::new(
+        time.tv_sec.unsigned_abs(),
+        u32::try_from(time.tv_nsec).unwrap_or(0),
+    )
 }
 
 /// splitmix64: the same bytes for the same seed, everywhere.

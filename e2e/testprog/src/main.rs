@@ -12,6 +12,7 @@ mod process;
 mod report;
 mod signals;
 mod text;
+mod udp;
 
 use std::process::ExitCode;
 
@@ -28,6 +29,8 @@ testprog COMMAND [ARGUMENTS]
   hash PATH...               print the SHA-256 of files
   http PORT                  answer HTTP
   get HOST:PORT PATH         GET, print the body; exit 22 unless the status is 200
+  udp PORT                   answer each datagram with what it holds and who sent it
+  ask HOST:PORT TEXT         send a datagram, repeat it each second, print the answer
   exit CODE                  exit
   signals [NAME=CODE|NAME=ignore]...  print signals as they come; exit with CODE where one is given
   lines COUNT [LENGTH] [ERR_EVERY]    print numbered lines, every n-th on stderr
@@ -61,12 +64,16 @@ fn run(arguments: &[String]) -> Result<ExitCode> {
         "report" => text::say(&report::report().to_string())?,
         "fill" => load::fill(number(rest, 0)?, optional(rest, 1)?.unwrap_or(8))?,
         "burn" => load::burn(fraction(rest, 0)?, optional(rest, 1)?.unwrap_or(1))?,
-        "write" => {
-            files::write(word(rest, 0)?, number(rest, 1)?, optional(rest, 2)?.unwrap_or(1))?
-        }
+        "write" => files::write(
+            word(rest, 0)?,
+            number(rest, 1)?,
+            optional(rest, 2)?.unwrap_or(1),
+        )?,
         "hash" => files::hash(rest)?,
         "http" => http::serve(number(rest, 0)?)?,
         "get" => return http::get(word(rest, 0)?, word(rest, 1)?),
+        "udp" => udp::serve(number(rest, 0)?)?,
+        "ask" => udp::ask(word(rest, 0)?, word(rest, 1)?)?,
         "exit" => return Ok(ExitCode::from(number::<u8>(rest, 0)?)),
         "signals" => return signals::watch(rest),
         "lines" => text::lines(
@@ -97,14 +104,19 @@ where
     T::Err: std::error::Error + Send + Sync + 'static,
 {
     let text = word(arguments, index)?;
-    text.parse().with_context(|| format!("{text:?} is not a number that fits here"))
+    text.parse()
+        .with_context(|| format!("{text:?} is not a number that fits here"))
 }
 
 fn optional<T: std::str::FromStr>(arguments: &[String], index: usize) -> Result<Option<T>>
 where
     T::Err: std::error::Error + Send + Sync + 'static,
 {
-    if index < arguments.len() { number(arguments, index).map(Some) } else { Ok(None) }
+    if index < arguments.len() {
+        number(arguments, index).map(Some)
+    } else {
+        Ok(None)
+    }
 }
 
 fn fraction(arguments: &[String], index: usize) -> Result<f64> {
@@ -121,9 +133,16 @@ mod tests {
 
     #[test]
     fn a_missing_or_unknown_command_is_an_error_that_shows_the_usage() {
-        for arguments in [vec![], vec!["frobnicate".to_owned()], vec!["exit".to_owned()]] {
+        for arguments in [
+            vec![],
+            vec!["frobnicate".to_owned()],
+            vec!["exit".to_owned()],
+        ] {
             let error = run(&arguments).unwrap_err();
-            assert!(format!("{error:#}").contains("testprog COMMAND"), "{error:#}");
+            assert!(
+                format!("{error:#}").contains("testprog COMMAND"),
+                "{error:#}"
+            );
         }
     }
 

@@ -47,7 +47,9 @@ pub(crate) fn spawn(count: usize) -> Result<ExitCode> {
 /// pod's) first process, which has to collect it when it ends a moment later.
 pub(crate) fn orphan() -> Result<()> {
     let program = std::env::current_exe().context("cannot find this program")?;
-    let child =
-        Command::new(program).args(["sleep", "0.2"]).spawn().context("cannot start a child")?;
+    let child = Command::new(program)
+        .args(["sleep", "0.2"])
+        .spawn()
+        .context("cannot start a child")?;
     say(&format!("orphan {}", child.id()))
 }

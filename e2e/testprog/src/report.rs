@@ -8,7 +8,9 @@ use crate::json::Json;
 /// Everything a test may want to compare: identity, limits, mounts, environment.
 pub(crate) fn report() -> Json {
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let working = std::env::current_dir().map(|path| path.display().to_string()).ok();
+    let working = std::env::current_dir()
+        .map(|path| path.display().to_string())
+        .ok();
     object([
         // SAFETY: getpid has no preconditions and touches no memory.
         ("pid", unsafe { libc::getpid() }.into()),
@@ -39,7 +41,12 @@ pub(crate) fn hostname() -> String {
 }
 
 fn object<const N: usize>(fields: [(&str, Json); N]) -> Json {
-    Json::Object(fields.into_iter().map(|(name, value)| (name.to_owned(), value)).collect())
+    Json::Object(
+        fields
+            .into_iter()
+            .map(|(name, value)| (name.to_owned(), value))
+            .collect(),
+    )
 }
 
 fn text(path: &str) -> String {
@@ -54,7 +61,10 @@ fn environment() -> Json {
     Json::Object(
         std::env::vars_os()
             .map(|(name, value)| {
-                (name.to_string_lossy().into_owned(), value.to_string_lossy().as_ref().into())
+                (
+                    name.to_string_lossy().into_owned(),
+                    value.to_string_lossy().as_ref().into(),
+                )
             })
             .collect(),
     )
@@ -71,7 +81,9 @@ fn fields(text: &str) -> Json {
 }
 
 fn value_of<'a>(text: &'a str, name: &str) -> Option<&'a str> {
-    text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')).map(str::trim)
+    text.lines()
+        .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))
+        .map(str::trim)
 }
 
 fn number_of(text: &str, name: &str) -> Json {
@@ -123,7 +135,9 @@ fn count_list(list: &str) -> u64 {
 fn namespaces() -> Json {
     let mut found = Vec::new();
     for name in ["cgroup", "ipc", "mnt", "net", "pid", "user", "uts"] {
-        let inode = fs::metadata(format!("/proc/self/ns/{name}")).map(|meta| meta.ino()).ok();
+        let inode = fs::metadata(format!("/proc/self/ns/{name}"))
+            .map(|meta| meta.ino())
+            .ok();
         found.push((name.to_owned(), inode.into()));
     }
     Json::Object(found)
@@ -142,8 +156,18 @@ fn cgroup() -> Json {
             ])
             .into(),
         ),
-        ("cpu_max", read(["/sys/fs/cgroup/cpu.max", "/sys/fs/cgroup/cpu/cpu.cfs_quota_us"]).into()),
-        ("pids_max", read(["/sys/fs/cgroup/pids.max", "/sys/fs/cgroup/pids/pids.max"]).into()),
+        (
+            "cpu_max",
+            read([
+                "/sys/fs/cgroup/cpu.max",
+                "/sys/fs/cgroup/cpu/cpu.cfs_quota_us",
+            ])
+            .into(),
+        ),
+        (
+            "pids_max",
+            read(["/sys/fs/cgroup/pids.max", "/sys/fs/cgroup/pids/pids.max"]).into(),
+        ),
     ])
 }
 
@@ -158,7 +182,15 @@ fn mount(line: &str) -> Option<Json> {
     let after: Vec<&str> = after.split(' ').collect();
     Some(object([
         ("target", (*before.get(4)?).into()),
-        ("options", before.get(5)?.split(',').map(Json::from).collect::<Vec<_>>().into()),
+        (
+            "options",
+            before
+                .get(5)?
+                .split(',')
+                .map(Json::from)
+                .collect::<Vec<_>>()
+                .into(),
+        ),
         ("type", (*after.first()?).into()),
         ("source", (*after.get(1)?).into()),
     ]))
@@ -188,7 +220,10 @@ mod tests {
     #[test]
     fn the_report_names_this_process() {
         let text = report().to_string();
-        assert!(text.contains(&format!("\"pid\":{}", std::process::id())), "{text}");
+        assert!(
+            text.contains(&format!("\"pid\":{}", std::process::id())),
+            "{text}"
+        );
         assert!(text.contains("\"effective\":\""), "{text}");
     }
 }

@@ -32,7 +32,10 @@ impl Signals {
             for signal in signals {
                 libc::sigaddset(&raw mut set, *signal);
             }
-            (set, libc::sigprocmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut()))
+            (
+                set,
+                libc::sigprocmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut()),
+            )
         };
         if blocked != 0 {
             return Err(std::io::Error::last_os_error()).context("cannot block signals");
@@ -46,7 +49,9 @@ impl Signals {
         // SAFETY: both pointers are to live objects of the right types.
         match unsafe { libc::sigwait(&raw const self.0, &raw mut signal) } {
             0 => Ok(signal),
-            error => Err(std::io::Error::from_raw_os_error(error)).context("cannot wait for signals"),
+            error => {
+                Err(std::io::Error::from_raw_os_error(error)).context("cannot wait for signals")
+            }
         }
     }
 }
@@ -62,12 +67,14 @@ enum Reaction {
 pub(crate) fn watch(arguments: &[String]) -> Result<ExitCode> {
     let mut reactions = Vec::new();
     for argument in arguments {
-        let (name, reaction) =
-            argument.split_once('=').with_context(|| format!("{argument:?} is not NAME=CODE"))?;
+        let (name, reaction) = argument
+            .split_once('=')
+            .with_context(|| format!("{argument:?} is not NAME=CODE"))?;
         let reaction = match reaction {
             "ignore" => Reaction::Ignore,
             code => Reaction::Exit(
-                code.parse().with_context(|| format!("{code:?} is no exit code (0 to 255)"))?,
+                code.parse()
+                    .with_context(|| format!("{code:?} is no exit code (0 to 255)"))?,
             ),
         };
         reactions.push((by_name(name)?, reaction));
@@ -96,13 +103,20 @@ fn by_name(name: &str) -> Result<i32> {
         Some((_, signal)) => Ok(*signal),
         None => bail!(
             "signal {name:?} cannot be caught here; one of: {}",
-            NAMES.iter().map(|(known, _)| *known).collect::<Vec<_>>().join(" ")
+            NAMES
+                .iter()
+                .map(|(known, _)| *known)
+                .collect::<Vec<_>>()
+                .join(" ")
         ),
     }
 }
 
 fn name_of(signal: i32) -> &'static str {
-    NAMES.iter().find(|(_, known)| *known == signal).map_or("?", |(name, _)| name)
+    NAMES
+        .iter()
+        .find(|(_, known)| *known == signal)
+        .map_or("?", |(name, _)| name)
 }
 
 #[cfg(test)]

@@ -10,7 +10,9 @@ use crate::signals;
 /// Prints one line and flushes it, so that whoever waits for it need not wait for a full buffer.
 pub(crate) fn say(line: &str) -> Result<()> {
     let mut out = io::stdout().lock();
-    writeln!(out, "{line}").and_then(|()| out.flush()).context("cannot write to stdout")
+    writeln!(out, "{line}")
+        .and_then(|()| out.flush())
+        .context("cannot write to stdout")
 }
 
 /// Prints `count` lines `N` or, padded to `length` bytes, `N xxxx`; each `error_every`-th goes to stderr.
@@ -24,9 +26,12 @@ pub(crate) fn lines(count: u64, length: usize, error_every: u64) -> Result<()> {
         }
         line.push('\n');
         if error_every != 0 && index % error_every == 0 {
-            io::stderr().write_all(line.as_bytes()).context("cannot write to stderr")?;
+            io::stderr()
+                .write_all(line.as_bytes())
+                .context("cannot write to stderr")?;
         } else {
-            out.write_all(line.as_bytes()).context("cannot write to stdout")?;
+            out.write_all(line.as_bytes())
+                .context("cannot write to stdout")?;
         }
     }
     out.flush().context("cannot write to stdout")
@@ -45,7 +50,8 @@ pub(crate) fn echo() -> Result<()> {
             Err(error) => return Err(error).context("cannot read stdin"),
         };
         sum += got as u64;
-        out.write_all(&buffer[..got]).context("cannot write to stdout")?;
+        out.write_all(&buffer[..got])
+            .context("cannot write to stdout")?;
         out.flush().context("cannot write to stdout")?;
     }
     writeln!(io::stderr(), "echoed {sum} bytes").context("cannot write to stderr")
@@ -54,12 +60,8 @@ pub(crate) fn echo() -> Result<()> {
 /// Says whether stdin, stdout and stderr are terminals and how large; again whenever the size
 /// changes; ends on TERM, INT or HUP.
 pub(crate) fn tty() -> Result<ExitCode> {
-    let signals = signals::Signals::new(&[
-        libc::SIGWINCH,
-        libc::SIGTERM,
-        libc::SIGINT,
-        libc::SIGHUP,
-    ])?;
+    let signals =
+        signals::Signals::new(&[libc::SIGWINCH, libc::SIGTERM, libc::SIGINT, libc::SIGHUP])?;
     say(&format!(
         "tty stdin={} stdout={} stderr={}",
         io::stdin().is_terminal(),
@@ -67,7 +69,12 @@ pub(crate) fn tty() -> Result<ExitCode> {
         io::stderr().is_terminal()
     ))?;
     loop {
-        let mut size = libc::winsize { ws_row: 0, ws_col: 0, ws_xpixel: 0, ws_ypixel: 0 };
+        let mut size = libc::winsize {
+            ws_row: 0,
+            ws_col: 0,
+            ws_xpixel: 0,
+            ws_ypixel: 0,
+        };
         // SAFETY: TIOCGWINSZ writes one winsize, which `size` is.
         let result = unsafe { libc::ioctl(0, libc::TIOCGWINSZ, &raw mut size) };
         if result == 0 {

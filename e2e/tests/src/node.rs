@@ -18,6 +18,8 @@ const STATE: &[&str] = &[
     "/var/lib/containerd/io.containerd.runtime.v2.task",
     "/var/lib/containerd/io.containerd.grpc.v1.cri",
 ];
+/// cgroup parent of the tests' pods, as kubelet has `kubepods`. It stays.
+pub(crate) const TESTS_CGROUP: &str = "/kiln-e2e";
 const CNI: &str = "/var/lib/cni/networks";
 
 /// A process of the node.
@@ -199,7 +201,13 @@ impl Census {
         };
         let mut census = BTreeMap::from([
             ("mounts", mounts()?),
-            ("cgroups", cgroups()),
+            (
+                "cgroups",
+                cgroups()
+                    .into_iter()
+                    .filter(|path| !path.ends_with(TESTS_CGROUP))
+                    .collect(),
+            ),
             ("network namespaces", names("/run/netns")),
             ("network interfaces", names("/sys/class/net")),
             (

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use containerd_client::Client;
 use containerd_client::services::v1::snapshots::{PrepareSnapshotRequest, RemoveSnapshotRequest};
 use containerd_client::services::v1::{
@@ -684,17 +684,15 @@ async fn remove(client: &Client, id: &str) -> Result<()> {
     };
     // An ended task, or none at all, cannot be killed and need not be.
     let _ = client.tasks().kill(call(kill)?).await;
-    wait::until("end of a task", STEP, || async {
-        let message = DeleteTaskRequest {
-            container_id: container_id.clone(),
-        };
-        match unless_gone(client.tasks().delete(call(message)?).await) {
-            Ok(()) => Ok(Some(())),
-            Err(status) if status.code() == Code::FailedPrecondition => Ok(None),
-            Err(status) => bail!("tasks.delete: {status}"),
-        }
-    })
-    .await?;
+    let wait = WaitRequest {
+        container_id: container_id.clone(),
+        exec_id: String::new(),
+    };
+    unless_gone(client.tasks().wait(call(wait)?).await).context("tasks.wait")?;
+    let message = DeleteTaskRequest {
+        container_id: container_id.clone(),
+    };
+    unless_gone(client.tasks().delete(call(message)?).await).context("tasks.delete")?;
     let message = DeleteContainerRequest {
         id: container_id.clone(),
     };

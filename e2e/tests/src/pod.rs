@@ -344,6 +344,28 @@ impl Pod {
     }
 }
 
+/// What kubelet hides from containers that are not privileged.
+const MASKED: [&str; 10] = [
+    "/proc/asound",
+    "/proc/acpi",
+    "/proc/kcore",
+    "/proc/keys",
+    "/proc/latency_stats",
+    "/proc/timer_list",
+    "/proc/timer_stats",
+    "/proc/sched_debug",
+    "/proc/scsi",
+    "/sys/firmware",
+];
+/// What kubelet lets them only read.
+const READ_ONLY: [&str; 5] = [
+    "/proc/bus",
+    "/proc/fs",
+    "/proc/irq",
+    "/proc/sys",
+    "/proc/sysrq-trigger",
+];
+
 /// What to run as a container.
 #[derive(Debug, Clone)]
 pub struct ContainerSpec {
@@ -381,6 +403,8 @@ impl ContainerSpec {
                     ipc: mode(Mode::Pod),
                     ..Default::default()
                 }),
+                masked_paths: MASKED.map(str::to_owned).to_vec(),
+                readonly_paths: READ_ONLY.map(str::to_owned).to_vec(),
                 ..Default::default()
             },
             attempt: 0,
@@ -519,6 +543,8 @@ impl ContainerSpec {
     /// All capabilities, devices and so on.
     pub fn privileged(mut self) -> Self {
         self.security.privileged = true;
+        self.security.masked_paths.clear();
+        self.security.readonly_paths.clear();
         self
     }
 

@@ -10,6 +10,7 @@ use anyhow::{Context, Result, bail};
 use containerd_client::Client;
 use k8s_cri::v1 as api;
 
+use crate::node::TESTS_CGROUP;
 use crate::pod::Identity;
 use crate::{Cri, Pod, PodSpec, node, plain, wait};
 
@@ -17,8 +18,6 @@ use crate::{Cri, Pod, PodSpec, node, plain, wait};
 pub(crate) const LABEL: &str = "dev.kiln.e2e";
 /// Everything that tests write on the node is below here.
 const SCRATCH: &str = "/var/lib/kiln-e2e";
-/// cgroup parent of the tests' pods, as kubelet has `kubepods`.
-const CGROUP: &str = "/kiln-e2e";
 /// After a pod's removal, its traces may take this long to go.
 const SETTLE: Duration = Duration::from_secs(10);
 
@@ -145,10 +144,15 @@ impl Test {
             uid: format!("uid-{name}"),
             labels: self.labels(),
             logs: logs.display().to_string(),
-            cgroup: format!("{CGROUP}/{}/{name}", self.inner.id),
+            cgroup: format!("{TESTS_CGROUP}/{}/{name}", self.inner.id),
             name,
         };
         Ok(spec.to_api(&identity))
+    }
+
+    /// Removes the (empty) cgroups of this run's pods, which are kubelet's part, not the runtime's.
+    pub fn remove_pod_cgroups(&self) -> std::io::Result<()> {
+        node::remove_cgroup(&format!("{TESTS_CGROUP}/{}", self.inner.id))
     }
 
     /// Ids of this run's sandboxes that containerd still knows.
@@ -188,15 +192,14 @@ impl Test {
             .unwrap_or_default();
         let gone = wait::until("removal of all traces", SETTLE, || async {
             let traces = node::traces(&ids)?;
-            let cgroup = node::remove_cgroup(&format!("{CGROUP}/{}", self.inner.id));
-            Ok((traces.is_empty() && cgroup.is_ok()).then_some(()))
+            Ok((traces.is_empty() && self.remove_pod_cgroups().is_ok()).then_some(()))
         });
         if gone.await.is_err() {
             let traces = node::traces(&ids)?;
             if !traces.is_empty() {
                 bail!("left behind on the node:\n  {}", traces.join("\n  "));
             }
-            node::remove_cgroup(&format!("{CGROUP}/{}", self.inner.id))
+            self.remove_pod_cgroups()
                 .context("left behind on the node: a cgroup that is in use")?;
         }
         std::fs::remove_dir_all(self.scratch())
@@ -249,6 +252,6 @@ pub(crate) async fn remove_leftovers(client: &Client) -> Result<()> {
         std::fs::remove_dir_all(SCRATCH).with_context(|| format!("cannot remove {SCRATCH}"))?;
     }
     // In use only if a process escaped from an earlier run; the tests will then show it.
-    let _ = node::remove_cgroup(CGROUP);
+    let _ = node::remove_cgroup(TESTS_CGROUP);
     Ok(())
 }

@@ -1,9 +1,49 @@
-//! All tests, by what they are about.
+//! All tests, by what they are about. Each is a statement that holds for any runtime.
 
+mod exec;
+mod exit;
+mod identity;
+mod logs;
+mod network;
 mod pods;
+mod resources;
+mod streams;
+mod tasks;
+mod volumes;
 
 use kiln_e2e::harness::Case;
 
 pub(crate) fn all() -> Vec<Case> {
-    [pods::cases()].into_iter().flatten().collect()
+    [
+        pods::cases(),
+        identity::cases(),
+        exec::cases(),
+        streams::cases(),
+        exit::cases(),
+        logs::cases(),
+        volumes::cases(),
+        network::cases(),
+        resources::cases(),
+        tasks::cases(),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
 }
+
+/// Fails unless two values are equal, and shows both.
+macro_rules! same {
+    ($left:expr, $right:expr) => {
+        same!($left, $right, "{}", stringify!($left))
+    };
+    ($left:expr, $right:expr, $($what:tt)+) => {
+        match (&$left, &$right) {
+            (left, right) => anyhow::ensure!(
+                left == right,
+                "{}: {left:?}, expected {right:?}",
+                format!($($what)+)
+            ),
+        }
+    };
+}
+pub(crate) use same;

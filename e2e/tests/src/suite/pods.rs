@@ -1,32 +1,266 @@
 //! Life of pods and of the containers in them.
 
-use anyhow::{Result, ensure};
-use k8s_cri::v1::{ContainerState, PodSandboxState};
+use std::time::Duration;
+
+use anyhow::{Result, bail, ensure};
+use futures_util::future::try_join_all;
+use k8s_cri::v1::{
+    ContainerState, PodSandboxState, RemovePodSandboxRequest, StopPodSandboxRequest,
+};
 use kiln_e2e::harness::Case;
+use kiln_e2e::node::Census;
 use kiln_e2e::pod::STEP;
-use kiln_e2e::{ContainerSpec, Test, cases};
+use kiln_e2e::{ContainerSpec, PodSpec, Test, cases, wait};
+
+use super::same;
 
 pub(crate) fn cases() -> Vec<Case> {
-    cases![pod_up]
+    cases![
+        pod_up,
+        removal_of_a_running_pod_and_again,
+        containers_share_localhost_hostname_and_ipc,
+        containers_see_each_others_processes_only_if_shared,
+        init_containers_run_one_after_the_other,
+        one_container_restarts_while_another_runs,
+        unknown_handler_is_refused,
+        failed_create_leaves_the_pod_usable,
+        ten_pods_at_once_leave_nothing.alone().limit(240),
+    ]
 }
 
 async fn pod_up(test: Test) -> Result<()> {
     let pod = test.pod().await?;
     let status = pod.status().await?;
-    ensure!(
-        status.state() == PodSandboxState::SandboxReady,
-        "{status:?}"
-    );
-    ensure!(status.runtime_handler == test.handler(), "{status:?}");
+    same!(status.state(), PodSandboxState::SandboxReady);
+    same!(status.runtime_handler, test.handler());
     let container = pod
         .create(&ContainerSpec::testprog("main", &["started"]))
         .await?;
-    ensure!(container.state().await? == ContainerState::ContainerCreated);
+    same!(container.state().await?, ContainerState::ContainerCreated);
     container.start().await?;
-    ensure!(container.state().await? == ContainerState::ContainerRunning);
+    same!(container.state().await?, ContainerState::ContainerRunning);
     container.log().wait_for("started", STEP).await?;
+    let status = container.status().await?;
+    ensure!(
+        status.created_at > 0 && status.started_at >= status.created_at,
+        "{status:?}"
+    );
     pod.stop().await?;
-    ensure!(pod.status().await?.state() == PodSandboxState::SandboxNotready);
-    ensure!(container.state().await? == ContainerState::ContainerExited);
+    same!(
+        pod.status().await?.state(),
+        PodSandboxState::SandboxNotready
+    );
+    same!(container.state().await?, ContainerState::ContainerExited);
     pod.remove().await
+}
+
+async fn removal_of_a_running_pod_and_again(test: Test) -> Result<()> {
+    let pod = test.pod().await?;
+    pod.start(&ContainerSpec::testprog("main", &["started"]))
+        .await?;
+    // Without stopping it first, and then all of it once more: kubelet repeats itself.
+    let remove = || RemovePodSandboxRequest {
+        pod_sandbox_id: pod.id().to_owned(),
+    };
+    test.cri().remove_pod_sandbox(remove()).await?;
+    test.cri().remove_pod_sandbox(remove()).await?;
+    let stop = StopPodSandboxRequest {
+        pod_sandbox_id: pod.id().to_owned(),
+    };
+    test.cri().stop_pod_sandbox(stop).await?;
+    ensure!(
+        pod.status().await.is_err(),
+        "a removed pod still has a status"
+    );
+    Ok(())
+}
+
+async fn containers_share_localhost_hostname_and_ipc(test: Test) -> Result<()> {
+    let spec = PodSpec::new()
+        .hostname("together")
+        .name_server("192.0.2.53")
+        .sysctl("net.ipv4.ip_unprivileged_port_start", "7");
+    let pod = test.run_pod(&spec).await?;
+    let server = pod
+        .start(&ContainerSpec::testprog("server", &["http", "8080"]))
+        .await?;
+    server.log().wait_for("listening 8080", STEP).await?;
+    let client = pod.start(&ContainerSpec::pause("client")).await?;
+    same!(
+        client
+            .read(&["testprog", "get", "127.0.0.1:8080", "/"])
+            .await?,
+        "together"
+    );
+    same!(
+        client
+            .read(&["testprog", "get", "[::1]:8080", "/peer"])
+            .await?,
+        "::1"
+    );
+    same!(client.read(&["hostname"]).await?, "together");
+    server.shell("echo shared > /dev/shm/file").await?;
+    same!(client.read(&["cat", "/dev/shm/file"]).await?, "shared");
+    let resolv = client.read(&["cat", "/etc/resolv.conf"]).await?;
+    ensure!(resolv.contains("nameserver 192.0.2.53"), "{resolv:?}");
+    ensure!(resolv.contains("search kiln.test"), "{resolv:?}");
+    let port = client
+        .read(&["cat", "/proc/sys/net/ipv4/ip_unprivileged_port_start"])
+        .await?;
+    same!(port, "7");
+    // What they must not share.
+    server.shell("echo mine > /tmp/file").await?;
+    same!(client.exec(&["cat", "/tmp/file"]).await?.code, 1);
+    Ok(())
+}
+
+async fn containers_see_each_others_processes_only_if_shared(test: Test) -> Result<()> {
+    let apart = test.pod().await?;
+    apart
+        .start(&ContainerSpec::testprog("one", &["sleep", "1000"]))
+        .await?;
+    let two = apart.start(&ContainerSpec::pause("two")).await?;
+    let processes = two.read(&["ps", "-o", "args"]).await?;
+    ensure!(!processes.contains("sleep 1000"), "{processes}");
+    same!(
+        two.report().await?["status"]["NSpid"]
+            .as_str()
+            .map(|pid| pid.contains('\t')),
+        Some(false)
+    );
+
+    let together = test.run_pod(&PodSpec::new().share_processes()).await?;
+    let one = ContainerSpec::testprog("one", &["sleep", "1000"]).share_processes();
+    together.start(&one).await?;
+    let two = together
+        .start(&ContainerSpec::pause("two").share_processes())
+        .await?;
+    let processes = two.read(&["ps", "-o", "args"]).await?;
+    ensure!(processes.contains("sleep 1000"), "{processes}");
+    Ok(())
+}
+
+async fn init_containers_run_one_after_the_other(test: Test) -> Result<()> {
+    let pod = test.pod().await?;
+    let shared = test.scratch().join("shared");
+    std::fs::create_dir(&shared)?;
+    for name in ["first", "second", "third"] {
+        let script = format!("echo {name} >> /shared/order");
+        let spec = ContainerSpec::shell(name, &script).mount(&shared, "/shared");
+        let (code, _) = pod.finish(&spec).await?;
+        same!(code, 0);
+    }
+    let spec = ContainerSpec::new("main", &["cat", "/shared/order"]).mount(&shared, "/shared");
+    let (code, log) = pod.finish(&spec).await?;
+    same!(code, 0);
+    same!(log.stdout()?, ["first", "second", "third"]);
+    Ok(())
+}
+
+async fn one_container_restarts_while_another_runs(test: Test) -> Result<()> {
+    let pod = test.pod().await?;
+    let steady = pod
+        .start(&ContainerSpec::testprog("steady", &["started"]))
+        .await?;
+    let started = steady.status().await?.started_at;
+    for attempt in 0..3 {
+        let spec = ContainerSpec::shell("crashing", "echo again; echo x > /written; exit 3");
+        let container = pod.start(&spec.attempt(attempt)).await?;
+        let status = container.wait().await?;
+        same!(status.exit_code, 3);
+        same!(status.reason, "Error");
+        same!(container.log().stdout()?, ["again"]);
+        container.remove().await?;
+    }
+    // A new attempt starts from the image, not from where the last one ended.
+    let spec = ContainerSpec::new("crashing", &["ls", "/written"]).attempt(3);
+    same!(pod.finish(&spec).await?.0, 1);
+    let status = steady.status().await?;
+    same!(status.state(), ContainerState::ContainerRunning);
+    same!(status.started_at, started);
+    Ok(())
+}
+
+async fn unknown_handler_is_refused(test: Test) -> Result<()> {
+    match test
+        .run_pod(&PodSpec::new().handler("no-such-handler"))
+        .await
+    {
+        Ok(_) => bail!("a pod runs with a handler that is not configured"),
+        Err(error) => {
+            ensure!(
+                format!("{error:#}").contains("no-such-handler"),
+                "{error:#}"
+            );
+            Ok(())
+        }
+    }
+}
+
+async fn failed_create_leaves_the_pod_usable(test: Test) -> Result<()> {
+    let pod = test.pod().await?;
+    let missing = ContainerSpec::pause("main").image("kiln.test/no-such-image:1");
+    ensure!(
+        pod.create(&missing).await.is_err(),
+        "a container of an image that is not there"
+    );
+    let container = pod
+        .create(&ContainerSpec::new("broken", &["/no/such/program"]))
+        .await?;
+    let Err(error) = container.start().await else {
+        bail!("a missing program was started")
+    };
+    ensure!(
+        format!("{error:#}").contains("/no/such/program"),
+        "{error:#}"
+    );
+    let status = container.status().await?;
+    same!(status.state(), ContainerState::ContainerExited);
+    same!(status.reason, "StartError");
+    let (code, _) = pod
+        .finish(&ContainerSpec::testprog("fine", &["exit", "0"]))
+        .await?;
+    same!(code, 0);
+    Ok(())
+}
+
+async fn ten_pods_at_once_leave_nothing(test: Test) -> Result<()> {
+    let before = Census::take()?;
+    let pods = try_join_all((0..10).map(|_| {
+        let test = test.clone();
+        async move {
+            let pod = test.pod().await?;
+            let container = pod
+                .start(&ContainerSpec::testprog("main", &["http", "80"]))
+                .await?;
+            container
+                .log()
+                .wait_for("listening", Duration::from_secs(60))
+                .await?;
+            anyhow::Ok((pod, container))
+        }
+    }))
+    .await?;
+    let mut addresses = Vec::new();
+    for (pod, container) in &pods {
+        let host = container
+            .read(&["testprog", "get", "127.0.0.1:80", "/"])
+            .await?;
+        same!(host, pod.config().hostname);
+        addresses.push(pod.ip().await?);
+    }
+    addresses.sort();
+    addresses.dedup();
+    same!(addresses.len(), 10, "different addresses");
+    try_join_all(pods.iter().map(|(pod, _)| pod.remove())).await?;
+    let limit = Duration::from_secs(20);
+    let as_before = wait::until("the node as it was before", limit, || async {
+        test.remove_pod_cgroups()?;
+        Ok(Census::take()?.more_than(&before).is_empty().then_some(()))
+    });
+    if let Err(error) = as_before.await {
+        let more = Census::take()?.more_than(&before);
+        bail!("{error:#}\n  {}", more.join("\n  "));
+    }
+    Ok(())
 }

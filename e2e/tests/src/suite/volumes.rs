@@ -1,0 +1,259 @@
+//! Volumes as kubelet mounts them: files and directories of the node.
+
+use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use kiln_e2e::harness::Case;
+use kiln_e2e::{ContainerSpec, Test, cases, wait};
+use sha2::{Digest, Sha256};
+
+use super::same;
+
+pub(crate) fn cases() -> Vec<Case> {
+    cases![
+        directory_is_the_same_inside_and_outside,
+        file_and_subdirectory_mounts_hide_the_rest,
+        read_only_volume_cannot_be_written_to,
+        empty_dir_is_shared_between_containers,
+        config_map_update_is_seen_atomically,
+        large_file_keeps_its_hash_both_ways,
+    ]
+}
+
+async fn directory_is_the_same_inside_and_outside(test: Test) -> Result<()> {
+    let pod = test.pod().await?;
+    let data = test.scratch().join("data");
+    std::fs::create_dir(&data)?;
+    std::fs::write(data.join("from-node"), "before the start\n")?;
+    let container = pod
+        .start(&ContainerSpec::pause("main").mount(&data, "/data"))
+        .await?;
+    same!(
+        container.read(&["cat", "/data/from-node"]).await?,
+        "before the start"
+    );
+    std::fs::write(data.join("later"), "after the start\n")?;
+    same!(
+        container.read(&["cat", "/data/later"]).await?,
+        "after the start"
+    );
+    container
+        .shell(
+            "cd /data && mkdir -p a/b && echo inside > a/b/file && ln -s b/file a/link && \
+             ln a/b/file a/hard && mkfifo pipe && chmod 640 a/b/file && chown 1000:2000 a/b/file && \
+             mv from-node renamed && rm later",
+        )
+        .await?;
+    same!(std::fs::read_to_string(data.join("a/b/file"))?, "inside\n");
+    same!(std::fs::read_to_string(data.join("a/link"))?, "inside\n");
+    let meta = std::fs::metadata(data.join("a/hard"))?;
+    same!(
+        (meta.uid(), meta.gid(), meta.mode() & 0o7777, meta.nlink()),
+        (1000, 2000, 0o640, 2)
+    );
+    ensure!(data.join("renamed").exists() && !data.join("later").exists());
+    // Who may not, may not: modes count inside.
+    let spec = ContainerSpec::pause("other")
+        .mount(&data, "/data")
+        .user(3000, 3000);
+    let other = pod.start(&spec).await?;
+    ensure!(other.exec(&["cat", "/data/a/b/file"]).await?.code != 0);
+    std::fs::set_permissions(
+        data.join("a/b/file"),
+        std::fs::Permissions::from_mode(0o644),
+    )?;
+    same!(other.read(&["cat", "/data/a/b/file"]).await?, "inside");
+    Ok(())
+}
+
+async fn file_and_subdirectory_mounts_hide_the_rest(test: Test) -> Result<()> {
+    let pod = test.pod().await?;
+    let secret = test.write("volume/secret", "hidden\n")?;
+    let shown = test.write("volume/sub/shown", "shown\n")?;
+    let single = test.write("single", "one file\n")?;
+    let spec = ContainerSpec::pause("main")
+        .mount(&single, "/etc/single")
+        .mount(
+            shown.parent().unwrap_or(Path::new("/")),
+            "/opt/sub/path/that/is/new",
+        )
+        .mount_read_only(&single, "/etc/passwd");
+    let container = pod.start(&spec).await?;
+    same!(
+        container
+            .read(&["cat", "/etc/single", "/etc/passwd"])
+            .await?,
+        "one file\none file"
+    );
+    same!(
+        container.read(&["ls", "/opt/sub/path/that/is/new"]).await?,
+        "shown"
+    );
+    same!(
+        container
+            .exec(&["ls", "/opt/sub/path/that/is/new/../secret"])
+            .await?
+            .code,
+        1
+    );
+    container.shell("echo changed > /etc/single").await?;
+    same!(std::fs::read_to_string(&single)?, "changed\n");
+    ensure!(
+        container
+            .exec(&["sh", "-c", "echo x > /etc/passwd"])
+            .await?
+            .code
+            != 0
+    );
+    same!(std::fs::read_to_string(&secret)?, "hidden\n");
+    Ok(())
+}
+
+async fn read_only_volume_cannot_be_written_to(test: Test) -> Result<()> {
+    let pod = test.pod().await?;
+    let file = test.write("volume/file", "as it was\n")?;
+    let spec = ContainerSpec::pause("main")
+        .mount_read_only(file.parent().unwrap_or(Path::new("/")), "/data");
+    let container = pod.start(&spec).await?;
+    same!(container.read(&["cat", "/data/file"]).await?, "as it was");
+    for script in [
+        "echo x > /data/file",
+        "echo x > /data/new",
+        "rm /data/file",
+        "mkdir /data/dir",
+        "chmod 777 /data/file",
+        "mv /data/file /data/other",
+        "touch /data/file",
+    ] {
+        let output = container.exec(&["sh", "-c", script]).await?;
+        ensure!(output.code != 0, "allowed: {script}");
+    }
+    same!(std::fs::read_to_string(&file)?, "as it was\n");
+    Ok(())
+}
+
+async fn empty_dir_is_shared_between_containers(test: Test) -> Result<()> {
+    let pod = test.pod().await?;
+    let shared = test.scratch().join("empty-dir");
+    std::fs::create_dir(&shared)?;
+    std::fs::set_permissions(&shared, std::fs::Permissions::from_mode(0o777))?;
+    let writer = ContainerSpec::pause("writer")
+        .mount(&shared, "/out")
+        .user(1001, 1001);
+    let writer = pod.start(&writer).await?;
+    let reader = ContainerSpec::pause("reader")
+        .mount(&shared, "/in")
+        .user(1002, 1002);
+    let reader = pod.start(&reader).await?;
+    let hash = writer
+        .read(&["testprog", "write", "/out/file", "3000000", "7"])
+        .await?;
+    same!(reader.read(&["testprog", "hash", "/in/file"]).await?, hash);
+    // A file that grows is seen growing.
+    for count in 1..=3 {
+        writer.shell("echo line >> /out/growing").await?;
+        same!(
+            reader.shell("wc -l < /in/growing").await?,
+            count.to_string()
+        );
+    }
+    same!(
+        reader
+            .exec(&["sh", "-c", "echo x >> /in/growing"])
+            .await?
+            .code,
+        1
+    );
+    Ok(())
+}
+
+async fn config_map_update_is_seen_atomically(test: Test) -> Result<()> {
+    // kubelet's layout: ..data is a symbolic link to a dated directory, the files are links through
+    // it; an update makes a new directory and renames a new link over the old one.
+    let pod = test.pod().await?;
+    let volume = test.scratch().join("config");
+    let publish = |version: u32| -> Result<()> {
+        let dated = format!("..version_{version}");
+        std::fs::create_dir_all(volume.join(&dated))?;
+        for name in ["one", "two"] {
+            std::fs::write(volume.join(&dated).join(name), format!("{version}\n"))?;
+        }
+        symlink(&dated, volume.join("..data_tmp"))?;
+        std::fs::rename(volume.join("..data_tmp"), volume.join("..data"))?;
+        if version > 1 {
+            std::fs::remove_dir_all(volume.join(format!("..version_{}", version - 1)))?;
+        }
+        Ok(())
+    };
+    publish(1)?;
+    for name in ["one", "two"] {
+        symlink(format!("..data/{name}"), volume.join(name))?;
+    }
+    let spec = ContainerSpec::pause("main").mount_read_only(&volume, "/config");
+    let container = pod.start(&spec).await?;
+    same!(
+        container
+            .read(&["cat", "/config/one", "/config/two"])
+            .await?,
+        "1\n1"
+    );
+    for version in 2..=4 {
+        publish(version)?;
+        let what = format!("version {version} in the container");
+        wait::until(&what, Duration::from_secs(10), || async {
+            // The two files are read through one directory, so they are of one version.
+            let seen = container
+                .exec(&["sh", "-c", "cd /config/..data/ && cat one two"])
+                .await?;
+            let seen: Vec<&str> = seen.stdout.split_whitespace().collect();
+            ensure!(seen.len() < 2 || seen[0] == seen[1], "a mixture: {seen:?}");
+            Ok((seen.first() == Some(&&*version.to_string())).then_some(()))
+        })
+        .await?;
+    }
+    Ok(())
+}
+
+async fn large_file_keeps_its_hash_both_ways(test: Test) -> Result<()> {
+    const SIZE: usize = 24 << 20;
+    let pod = test.pod().await?;
+    let data = test.scratch().join("data");
+    std::fs::create_dir(&data)?;
+    let hex = |bytes: &[u8]| -> String {
+        Sha256::digest(bytes)
+            .iter()
+            .map(|byte| format!("{byte:02x}"))
+            .collect()
+    };
+    let content: Vec<u8> = (0..SIZE as u64 / 8)
+        .flat_map(|index| (index * 0x9e37_79b9).to_le_bytes())
+        .collect();
+    std::fs::write(data.join("from-node"), &content)?;
+    let container = pod
+        .start(&ContainerSpec::pause("main").mount(&data, "/data"))
+        .await?;
+    same!(
+        container
+            .read(&["testprog", "hash", "/data/from-node"])
+            .await?,
+        hex(&content)
+    );
+    let size = SIZE.to_string();
+    let hash = container
+        .read(&["testprog", "write", "/data/from-pod", &size, "3"])
+        .await?;
+    let back = std::fs::read(data.join("from-pod"))?;
+    same!(back.len(), SIZE);
+    same!(hex(&back), hash);
+    // The root file system keeps what is written to it as well.
+    let hash = container
+        .read(&["testprog", "write", "/root-file", &size, "4"])
+        .await?;
+    same!(
+        container.read(&["testprog", "hash", "/root-file"]).await?,
+        hash
+    );
+    Ok(())
+}
