@@ -1,0 +1,90 @@
+//! What may only be done in a fresh, single-threaded child.
+
+use std::io;
+use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
+
+use nix::sched::{CloneFlags, unshare};
+use nix::sys::signal::{SigSet, SigmaskHow, Signal, kill, sigprocmask};
+use nix::unistd::{ForkResult, Pid, fork};
+
+use super::Made;
+use crate::sys;
+
+/// Ends the process without running anything that its parent registered to run at exit.
+pub(super) fn leave(code: i32) -> ! {
+    // SAFETY: `_exit` takes a number and does not return.
+    unsafe { libc::_exit(code) }
+}
+
+/// Gives every signal its default action and lets all of them through: a container's process must
+/// not inherit that Rust ignores SIGPIPE.
+pub(super) fn reset_signals() -> io::Result<()> {
+    for number in 1..=libc::SIGRTMAX() {
+        if number == libc::SIGKILL || number == libc::SIGSTOP {
+            continue;
+        }
+        // SAFETY: the default action has no handler to be valid. The two numbers below SIGRTMIN that
+        // the C library keeps for itself are refused with an error, which is as wanted.
+        unsafe { libc::signal(number, libc::SIG_DFL) };
+    }
+    sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None)?;
+    Ok(())
+}
+
+/// Writes a line to a descriptor known by number, as well as possible.
+pub(super) fn tell(fd: RawFd, text: &str) {
+    // SAFETY: the descriptor was inherited over the fork that made this process and nothing in it
+    // closes it; it is borrowed for one write.
+    let fd = unsafe { BorrowedFd::borrow_raw(fd) };
+    // There is nobody to tell about a failure.
+    let _told = nix::unistd::write(fd, text.as_bytes());
+}
+
+/// Makes a PID namespace whose first process does nothing but collect children.
+pub(super) fn pod_init(reply_socket: &OwnedFd) -> io::Result<Made> {
+    unshare(CloneFlags::CLONE_NEWPID)?;
+    // SAFETY: workers have one thread.
+    match unsafe { fork() }? {
+        ForkResult::Parent { child } => Ok(Made {
+            pid: child.as_raw(),
+            terminal: None,
+        }),
+        ForkResult::Child => {
+            let _ = reply_socket;
+            collect_for_ever()
+        }
+    }
+}
+
+/// The life of a shared PID namespace's first process. It holds nothing and is nobody's.
+fn collect_for_ever() -> ! {
+    if become_harmless().is_err() {
+        // Without its first process the namespace is unusable: the pod's containers will say so.
+        let _gone = kill(Pid::this(), Signal::SIGKILL);
+    }
+    loop {
+        match sys::process::wait_any() {
+            Ok(Some(_)) => {}
+            _ => wait_for_child(),
+        }
+    }
+}
+
+fn become_harmless() -> io::Result<()> {
+    sys::process::set_name(c"pause")?;
+    sys::process::close_from(0)?;
+    nix::unistd::setsid()?;
+    nix::unistd::chdir("/")?;
+    // A pending SIGCHLD ends the wait below even if it came before it.
+    let mut children = SigSet::empty();
+    children.add(Signal::SIGCHLD);
+    sigprocmask(SigmaskHow::SIG_BLOCK, Some(&children), None)?;
+    sys::process::drop_all_privileges()
+}
+
+fn wait_for_child() {
+    let mut children = SigSet::empty();
+    children.add(Signal::SIGCHLD);
+    // An interruption is as good as a signal: the caller looks again.
+    let _either = children.wait();
+}

@@ -1,0 +1,63 @@
+//! Makes a container with libcontainer.
+
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::net::UnixListener;
+
+use anyhow::{Context, bail};
+use libcontainer::container::builder::ContainerBuilder;
+use libcontainer::syscall::syscall::SyscallType;
+
+use super::program::Program;
+use super::{CreateJob, Made};
+use crate::sys;
+
+/// Runs in a worker.
+pub(super) fn run(job: &CreateJob, fds: Vec<OwnedFd>) -> anyhow::Result<Made> {
+    let mut fds = fds.into_iter();
+    let Some(status) = fds.next() else {
+        bail!("the job lacks its status pipe")
+    };
+    let mut builder = ContainerBuilder::new(job.name.clone(), SyscallType::default())
+        .with_root_path(&job.state)?
+        .with_executor(Program {
+            status: status.as_raw_fd(),
+        });
+    let console = if job.terminal {
+        let path = job.bundle.join("console.sock");
+        let listener = UnixListener::bind(&path).context("bind the console socket")?;
+        builder = builder.with_console_socket(Some(path));
+        Some(listener)
+    } else {
+        let (Some(stdin), Some(stdout), Some(stderr)) = (fds.next(), fds.next(), fds.next()) else {
+            bail!("the job lacks a standard stream");
+        };
+        builder = builder
+            .with_stdin(stdin)
+            .with_stdout(stdout)
+            .with_stderr(stderr);
+        None
+    };
+    let container = builder
+        .as_init(&job.bundle)
+        .with_systemd(false)
+        .with_detach(true)
+        .build()?;
+    let Some(pid) = container.pid() else {
+        bail!("libcontainer made a container without a process")
+    };
+    // The first process has sent its terminal before it reported itself ready.
+    let terminal = console
+        .map(|listener| receive_terminal(&listener))
+        .transpose()?;
+    Ok(Made {
+        pid: pid.as_raw(),
+        terminal,
+    })
+}
+
+fn receive_terminal(listener: &UnixListener) -> anyhow::Result<OwnedFd> {
+    let (socket, _) = listener.accept().context("accept on the console socket")?;
+    let mut name = [0; 64];
+    let (_, mut fds) = sys::receive_with_fds(socket.as_fd(), &mut name)?;
+    fds.pop().context("the container sent no terminal")
+}

@@ -1,0 +1,218 @@
+//! CPUs and memory that the host plugs while the guest runs.
+//!
+//! The host plugs, the agent brings online and tells what the guest sees. Both are waited for by the
+//! kernel's announcements, never by looking again and again.
+
+use std::fs;
+use std::io;
+use std::path::Path;
+use std::time::Duration;
+
+use kiln_agent_api::proto;
+use thiserror::Error;
+
+use crate::uevent;
+
+const CPUS: &str = "/sys/devices/system/cpu";
+const MEMORY: &str = "/sys/devices/system/memory";
+/// How long to wait if the host doesn't say.
+const DEFAULT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Why the guest has not what the host meant to give it.
+#[derive(Debug, Error)]
+pub(crate) enum ResourceError {
+    /// A file of the kernel's.
+    #[error("cannot {action} {path}: {source}")]
+    File {
+        /// "read", "write 1 to", ...
+        action: &'static str,
+        /// The file.
+        path: String,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// It did not come in time.
+    #[error("{wanted} did not come online within {limit:?}; the guest has {have}")]
+    Timeout {
+        /// What was asked for.
+        wanted: String,
+        /// What there is.
+        have: String,
+        /// How long it was waited for.
+        limit: Duration,
+    },
+    /// The announcements can't be heard.
+    #[error("cannot listen to the kernel's device events: {0}")]
+    Events(#[from] io::Error),
+}
+
+type Result<T> = std::result::Result<T, ResourceError>;
+
+/// Makes the first `cpus` CPUs the online ones and waits for memory. Blocks the thread.
+pub(crate) fn set(wanted: &proto::Resources) -> Result<proto::ResourceState> {
+    let limit = match wanted.timeout_ms {
+        0 => DEFAULT_TIMEOUT,
+        milliseconds => Duration::from_millis(milliseconds.into()),
+    };
+    if wanted.cpus > 0 {
+        set_cpus(wanted.cpus, limit)?;
+    }
+    if wanted.memory_bytes > 0 {
+        let enough = || -> Result<bool> { Ok(online_memory()? >= wanted.memory_bytes) };
+        if !uevent::wait_until(limit, enough)? {
+            let wanted = format!("{} bytes of memory", wanted.memory_bytes);
+            let have = format!("{} bytes", online_memory()?);
+            return Err(ResourceError::Timeout {
+                wanted,
+                have,
+                limit,
+            });
+        }
+    }
+    state()
+}
+
+/// What the guest has.
+pub(crate) fn state() -> Result<proto::ResourceState> {
+    let meminfo = read("/proc/meminfo")?;
+    let of = |key: &str| meminfo_bytes(&meminfo, key);
+    let mut state = proto::ResourceState::new();
+    state.cpus_present = count(&read(&format!("{CPUS}/present"))?);
+    state.cpus_online = count(&read(&format!("{CPUS}/online"))?);
+    state.mem_total_bytes = of("MemTotal");
+    state.mem_free_bytes = of("MemFree");
+    state.mem_available_bytes = of("MemAvailable");
+    state.memory_online_bytes = online_memory()?;
+    Ok(state)
+}
+
+fn set_cpus(wanted: u32, limit: Duration) -> Result<()> {
+    let present = || -> Result<bool> {
+        Ok(list(&read(&format!("{CPUS}/present"))?).len() >= wanted as usize)
+    };
+    let in_time = uevent::wait_until(limit, present)?;
+    let cpus = list(&read(&format!("{CPUS}/present"))?);
+    if !in_time {
+        let wanted = format!("{wanted} CPUs");
+        return Err(ResourceError::Timeout {
+            wanted,
+            have: cpus.len().to_string(),
+            limit,
+        });
+    }
+    let online = list(&read(&format!("{CPUS}/online"))?);
+    for (position, cpu) in cpus.iter().enumerate() {
+        let shall = position < wanted as usize;
+        // CPU 0 has no switch.
+        if *cpu != 0 && shall != online.contains(cpu) {
+            write(
+                &format!("{CPUS}/cpu{cpu}/online"),
+                if shall { "1" } else { "0" },
+            )?;
+        }
+    }
+    Ok(())
+}
+
+/// Memory blocks that come are for movable pages, so that they can go again.
+pub(crate) fn online_new_memory_by_itself() -> Result<()> {
+    let path = format!("{MEMORY}/auto_online_blocks");
+    if Path::new(&path).exists() {
+        write(&path, "online_movable")
+    } else {
+        Ok(())
+    }
+}
+
+/// The sum of all online memory blocks; without memory hot-plug in the kernel, all memory.
+fn online_memory() -> Result<u64> {
+    let size_path = format!("{MEMORY}/block_size_bytes");
+    if !Path::new(&size_path).exists() {
+        return Ok(meminfo_bytes(&read("/proc/meminfo")?, "MemTotal"));
+    }
+    let size = u64::from_str_radix(read(&size_path)?.trim(), 16).unwrap_or(0);
+    let entries = fs::read_dir(MEMORY).map_err(|source| file_error("list", MEMORY, source))?;
+    let blocks = entries
+        .flatten()
+        .filter(|entry| {
+            let name = entry.file_name();
+            let number = name
+                .to_string_lossy()
+                .strip_prefix("memory")
+                .map(str::to_owned);
+            number.is_some_and(|number| number.parse::<u32>().is_ok())
+        })
+        .filter(|entry| {
+            let state = fs::read_to_string(entry.path().join("state")).unwrap_or_default();
+            state.trim() == "online"
+        })
+        .count();
+    Ok(blocks as u64 * size)
+}
+
+fn meminfo_bytes(meminfo: &str, key: &str) -> u64 {
+    meminfo
+        .lines()
+        .find_map(|line| line.strip_prefix(key)?.strip_prefix(':'))
+        .and_then(|rest| rest.trim().strip_suffix("kB"))
+        .and_then(|number| number.trim().parse::<u64>().ok())
+        .map_or(0, |kilobytes| kilobytes * 1024)
+}
+
+/// The numbers of a list like `0,2-3`.
+fn list(text: &str) -> Vec<u32> {
+    text.trim()
+        .split(',')
+        .filter_map(|part| match part.split_once('-') {
+            Some((first, last)) => Some(first.parse().ok()?..=last.parse().ok()?),
+            None => part.parse().ok().map(|one| one..=one),
+        })
+        .flatten()
+        .collect()
+}
+
+fn count(text: &str) -> u32 {
+    u32::try_from(list(text).len()).unwrap_or(u32::MAX)
+}
+
+fn read(path: &str) -> Result<String> {
+    fs::read_to_string(path).map_err(|source| file_error("read", path, source))
+}
+
+fn write(path: &str, value: &str) -> Result<()> {
+    fs::write(path, value).map_err(|source| file_error("write to", path, source))
+}
+
+fn file_error(action: &'static str, path: &str, source: io::Error) -> ResourceError {
+    ResourceError::File {
+        action,
+        path: path.to_owned(),
+        source,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lists_of_cpus_are_read() {
+        assert_eq!(list("0\n"), [0]);
+        assert_eq!(list("0,2-4\n"), [0, 2, 3, 4]);
+        assert!(list("\n").is_empty());
+    }
+
+    #[test]
+    fn meminfo_is_in_kilobytes() {
+        let text = "MemTotal:         251904 kB\nMemFree:            1 kB\n";
+        assert_eq!(meminfo_bytes(text, "MemTotal"), 251_904 * 1024);
+        assert_eq!(meminfo_bytes(text, "Mem"), 0);
+    }
+
+    #[test]
+    fn this_machine_has_a_state() {
+        let state = state().expect("state");
+        assert!(state.cpus_online >= 1 && state.cpus_present >= state.cpus_online);
+        assert!(state.mem_total_bytes > state.mem_free_bytes);
+    }
+}

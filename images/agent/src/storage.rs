@@ -1,0 +1,431 @@
+//! Mounts in the guest: block devices, virtio-fs, overlays, tmpfs, binds.
+
+use std::fs::{self, File};
+use std::io::{self, Seek, SeekFrom, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use kiln_agent_api::proto;
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use thiserror::Error;
+
+use crate::uevent;
+
+/// Why something is not mounted, or still is.
+#[derive(Debug, Error)]
+pub(crate) enum StorageError {
+    /// The kernel refused.
+    #[error("cannot mount {source_name:?} ({kind}) on {target}: {source}")]
+    Mount {
+        /// The device, tag or folder.
+        source_name: String,
+        /// The file system.
+        kind: String,
+        /// Where.
+        target: String,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// A device that was announced is not there.
+    #[error("{device} did not appear with at least {size} bytes within {limit:?}")]
+    NoDevice {
+        /// Its path.
+        device: String,
+        /// The size that was asked for.
+        size: u64,
+        /// How long it was waited for.
+        limit: Duration,
+    },
+    /// Still in use, or not to be removed.
+    #[error("cannot unmount {target}: {source}")]
+    Unmount {
+        /// Where.
+        target: String,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// A file or folder.
+    #[error("cannot {action} {path}: {source}")]
+    File {
+        /// "make", "write", ...
+        action: &'static str,
+        /// The file.
+        path: String,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// A path that could mean something else than it says.
+    #[error("{0:?} is not an absolute path without \"..\"")]
+    Path(String),
+    /// The announcements can't be heard.
+    #[error("cannot listen to the kernel's device events: {0}")]
+    Events(#[from] io::Error),
+}
+
+type Result<T> = std::result::Result<T, StorageError>;
+
+/// Flags by their names in fstab; false: the name takes the flag away.
+const FLAGS: [(&str, bool, MsFlags); 22] = [
+    ("ro", true, MsFlags::MS_RDONLY),
+    ("rw", false, MsFlags::MS_RDONLY),
+    ("nosuid", true, MsFlags::MS_NOSUID),
+    ("suid", false, MsFlags::MS_NOSUID),
+    ("nodev", true, MsFlags::MS_NODEV),
+    ("dev", false, MsFlags::MS_NODEV),
+    ("noexec", true, MsFlags::MS_NOEXEC),
+    ("exec", false, MsFlags::MS_NOEXEC),
+    ("sync", true, MsFlags::MS_SYNCHRONOUS),
+    ("dirsync", true, MsFlags::MS_DIRSYNC),
+    ("noatime", true, MsFlags::MS_NOATIME),
+    ("atime", false, MsFlags::MS_NOATIME),
+    ("nodiratime", true, MsFlags::MS_NODIRATIME),
+    ("diratime", false, MsFlags::MS_NODIRATIME),
+    ("relatime", true, MsFlags::MS_RELATIME),
+    ("norelatime", false, MsFlags::MS_RELATIME),
+    ("strictatime", true, MsFlags::MS_STRICTATIME),
+    ("silent", true, MsFlags::MS_SILENT),
+    ("loud", false, MsFlags::MS_SILENT),
+    ("mand", true, MsFlags::MS_MANDLOCK),
+    ("nomand", false, MsFlags::MS_MANDLOCK),
+    ("defaults", false, MsFlags::empty()),
+];
+
+/// What a list of options means.
+#[derive(Debug, PartialEq, Eq)]
+struct Options {
+    flags: MsFlags,
+    bind: Option<MsFlags>,
+    propagation: Option<MsFlags>,
+    data: String,
+}
+
+fn parse_options(kind: &str, options: &[String]) -> Options {
+    let bind_flags = |word: &str| match word {
+        "bind" => Some(MsFlags::MS_BIND),
+        "rbind" => Some(MsFlags::MS_BIND | MsFlags::MS_REC),
+        _ => None,
+    };
+    let mut parsed = Options {
+        flags: MsFlags::empty(),
+        bind: bind_flags(kind),
+        propagation: None,
+        data: String::new(),
+    };
+    for option in options {
+        let propagation = match option.strip_prefix('r').unwrap_or(option) {
+            "shared" => Some(MsFlags::MS_SHARED),
+            "slave" => Some(MsFlags::MS_SLAVE),
+            "private" => Some(MsFlags::MS_PRIVATE),
+            "unbindable" => Some(MsFlags::MS_UNBINDABLE),
+            _ => None,
+        };
+        let recursive = if option.starts_with('r') {
+            MsFlags::MS_REC
+        } else {
+            MsFlags::empty()
+        };
+        let flag = FLAGS.iter().find(|(name, _, _)| name == option);
+        if let Some(flags) = bind_flags(option) {
+            parsed.bind = Some(flags);
+        } else if let Some(propagation) = propagation {
+            parsed.propagation = Some(propagation | recursive);
+        } else if let Some((_, set, flag)) = flag {
+            parsed.flags.set(*flag, *set);
+        } else if !option.is_empty() {
+            if !parsed.data.is_empty() {
+                parsed.data.push(',');
+            }
+            parsed.data.push_str(option);
+        }
+    }
+    parsed
+}
+
+/// Mounts all, in order; if one fails, unmounts those before it. Blocks the thread.
+pub(crate) fn add(mounts: &[proto::Mount]) -> Result<()> {
+    for (done, mount) in mounts.iter().enumerate() {
+        if let Err(error) = add_one(mount) {
+            for earlier in mounts[..done].iter().rev() {
+                // The first error is the one to report.
+                drop(umount2(earlier.target.as_str(), MntFlags::MNT_DETACH));
+            }
+            return Err(error);
+        }
+    }
+    Ok(())
+}
+
+fn add_one(wanted: &proto::Mount) -> Result<()> {
+    checked(&wanted.target)?;
+    for folder in &wanted.make_directories {
+        make_folder(checked(folder)?, 0o755)?;
+    }
+    if wanted.source.starts_with("/dev/") && (wanted.wait_ms > 0 || wanted.min_size > 0) {
+        wait_for_device(wanted)?;
+    }
+    let options = parse_options(&wanted.type_, &wanted.options);
+    if wanted.make_target {
+        let file = options.bind.is_some() && !Path::new(&wanted.source).is_dir();
+        make_target(Path::new(&wanted.target), file, wanted.target_mode)?;
+    }
+    let refused = |error: nix::Error| StorageError::Mount {
+        source_name: wanted.source.clone(),
+        kind: wanted.type_.clone(),
+        target: wanted.target.clone(),
+        source: error.into(),
+    };
+    let target = wanted.target.as_str();
+    let nothing = None::<&str>;
+    if let Some(bind) = options.bind {
+        mount(Some(wanted.source.as_str()), target, nothing, bind, nothing).map_err(refused)?;
+        if !options.flags.is_empty() {
+            let flags = options.flags | MsFlags::MS_BIND | MsFlags::MS_REMOUNT;
+            mount(nothing, target, nothing, flags, nothing).map_err(|error| {
+                drop(umount2(target, MntFlags::MNT_DETACH));
+                refused(error)
+            })?;
+        }
+    } else {
+        let source = if wanted.source.is_empty() {
+            "none"
+        } else {
+            wanted.source.as_str()
+        };
+        let data = (!options.data.is_empty()).then_some(options.data.as_str());
+        mount(
+            Some(source),
+            target,
+            Some(wanted.type_.as_str()),
+            options.flags,
+            data,
+        )
+        .map_err(refused)?;
+    }
+    if let Some(propagation) = options.propagation {
+        mount(nothing, target, nothing, propagation, nothing).map_err(|error| {
+            drop(umount2(target, MntFlags::MNT_DETACH));
+            refused(error)
+        })?;
+    }
+    Ok(())
+}
+
+/// Waits for a block device, or for a slot's capacity.
+fn wait_for_device(wanted: &proto::Mount) -> Result<()> {
+    let limit = Duration::from_millis(wanted.wait_ms.into());
+    let there = || -> Result<bool> {
+        // A slot without a disk has no size; opening a device that isn't there fails.
+        let Ok(mut device) = File::open(&wanted.source) else {
+            return Ok(false);
+        };
+        let size = device.seek(SeekFrom::End(0)).unwrap_or(0);
+        Ok(size > 0 && size >= wanted.min_size)
+    };
+    if uevent::wait_until(limit, there)? {
+        return Ok(());
+    }
+    Err(StorageError::NoDevice {
+        device: wanted.source.clone(),
+        size: wanted.min_size,
+        limit,
+    })
+}
+
+/// Unmounts all, in order; what is not mounted is as it should be. Blocks the thread.
+pub(crate) fn remove(targets: &[String], detach: bool, remove_target: bool) -> Result<()> {
+    for target in targets {
+        checked(target)?;
+        let flags = if detach {
+            MntFlags::MNT_DETACH
+        } else {
+            MntFlags::empty()
+        };
+        match umount2(target.as_str(), flags | MntFlags::UMOUNT_NOFOLLOW) {
+            Ok(()) | Err(nix::Error::EINVAL | nix::Error::ENOENT) => {}
+            Err(error) => {
+                let source = error.into();
+                return Err(StorageError::Unmount {
+                    target: target.clone(),
+                    source,
+                });
+            }
+        }
+        if remove_target {
+            // Best effort: a folder with something in it is not ours to empty.
+            drop(fs::remove_dir(target).or_else(|_| fs::remove_file(target)));
+        }
+    }
+    Ok(())
+}
+
+/// Writes a whole file; readers see the old or the new.
+pub(crate) fn write_file(request: &proto::WriteFileRequest) -> Result<()> {
+    let path = checked(&request.path)?;
+    let error = |source| file_error("write", path, source);
+    let folder = path.parent().unwrap_or(Path::new("/"));
+    make_folder(folder, 0o755)?;
+    let mut name = std::ffi::OsString::from(".");
+    name.push(path.file_name().unwrap_or_default());
+    name.push(".new");
+    let draft = folder.join(name);
+    let mode = if request.mode == 0 {
+        0o644
+    } else {
+        request.mode
+    };
+    let write = || -> io::Result<()> {
+        let mut file = File::options()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(0o600)
+            .open(&draft)?;
+        file.write_all(&request.data)?;
+        nix::unistd::fchown(&file, Some(request.uid.into()), Some(request.gid.into()))?;
+        file.set_permissions(fs::Permissions::from_mode(mode & 0o7777))?;
+        fs::rename(&draft, path)
+    };
+    write().map_err(error)
+}
+
+/// Makes a folder and those above it.
+pub(crate) fn make_folder(path: &Path, mode: u32) -> Result<()> {
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(mode)
+        .create(path)
+        .map_err(|source| file_error("make", path, source))
+}
+
+fn make_target(path: &Path, file: bool, mode: u32) -> Result<()> {
+    if !file {
+        return make_folder(path, if mode == 0 { 0o755 } else { mode });
+    }
+    if let Some(folder) = path.parent() {
+        make_folder(folder, 0o755)?;
+    }
+    let mode = if mode == 0 { 0o644 } else { mode };
+    match File::options()
+        .write(true)
+        .create_new(true)
+        .mode(mode)
+        .open(path)
+    {
+        Err(source) if source.kind() != io::ErrorKind::AlreadyExists => {
+            Err(file_error("make", path, source))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn checked(path: &str) -> Result<&Path> {
+    let parsed = Path::new(path);
+    let plain = parsed.is_absolute() && !path.split('/').any(|part| part == "..");
+    if plain {
+        Ok(parsed)
+    } else {
+        Err(StorageError::Path(path.to_owned()))
+    }
+}
+
+fn file_error(action: &'static str, path: &Path, source: io::Error) -> StorageError {
+    StorageError::File {
+        action,
+        path: path.display().to_string(),
+        source,
+    }
+}
+
+/// The folders that mounts of a request were made on, the last first.
+pub(crate) fn targets(mounts: &[proto::Mount]) -> Vec<PathBuf> {
+    mounts
+        .iter()
+        .rev()
+        .map(|mount| PathBuf::from(&mount.target))
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn options(kind: &str, list: &[&str]) -> Options {
+        parse_options(
+            kind,
+            &list.iter().map(ToString::to_string).collect::<Vec<_>>(),
+        )
+    }
+
+    #[test]
+    fn options_become_flags_and_data() {
+        let parsed = options("ext4", &["ro", "nosuid", "data=ordered", "suid", "discard"]);
+        assert_eq!(parsed.flags, MsFlags::MS_RDONLY);
+        assert_eq!(parsed.data, "data=ordered,discard");
+        assert_eq!((parsed.bind, parsed.propagation), (None, None));
+    }
+
+    #[test]
+    fn binds_are_known_by_type_or_option() {
+        assert_eq!(options("bind", &["ro"]).bind, Some(MsFlags::MS_BIND));
+        let recursive = Some(MsFlags::MS_BIND | MsFlags::MS_REC);
+        assert_eq!(options("rbind", &[]).bind, recursive);
+        let parsed = options("none", &["rbind", "rslave", "rw"]);
+        assert_eq!(parsed.bind, recursive);
+        assert_eq!(
+            parsed.propagation,
+            Some(MsFlags::MS_SLAVE | MsFlags::MS_REC)
+        );
+        assert!(parsed.data.is_empty());
+    }
+
+    #[test]
+    fn relatime_and_ro_are_no_propagation() {
+        let parsed = options("ext4", &["relatime", "rw", "ro"]);
+        assert_eq!(parsed.flags, MsFlags::MS_RELATIME | MsFlags::MS_RDONLY);
+        assert_eq!(parsed.propagation, None);
+    }
+
+    #[test]
+    fn paths_with_dots_are_refused() {
+        assert!(checked("/run/kiln").is_ok());
+        assert!(checked("/run/..x").is_ok());
+        for wrong in ["", "run", "/run/../etc"] {
+            assert!(checked(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn a_file_is_replaced_whole() {
+        let folder = tempfile::tempdir().expect("folder");
+        let path = folder.path().join("sub/hosts");
+        let mut request = proto::WriteFileRequest::new();
+        request.path = path.display().to_string();
+        request.data = b"127.0.0.1 localhost\n".to_vec();
+        request.mode = 0o640;
+        // SAFETY: these calls cannot fail and touch no memory.
+        (request.uid, request.gid) = unsafe { (libc::getuid(), libc::getgid()) };
+        write_file(&request).expect("write");
+        assert_eq!(fs::read(&path).expect("read"), request.data);
+        assert_eq!(
+            fs::metadata(&path).expect("stat").permissions().mode() & 0o777,
+            0o640
+        );
+        assert_eq!(
+            fs::read_dir(folder.path().join("sub"))
+                .expect("list")
+                .count(),
+            1
+        );
+    }
+
+    #[test]
+    fn a_device_that_does_not_come_is_named() {
+        let mut wanted = proto::Mount::new();
+        wanted.source = "/dev/kiln-none".to_owned();
+        wanted.wait_ms = 1;
+        wanted.min_size = 5;
+        let error = wait_for_device(&wanted).expect_err("none");
+        assert!(error.to_string().contains("/dev/kiln-none"), "{error}");
+    }
+}
