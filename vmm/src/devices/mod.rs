@@ -7,6 +7,7 @@
 pub mod block;
 pub mod chain;
 pub mod mem;
+pub mod net;
 pub mod ring;
 pub mod rng;
 mod slab;
