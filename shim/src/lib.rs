@@ -5,13 +5,19 @@
 //! which the VMM and the guest's agent are.
 
 pub mod bootstrap;
+pub mod cgroup;
+pub mod cleanup;
 pub mod config;
 pub mod error;
 pub mod events;
 pub mod log;
+pub mod network;
 pub mod pod;
+pub mod program;
 pub mod publisher;
+pub mod record;
 pub mod rootfs;
+pub mod server;
 pub mod service;
 pub mod size;
 pub mod spec;

@@ -5,7 +5,7 @@ use protobuf::Message;
 use serde::Serialize;
 
 /// The forms an answer can have. Every form names the same socket.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Deserialize, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum AnswerForm {
     /// The address alone: containerd 1.6 to 2.2 take it for Task v2 over ttrpc.

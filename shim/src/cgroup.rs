@@ -1,0 +1,120 @@
+//! The pod's cgroup on the host: shim and VMM live in it, so that what the pod costs is charged to
+//! the pod from the first page on.
+
+use std::fs;
+use std::io;
+use std::path::{Component, Path, PathBuf};
+
+const ROOT: &str = "/sys/fs/cgroup";
+
+/// Where the OCI spec's `cgroupsPath` lies on a node with cgroup v2; `None` on another node, and
+/// for a path that leads out of the tree.
+pub fn directory(cgroups_path: &str) -> Option<PathBuf> {
+    if !Path::new(ROOT).join("cgroup.controllers").exists() {
+        return None;
+    }
+    relative(cgroups_path).map(|path| Path::new(ROOT).join(path))
+}
+
+/// systemd's form is `slice:prefix:name`; a slice's name spells its parents with dashes.
+fn relative(cgroups_path: &str) -> Option<PathBuf> {
+    let mut parts = cgroups_path.split(':');
+    let path = match (parts.next(), parts.next(), parts.next(), parts.next()) {
+        (Some(slice), Some(prefix), Some(name), None) => {
+            let slice = if slice.is_empty() {
+                "system.slice"
+            } else {
+                slice
+            };
+            let stem = slice.strip_suffix(".slice")?;
+            let mut path = PathBuf::new();
+            let mut at = 0;
+            while let Some(dash) = stem.get(at..).and_then(|s| s.find('-')) {
+                path.push(format!("{}.slice", &stem[..at + dash]));
+                at += dash + 1;
+            }
+            path.push(slice);
+            let unit = if prefix.is_empty() {
+                name.into()
+            } else {
+                format!("{prefix}-{name}")
+            };
+            path.push(format!("{unit}.scope"));
+            path
+        }
+        (Some(path), None, None, None) => PathBuf::from(path.trim_start_matches('/')),
+        _ => return None,
+    };
+    let inside = path.components().all(|c| matches!(c, Component::Normal(_)));
+    (inside && !path.as_os_str().is_empty()).then_some(path)
+}
+
+/// Makes the cgroup and moves a process into it.
+pub fn enter(directory: &Path, pid: u32) -> io::Result<()> {
+    fs::create_dir_all(directory)?;
+    fs::write(directory.join("cgroup.procs"), pid.to_string())
+}
+
+/// Removes the cgroup. Whoever removes the one it is in itself leaves it first.
+pub fn remove(directory: &Path) -> io::Result<()> {
+    let own = fs::read_to_string("/proc/self/cgroup")?;
+    let inside = own
+        .lines()
+        .filter_map(|line| line.strip_prefix("0::"))
+        .any(|path| Path::new(ROOT).join(path.trim_start_matches('/')) == directory);
+    if inside && let Some(parent) = nearest_usable(directory) {
+        fs::write(parent.join("cgroup.procs"), std::process::id().to_string())?;
+    }
+    match fs::remove_dir(directory) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
+}
+
+/// The closest ancestor that may hold processes: one that hands no controllers down, or the root.
+fn nearest_usable(directory: &Path) -> Option<PathBuf> {
+    directory
+        .ancestors()
+        .skip(1)
+        .take_while(|d| d.starts_with(ROOT))
+        .find(|d| {
+            *d == Path::new(ROOT)
+                || fs::read_to_string(d.join("cgroup.subtree_control"))
+                    .is_ok_and(|text| text.trim().is_empty())
+        })
+        .map(Path::to_owned)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cgroupfs_paths_are_taken_as_they_are() {
+        assert_eq!(
+            relative("/kubepods/pod1/abc"),
+            Some("kubepods/pod1/abc".into())
+        );
+        assert_eq!(relative("/default/x"), Some("default/x".into()));
+    }
+
+    #[test]
+    fn systemd_paths_spell_out_their_slices() {
+        assert_eq!(
+            relative("kubepods-besteffort-pod1.slice:cri-containerd:abc"),
+            Some(
+                "kubepods.slice/kubepods-besteffort.slice/kubepods-besteffort-pod1.slice/\
+                 cri-containerd-abc.scope"
+                    .into()
+            )
+        );
+        assert_eq!(relative(":x:y"), Some("system.slice/x-y.scope".into()));
+    }
+
+    #[test]
+    fn paths_that_lead_out_are_refused() {
+        for path in ["", "/", "/../etc", "a/../../b", "a:b", "x:y:z"] {
+            assert_eq!(relative(path), None, "{path}");
+        }
+    }
+}

@@ -1,0 +1,154 @@
+//! Cleaning up after a shim that can't do it itself.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+use std::time::Duration;
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use crate::network;
+use crate::record::{PodDir, ProcessRef, Record};
+use crate::{bootstrap, cgroup};
+
+/// How long a killed process may take to be gone.
+const KILL_WAIT: Duration = Duration::from_secs(2);
+
+/// Removes everything that is left of a pod: VMM, network devices, cgroup, socket, directory. What
+/// can't be removed is told to the log and does not stop the rest. Idempotent.
+pub fn pod(dir: &PodDir, address: &str) {
+    let note = |what: &str, result: io::Result<()>| {
+        if let Err(error) = result {
+            tracing::warn!(pod = %dir.path().display(), %error, "cleaning up: {what}");
+        }
+    };
+    if let Some(record) = dir.load() {
+        resources(&record, &note);
+    }
+    note("remove the socket", bootstrap::remove(address));
+    note("remove the pod's directory", dir.remove());
+}
+
+fn resources(record: &Record, note: &dyn Fn(&str, io::Result<()>)) {
+    for process in [record.shim, record.vmm].into_iter().flatten() {
+        note("kill a process", kill(process));
+    }
+    if let Some(netns) = &record.netns {
+        // A namespace that is gone took its devices along.
+        if let Ok(netns) = File::open(netns) {
+            let removed = network::remove(&netns, &record.redirected, &record.taps);
+            note("remove network devices", removed.map_err(io::Error::other));
+        }
+    }
+    if let Some(directory) = &record.cgroup {
+        note("remove the cgroup", cgroup::remove(directory));
+    }
+}
+
+/// Kills a process and waits until it is gone.
+pub fn kill(process: ProcessRef) -> io::Result<()> {
+    let Some(pidfd) = pidfd_open(process.pid)? else {
+        return Ok(());
+    };
+    // Checked after the descriptor is held: from here on the number can't be another process's.
+    if !process.is_alive() {
+        return Ok(());
+    }
+    pidfd_kill(&pidfd)?;
+    let mut fds = [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)];
+    let timeout = PollTimeout::try_from(KILL_WAIT).map_err(io::Error::other)?;
+    if poll(&mut fds, timeout)? == 0 {
+        return Err(io::Error::new(
+            io::ErrorKind::TimedOut,
+            "a killed process stays",
+        ));
+    }
+    Ok(())
+}
+
+/// A descriptor for a process; `None` if there is no such process.
+pub fn pidfd_open(pid: i32) -> io::Result<Option<OwnedFd>> {
+    // SAFETY: the call takes two numbers and returns a new descriptor or an error.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
+    if fd < 0 {
+        let error = io::Error::last_os_error();
+        return if error.raw_os_error() == Some(libc::ESRCH) {
+            Ok(None)
+        } else {
+            Err(error)
+        };
+    }
+    let fd = i32::try_from(fd).map_err(io::Error::other)?;
+    // SAFETY: the kernel has just made this descriptor for us; nobody else owns it.
+    Ok(Some(unsafe { OwnedFd::from_raw_fd(fd) }))
+}
+
+fn pidfd_kill(pidfd: &OwnedFd) -> io::Result<()> {
+    use std::os::fd::AsRawFd;
+    // SAFETY: the descriptor is open, and a null pointer stands for "no siginfo".
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_pidfd_send_signal,
+            pidfd.as_raw_fd(),
+            libc::SIGKILL,
+            std::ptr::null::<libc::siginfo_t>(),
+            0,
+        )
+    };
+    if result == 0 {
+        return Ok(());
+    }
+    let error = io::Error::last_os_error();
+    if error.raw_os_error() == Some(libc::ESRCH) {
+        Ok(())
+    } else {
+        Err(error)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::net::UnixListener;
+    use std::process::Command;
+    use std::thread;
+
+    #[test]
+    fn what_a_killed_shim_left_is_removed_and_twice_is_fine() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut vmm = Command::new("sleep").arg("60").spawn().unwrap();
+        let process = ProcessRef::of(i32::try_from(vmm.id()).unwrap()).unwrap();
+        let reaper = thread::spawn(move || vmm.wait().unwrap());
+        let pod_dir = PodDir::new(dir.path(), "n", "p");
+        pod_dir.create().unwrap();
+        pod_dir
+            .save(&Record {
+                vmm: Some(process),
+                ..Record::default()
+            })
+            .unwrap();
+        let address = format!("unix://{}/s", dir.path().display());
+        drop(UnixListener::bind(bootstrap::path_of(&address)).unwrap());
+
+        pod(&pod_dir, &address);
+        assert!(!reaper.join().unwrap().success());
+        assert!(!pod_dir.path().exists());
+        assert!(!bootstrap::path_of(&address).exists());
+        pod(&pod_dir, &address);
+    }
+
+    #[test]
+    fn a_reused_process_id_is_not_killed() {
+        let mut other = Command::new("sleep").arg("60").spawn().unwrap();
+        let pid = i32::try_from(other.id()).unwrap();
+        let mut process = ProcessRef::of(pid).unwrap();
+        process.started -= 1;
+        kill(process).unwrap();
+        assert!(
+            other.try_wait().unwrap().is_none(),
+            "the wrong process was killed"
+        );
+        other.kill().unwrap();
+        other.wait().unwrap();
+    }
+}

@@ -1,0 +1,171 @@
+//! Against real namespaces; they need root and `ip` (iproute2), and say so when they can't run.
+
+use super::*;
+use std::process::Command;
+
+/// A network namespace with a veth pair whose inner end is set up the way the bridge plug-in does.
+struct Bed {
+    name: String,
+    file: File,
+}
+
+fn ip(arguments: &str) -> bool {
+    Command::new("ip")
+        .args(arguments.split_whitespace())
+        .status()
+        .is_ok_and(|status| status.success())
+}
+
+impl Bed {
+    fn new(name: &str) -> Option<Self> {
+        let name = format!("kiln-test-{name}-{}", std::process::id());
+        if !ip(&format!("netns add {name}")) {
+            eprintln!("skipped: no network namespaces here (needs root and iproute2)");
+            return None;
+        }
+        let file = File::open(format!("/run/netns/{name}")).unwrap();
+        let bed = Self { name, file };
+        for command in [
+            "link set lo up",
+            "link add eth0 address 0a:58:0a:58:00:05 mtu 1400 type veth peer name peer",
+            "link set eth0 up",
+            "link set peer up",
+            "addr add 10.88.0.5/16 dev eth0",
+            "addr add fd00:88::5/64 dev eth0 nodad",
+            "route add default via 10.88.0.1 dev eth0",
+            "route add 192.0.2.0/24 dev eth0 mtu 1300",
+            "-6 route add default via fd00:88::1 dev eth0",
+            "neigh add 10.88.0.9 lladdr 0a:00:00:00:00:09 dev eth0 nud permanent",
+        ] {
+            assert!(bed.ip(command), "ip {command}");
+        }
+        Some(bed)
+    }
+
+    fn ip(&self, command: &str) -> bool {
+        ip(&format!("-n {} {command}", self.name))
+    }
+
+    fn tc(&self, command: &str) -> String {
+        let output = Command::new("tc")
+            .args(["-n", &self.name])
+            .args(command.split_whitespace())
+            .output()
+            .unwrap();
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    }
+}
+
+impl Drop for Bed {
+    fn drop(&mut self) {
+        ip(&format!("netns del {}", self.name));
+    }
+}
+
+#[test]
+fn what_cni_set_up_is_what_the_guest_is_told() {
+    let Some(bed) = Bed::new("inspect") else {
+        return;
+    };
+    let network = inspect(&bed.file).unwrap();
+    assert_eq!(network.interfaces.len(), 1, "{network:?}");
+    let eth0 = &network.interfaces[0];
+    assert_eq!((eth0.name.as_str(), eth0.mtu), ("eth0", 1400));
+    assert_eq!(eth0.mac, "0a:58:0a:58:00:05");
+    assert_eq!(eth0.addresses, ["10.88.0.5/16", "fd00:88::5/64"]);
+    let routes: Vec<_> = network
+        .routes
+        .iter()
+        .map(|r| {
+            (
+                r.destination.as_str(),
+                r.gateway.as_str(),
+                r.device.as_str(),
+                r.mtu,
+            )
+        })
+        .collect();
+    assert_eq!(
+        routes,
+        [
+            ("192.0.2.0/24", "", "eth0", 1300),
+            ("0.0.0.0/0", "10.88.0.1", "eth0", 0),
+            ("::/0", "fd00:88::1", "eth0", 0),
+        ]
+    );
+    assert_eq!(network.neighbours.len(), 1);
+    assert_eq!(network.neighbours[0].mac, "0a:00:00:00:00:09");
+    let told = network.for_agent();
+    assert_eq!(
+        (told.interfaces[0].find_position, told.interfaces[0].mtu),
+        (0, 1400)
+    );
+}
+
+#[test]
+fn taps_are_wired_both_ways_and_removed_without_a_trace() {
+    let Some(bed) = Bed::new("wire") else { return };
+    let network = inspect(&bed.file).unwrap();
+    let taps = match connect(&bed.file, &network) {
+        Ok(taps) => taps,
+        Err(NetworkError::Tap { source, .. }) => {
+            eprintln!("skipped: no taps here ({source})");
+            return;
+        }
+        Err(
+            error @ NetworkError::Netlink {
+                action: "redirect the traffic of",
+                ..
+            },
+        ) => {
+            eprintln!(
+                "skipped: no traffic control here ({})",
+                crate::error::chain(&error)
+            );
+            return;
+        }
+        Err(error) => panic!("{}", crate::error::chain(&error)),
+    };
+    assert_eq!(taps[0].name, "kiln0");
+    assert!(
+        bed.tc("filter show dev eth0 ingress")
+            .contains("Redirect to device kiln0")
+    );
+    assert!(
+        bed.tc("filter show dev kiln0 ingress")
+            .contains("Redirect to device eth0")
+    );
+    remove(&bed.file, &["eth0".into()], &["kiln0".into()]).unwrap();
+    assert!(!bed.ip("link show kiln0"));
+    assert!(!bed.tc("qdisc show dev eth0").contains("ingress"));
+    // Once more, with nothing left to remove.
+    remove(&bed.file, &["eth0".into()], &["kiln0".into()]).unwrap();
+}
+
+#[test]
+fn taps_go_with_their_descriptors() {
+    let Some(bed) = Bed::new("fd") else { return };
+    let Ok(network) = inspect(&bed.file) else {
+        return;
+    };
+    let Ok(taps) = connect(&bed.file, &network) else {
+        eprintln!("skipped: no taps or no traffic control here");
+        return;
+    };
+    assert!(bed.ip("link show kiln0"));
+    drop(taps);
+    assert!(!bed.ip("link show kiln0"));
+}
+
+#[test]
+fn namespace_without_cni_is_a_pod_without_interfaces() {
+    let name = format!("kiln-test-empty-{}", std::process::id());
+    if !ip(&format!("netns add {name}")) {
+        eprintln!("skipped: no network namespaces here");
+        return;
+    }
+    let file = File::open(format!("/run/netns/{name}")).unwrap();
+    let network = inspect(&file);
+    ip(&format!("netns del {name}"));
+    assert_eq!(network.unwrap(), PodNetwork::default());
+}

@@ -1,0 +1,154 @@
+//! What a shim writes down about its pod, so that somebody can clean up after it when it is killed.
+//!
+//! Written before a thing is made, not after: a name in the record may be one that never came to
+//! be, never the other way round.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::bootstrap::AnswerForm;
+
+/// A process that must not be mistaken for another one with the same number.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProcessRef {
+    /// Its id.
+    pub pid: i32,
+    /// When it was started, in clock ticks since boot (`/proc/PID/stat`, field 22).
+    pub started: u64,
+}
+
+/// The record of a pod.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Record {
+    /// The shim.
+    pub shim: Option<ProcessRef>,
+    /// The VMM.
+    pub vmm: Option<ProcessRef>,
+    /// The network namespace in which devices were made.
+    pub netns: Option<PathBuf>,
+    /// Names of interfaces whose traffic was redirected there.
+    pub redirected: Vec<String>,
+    /// Names of taps made there.
+    pub taps: Vec<String>,
+    /// The cgroup, as a directory.
+    pub cgroup: Option<PathBuf>,
+    /// How `start` was answered; containers of the pod that ask again get the same.
+    pub answer: Option<AnswerForm>,
+}
+
+/// Where a pod's record and sockets lie.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PodDir(PathBuf);
+
+impl PodDir {
+    /// The directory of a pod; ids were checked to be file names.
+    pub fn new(state_dir: &Path, namespace: &str, group: &str) -> Self {
+        Self(state_dir.join("pods").join(namespace).join(group))
+    }
+
+    /// The directory.
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+
+    fn record_path(&self) -> PathBuf {
+        self.0.join("record.json")
+    }
+
+    /// Makes the directory.
+    pub fn create(&self) -> io::Result<()> {
+        fs::create_dir_all(&self.0)
+    }
+
+    /// Writes the record, whole or not at all.
+    pub fn save(&self, record: &Record) -> io::Result<()> {
+        let new = self.0.join("record.json.new");
+        fs::write(&new, serde_json::to_vec(record)?)?;
+        fs::rename(new, self.record_path())
+    }
+
+    /// Reads the record; `None` if there is none or it can't be read.
+    pub fn load(&self) -> Option<Record> {
+        serde_json::from_slice(&fs::read(self.record_path()).ok()?).ok()
+    }
+
+    /// Removes the directory and, if it was the last one, its namespace's.
+    pub fn remove(&self) -> io::Result<()> {
+        match fs::remove_dir_all(&self.0) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+            _ => {}
+        }
+        if let Some(namespace) = self.0.parent() {
+            // Fails while another pod is in it, as it should.
+            let _ = fs::remove_dir(namespace);
+        }
+        Ok(())
+    }
+}
+
+impl ProcessRef {
+    /// The process as it is now.
+    pub fn of(pid: i32) -> Option<Self> {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        // The name, in parentheses, may contain anything; field 3 follows its end.
+        let rest = stat.rsplit_once(')')?.1;
+        let started = rest.split_whitespace().nth(19)?.parse().ok()?;
+        Some(Self { pid, started })
+    }
+
+    /// Whether it still runs (a zombie does not).
+    pub fn is_alive(&self) -> bool {
+        let zombie = || {
+            fs::read_to_string(format!("/proc/{}/stat", self.pid))
+                .is_ok_and(|s| s.rsplit_once(')').is_some_and(|(_, r)| r.starts_with(" Z")))
+        };
+        Self::of(self.pid) == Some(*self) && !zombie()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::process::Command;
+
+    #[test]
+    fn record_comes_back_as_it_was_written() {
+        let dir = tempfile::tempdir().unwrap();
+        let pod = PodDir::new(dir.path(), "k8s.io", "p1");
+        assert_eq!(pod.load(), None);
+        pod.create().unwrap();
+        let record = Record {
+            vmm: Some(ProcessRef { pid: 7, started: 9 }),
+            taps: vec!["tap0".into()],
+            answer: Some(AnswerForm::JsonV3),
+            ..Record::default()
+        };
+        pod.save(&record).unwrap();
+        assert_eq!(pod.load(), Some(record));
+        pod.remove().unwrap();
+        assert!(!dir.path().join("pods/k8s.io").exists());
+        pod.remove().unwrap();
+    }
+
+    #[test]
+    fn another_process_with_the_same_number_is_not_the_one() {
+        let mut child = Command::new("sleep").arg("60").spawn().unwrap();
+        let pid = i32::try_from(child.id()).unwrap();
+        let process = ProcessRef::of(pid).unwrap();
+        assert!(process.is_alive());
+        assert!(
+            !ProcessRef {
+                pid,
+                started: process.started + 1
+            }
+            .is_alive()
+        );
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(!process.is_alive());
+    }
+}
