@@ -148,7 +148,7 @@ pub(crate) fn add(mounts: &[proto::Mount]) -> Result<()> {
         if let Err(error) = add_one(mount) {
             for earlier in mounts[..done].iter().rev() {
                 // The first error is the one to report.
-                drop(umount2(earlier.target.as_str(), MntFlags::MNT_DETACH));
+                detach(&earlier.target);
             }
             return Err(error);
         }
@@ -182,7 +182,7 @@ fn add_one(wanted: &proto::Mount) -> Result<()> {
         if !options.flags.is_empty() {
             let flags = options.flags | MsFlags::MS_BIND | MsFlags::MS_REMOUNT;
             mount(nothing, target, nothing, flags, nothing).map_err(|error| {
-                drop(umount2(target, MntFlags::MNT_DETACH));
+                detach(target);
                 refused(error)
             })?;
         }
@@ -204,11 +204,18 @@ fn add_one(wanted: &proto::Mount) -> Result<()> {
     }
     if let Some(propagation) = options.propagation {
         mount(nothing, target, nothing, propagation, nothing).map_err(|error| {
-            drop(umount2(target, MntFlags::MNT_DETACH));
+            detach(target);
             refused(error)
         })?;
     }
     Ok(())
+}
+
+/// Takes back a mount of a request that failed; the failure is the error to report.
+fn detach(target: &str) {
+    if let Err(error) = umount2(target, MntFlags::MNT_DETACH) {
+        tracing::error!(target, %error, "a mount of a failed request stays");
+    }
 }
 
 /// Waits for a block device, or for a slot's capacity.
