@@ -1,0 +1,223 @@
+//! The server on FUSE messages made by hand.
+
+use std::ptr::NonNull;
+
+use super::*;
+
+const PAGE: usize = 4096;
+
+/// Two pages: a request goes into the first, its answer into the second.
+struct Message {
+    memory: NonNull<u8>,
+    view: View,
+}
+
+impl Message {
+    fn new() -> Self {
+        // SAFETY: a new anonymous mapping, which stays for the life of the test process.
+        let memory = unsafe {
+            let (prot, flags) = (
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+            );
+            libc::mmap(std::ptr::null_mut(), 2 * PAGE, prot, flags, -1, 0)
+        };
+        assert_ne!(memory, libc::MAP_FAILED);
+        let memory = NonNull::new(memory.cast::<u8>()).unwrap();
+        // SAFETY: just mapped, and accessed only by copying, below.
+        let view = unsafe { View::new(&[(memory, 2 * PAGE)]) }.unwrap();
+        Message { memory, view }
+    }
+
+    /// Sends a request; gives the error and the body of the answer.
+    fn send(&mut self, server: &Server, opcode: u32, node: u64, body: &[u8]) -> (i32, Vec<u8>) {
+        let mut raw = Vec::new();
+        raw.extend((40 + body.len() as u32).to_le_bytes());
+        raw.extend(opcode.to_le_bytes());
+        raw.extend(7u64.to_le_bytes());
+        raw.extend(node.to_le_bytes());
+        raw.extend([0; 16]);
+        raw.extend(body);
+        // SAFETY: both pages are mapped; nobody else uses them now.
+        unsafe { std::ptr::copy_nonoverlapping(raw.as_ptr(), self.memory.as_ptr(), raw.len()) };
+        let start = self.memory.as_ptr() as usize;
+        let readable = [
+            Span {
+                addr: start,
+                len: 40,
+            },
+            Span {
+                addr: start + 40,
+                len: body.len() as u32,
+            },
+        ];
+        let writable = [Span {
+            addr: start + PAGE,
+            len: PAGE as u32,
+        }];
+        let len = server.handle(&mut self.view, &readable, &writable).unwrap();
+        // SAFETY: as above.
+        let answer =
+            unsafe { std::slice::from_raw_parts(self.memory.as_ptr().add(PAGE), len) }.to_vec();
+        let error = i32::from_le_bytes(answer[4..8].try_into().unwrap());
+        assert_eq!(
+            u32::from_le_bytes(answer[..4].try_into().unwrap()) as usize,
+            len
+        );
+        assert_eq!(u64::from_le_bytes(answer[8..16].try_into().unwrap()), 7);
+        (error, answer[16..].to_vec())
+    }
+
+    fn init(&mut self, server: &Server) {
+        let mut body = Vec::new();
+        body.extend(7u32.to_le_bytes());
+        body.extend(38u32.to_le_bytes());
+        body.extend([0; 8]);
+        assert_eq!(self.send(server, 26, 0, &body).0, 0);
+    }
+}
+
+fn serve(dir: &tempfile::TempDir) -> Server {
+    let root = dir.path().to_str().unwrap().to_owned();
+    Server::new(&Options {
+        root,
+        ..Options::default()
+    })
+    .unwrap()
+}
+
+#[test]
+fn a_file_is_found_opened_and_read() {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("hello"), b"contents").unwrap();
+    let server = serve(&dir);
+    let mut message = Message::new();
+    message.init(&server);
+    let (error, entry) = message.send(&server, 1, 1, b"hello\0");
+    assert_eq!(error, 0);
+    let node = u64::from_le_bytes(entry[..8].try_into().unwrap());
+    let (error, open) = message.send(&server, 14, node, &[0; 8]);
+    assert_eq!(error, 0);
+    let mut read = open[..8].to_vec();
+    read.extend(2u64.to_le_bytes());
+    read.extend(100u32.to_le_bytes());
+    read.extend([0; 20]);
+    assert_eq!(
+        message.send(&server, 15, node, &read),
+        (0, b"ntents".to_vec())
+    );
+    server.forget_all();
+    assert_eq!(message.send(&server, 15, node, &read).0, -libc::EBADF);
+    assert_eq!(message.send(&server, 1, 1, b"hello\0").0, 0);
+}
+
+#[test]
+fn names_that_lead_out_of_the_folder_are_refused() {
+    let outer = tempfile::tempdir().unwrap();
+    std::fs::write(outer.path().join("secret"), b"").unwrap();
+    let inner = tempfile::tempdir_in(outer.path()).unwrap();
+    let server = serve(&inner);
+    let mut message = Message::new();
+    message.init(&server);
+    for name in [&b"../secret\0"[..], b"/etc\0", b"a/b\0"] {
+        assert_eq!(message.send(&server, 1, 1, name).0, -libc::EINVAL);
+    }
+    // Up from the root is the root.
+    let (error, entry) = message.send(&server, 1, 1, b"..\0");
+    assert_eq!((error, &entry[..8]), (0, &1u64.to_le_bytes()[..]));
+    let mut mkdir = vec![0xff, 1, 0, 0, 0, 0, 0, 0];
+    mkdir.extend(b"../new\0");
+    assert_eq!(message.send(&server, 9, 1, &mkdir).0, -libc::EINVAL);
+    assert!(!outer.path().join("new").exists());
+}
+
+#[test]
+fn a_link_out_of_the_folder_is_not_followed() {
+    let dir = tempfile::tempdir().unwrap();
+    std::os::unix::fs::symlink("/etc/passwd", dir.path().join("link")).unwrap();
+    let server = serve(&dir);
+    let mut message = Message::new();
+    message.init(&server);
+    let (_, entry) = message.send(&server, 1, 1, b"link\0");
+    let node = u64::from_le_bytes(entry[..8].try_into().unwrap());
+    assert_eq!(
+        message.send(&server, 5, node, &[]),
+        (0, b"/etc/passwd".to_vec())
+    );
+    assert_ne!(message.send(&server, 14, node, &[0; 8]).0, 0);
+}
+
+#[test]
+fn buffers_outside_the_view_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = serve(&dir);
+    let mut message = Message::new();
+    let outside = Span {
+        addr: 0x1000,
+        len: 40,
+    };
+    assert!(matches!(
+        server.handle(&mut message.view, &[outside], &[]),
+        Err(ServerError::Request(_))
+    ));
+    let start = message.memory.as_ptr() as usize;
+    let across = Span {
+        addr: start + PAGE,
+        len: PAGE as u32 + 1,
+    };
+    assert!(server.handle(&mut message.view, &[across], &[]).is_err());
+    let many = vec![
+        Span {
+            addr: start,
+            len: 1
+        };
+        1025
+    ];
+    assert!(matches!(
+        server.handle(&mut message.view, &many, &[]),
+        Err(ServerError::View(ViewError::TooMany(1025)))
+    ));
+}
+
+#[test]
+fn a_folder_that_is_not_there_is_an_error_that_names_it() {
+    let options = Options {
+        root: "/no/such/folder".to_owned(),
+        ..Options::default()
+    };
+    let error = Server::new(&options).unwrap_err();
+    assert!(error.to_string().contains("/no/such/folder"));
+}
+
+#[test]
+fn a_confined_thread_sees_its_folder_only() {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("inside"), b"").unwrap();
+    let fd: std::os::fd::OwnedFd = std::fs::File::open(dir.path()).unwrap().into();
+    let seen = std::thread::spawn(move || {
+        let server = Server::new(&Options {
+            root: "/".to_owned(),
+            ..Options::default()
+        })
+        .unwrap();
+        enter(&fd)?;
+        server.forget_all();
+        let mut message = Message::new();
+        message.init(&server);
+        let inside = message.send(&server, 1, 1, b"inside\0").0;
+        let outside = message.send(&server, 1, 1, b"etc\0").0;
+        let names: Vec<_> = std::fs::read_dir("/")
+            .unwrap()
+            .map(|e| e.unwrap().file_name())
+            .collect();
+        Ok::<_, SandboxError>((inside, outside, names))
+    })
+    .join()
+    .unwrap();
+    match seen {
+        Ok(seen) => assert_eq!(seen, (0, -libc::ENOENT, vec!["inside".into()])),
+        Err(e) => eprintln!("skipped: {e}"),
+    }
+    // The rest of the process is where it was.
+    assert!(std::path::Path::new("/etc").exists());
+}
