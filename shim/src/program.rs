@@ -3,7 +3,7 @@
 use std::env;
 use std::fs;
 use std::io::{self, IsTerminal, Read, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
@@ -228,7 +228,7 @@ fn write_address(bundle: &Path, address: &str) -> Result<()> {
         .context("write the shim's address into the bundle")
 }
 
-fn read_address(bundle: &PathBuf) -> Option<String> {
+fn read_address(bundle: &Path) -> Option<String> {
     let text = fs::read_to_string(bundle.join("address")).ok()?;
     Some(text.trim().to_owned()).filter(|a| a.starts_with("unix://"))
 }

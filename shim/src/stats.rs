@@ -47,8 +47,8 @@ fn convert(stats: &proto::StatsResponse, network: &proto::NetworkState) -> wire:
                 .io
                 .iter()
                 .map(|io| wire::IOEntry {
-                    major: io.major.into(),
-                    minor: io.minor.into(),
+                    major: io.major,
+                    minor: io.minor,
                     rbytes: io.rbytes,
                     wbytes: io.wbytes,
                     rios: io.rios,

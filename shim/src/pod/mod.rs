@@ -18,6 +18,7 @@ mod tasks;
 mod tests;
 
 pub use container::{Container, Kind};
+pub(crate) use process::random;
 pub use process::{Phase, Process};
 pub use sandbox::{SandboxRequest, SandboxStatus};
 pub use tasks::{CreateTask, TaskState};

@@ -211,7 +211,7 @@ impl Process {
 }
 
 /// Fills the buffer from the kernel's generator.
-fn random(buffer: &mut [u8]) -> Result<()> {
+pub(crate) fn random(buffer: &mut [u8]) -> Result<()> {
     // SAFETY: the pointer and the length describe the buffer we were lent.
     let n = unsafe { libc::getrandom(buffer.as_mut_ptr().cast(), buffer.len(), 0) };
     if usize::try_from(n) == Ok(buffer.len()) {

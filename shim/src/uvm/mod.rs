@@ -1,6 +1,12 @@
 //! The seam between pods and μVMs: what the state machine needs of one, and nothing of how it is
 //! done. Behind it stand the VMM's control client and the guest agent's.
 
+mod guest;
+mod launch;
+
+pub use guest::Guest;
+pub use launch::StoreLauncher;
+
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::PathBuf;

@@ -1,0 +1,411 @@
+//! The guest's side of a μVM: calls to its agent.
+
+use std::time::Duration;
+
+use kiln_agent_api::client::{ConnectError, Vsock};
+use kiln_agent_api::proto::{self, AgentClient};
+use kiln_agent_api::stream::{Header, Status};
+use tokio::net::UnixStream;
+use tokio::sync::mpsc;
+use ttrpc::Code;
+use ttrpc::context::{Context, with_duration};
+
+use super::{GuestEvent, PodSetup};
+use crate::error::{Error, Result};
+use crate::events::Exit;
+use crate::pod::random;
+use crate::time::UnixNanos;
+
+/// No call but `Wait` may take longer; a guest that doesn't answer is broken.
+const CALL_TIMEOUT: Duration = Duration::from_secs(60);
+/// Bytes of entropy given at resume: two of the kernel generator's keys.
+const ENTROPY: usize = 64;
+
+/// A connection to the agent. Clones share it.
+#[derive(Clone)]
+pub struct Guest {
+    vsock: Vsock,
+    agent: AgentClient,
+}
+
+impl std::fmt::Debug for Guest {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Guest")
+            .field("vsock", &self.vsock)
+            .finish_non_exhaustive()
+    }
+}
+
+fn context() -> Context {
+    with_duration(CALL_TIMEOUT)
+}
+
+/// What the agent says becomes what containerd is told, code for code.
+fn refused(what: impl Into<String>) -> impl FnOnce(ttrpc::Error) -> Error {
+    let what = what.into();
+    move |error| match error {
+        ttrpc::Error::RpcStatus(status) => {
+            let text = status.message().to_owned();
+            match status.code() {
+                Code::NOT_FOUND => Error::NotFound(what),
+                Code::ALREADY_EXISTS => Error::AlreadyExists(what),
+                Code::INVALID_ARGUMENT => Error::InvalidArgument(format!("{what}: {text}")),
+                Code::FAILED_PRECONDITION => Error::FailedPrecondition(format!("{what}: {text}")),
+                Code::UNIMPLEMENTED => Error::Unimplemented(format!("{what}: {text}")),
+                Code::RESOURCE_EXHAUSTED => Error::ResourceExhausted(format!("{what}: {text}")),
+                _ => Error::failed(format!("the guest could not {what}"), text),
+            }
+        }
+        other => Error::Unavailable(format!("the guest is gone ({what}: {other})")),
+    }
+}
+
+fn not_connected(error: ConnectError) -> Error {
+    match error {
+        ConnectError::Stream(Status::NotFound) => Error::NotFound("the process's stream".into()),
+        error => Error::Unavailable(crate::error::chain(&error)),
+    }
+}
+
+impl Guest {
+    /// Connects to the agent.
+    pub async fn connect(vsock: Vsock) -> Result<Self> {
+        let agent = vsock.agent().await.map_err(not_connected)?;
+        Ok(Self { vsock, agent })
+    }
+
+    /// Makes the guest this pod's: what must be unique is made anew, and the rest of the set-up
+    /// goes along in the same call. Nothing of the user's runs before this has returned.
+    pub async fn set_identity(
+        &self,
+        setup: &PodSetup,
+        network: Option<proto::Network>,
+    ) -> Result<proto::SetIdentityResponse> {
+        let mut entropy = vec![0; ENTROPY];
+        random(&mut entropy)?;
+        let request = proto::SetIdentityRequest {
+            generation: uuid()?,
+            entropy,
+            machine_id: hex(16)?,
+            hostname: setup.hostname.clone(),
+            network: network.into(),
+            sysctls: setup.sysctls.clone().into_iter().collect(),
+            resources: Some(proto::Resources {
+                cpus: setup.size.cpus,
+                ..Default::default()
+            })
+            .into(),
+            // Last, for it ages.
+            wall_clock_ns: UnixNanos::now().0,
+            ..Default::default()
+        };
+        let response = self
+            .agent
+            .set_identity(context(), &request)
+            .await
+            .map_err(refused("take its identity"))?;
+        if response.generation != request.generation {
+            return Err(Error::failed(
+                "give the guest its identity",
+                "the agent acknowledged another generation",
+            ));
+        }
+        Ok(response)
+    }
+
+    /// Waits until the guest has what was plugged.
+    pub async fn set_resources(&self, cpus: u32, memory_bytes: u64) -> Result<()> {
+        let request = proto::Resources {
+            cpus,
+            memory_bytes,
+            ..Default::default()
+        };
+        let what = refused("bring plugged CPUs and memory online");
+        self.agent
+            .set_resources(context(), &request)
+            .await
+            .map_err(what)
+            .map(|_| ())
+    }
+
+    /// See [`Uvm::create`](super::Uvm::create).
+    pub async fn create(&self, request: proto::CreateContainerRequest) -> Result<()> {
+        let what = refused(format!("create container {}", request.container_id));
+        let response = self
+            .agent
+            .create_container(context(), &request)
+            .await
+            .map_err(what)?;
+        for span in response.spans {
+            tracing::debug!(
+                step = span.name,
+                at_us = span.start_us,
+                us = span.duration_us,
+                "guest"
+            );
+        }
+        Ok(())
+    }
+
+    /// See [`Uvm::start`](super::Uvm::start).
+    pub async fn start(&self, container: &str) -> Result<()> {
+        let request = proto::StartContainerRequest {
+            container_id: container.into(),
+            ..Default::default()
+        };
+        let what = refused(format!("start container {container}"));
+        self.agent
+            .start_container(context(), &request)
+            .await
+            .map_err(what)
+            .map(|_| ())
+    }
+
+    /// See [`Uvm::exec`](super::Uvm::exec).
+    pub async fn exec(&self, request: proto::ExecRequest) -> Result<()> {
+        let what = refused(format!(
+            "start exec {} in container {}",
+            request.exec_id, request.container_id
+        ));
+        self.agent
+            .exec(context(), &request)
+            .await
+            .map_err(what)
+            .map(|_| ())
+    }
+
+    /// See [`Uvm::kill`](super::Uvm::kill).
+    pub async fn kill(&self, container: &str, exec: &str, signal: u32, all: bool) -> Result<()> {
+        let request = proto::KillRequest {
+            container_id: container.into(),
+            exec_id: exec.into(),
+            signal,
+            all,
+            ..Default::default()
+        };
+        let what = refused(format!("send signal {signal} to container {container}"));
+        self.agent
+            .kill(context(), &request)
+            .await
+            .map_err(what)
+            .map(|_| ())
+    }
+
+    /// See [`Uvm::wait`](super::Uvm::wait).
+    pub async fn wait(&self, container: &str, exec: &str) -> Result<Exit> {
+        let request = proto::WaitRequest {
+            container_id: container.into(),
+            exec_id: exec.into(),
+            ..Default::default()
+        };
+        let what = refused(format!("wait for container {container}"));
+        let status = self
+            .agent
+            .wait(Context::default(), &request)
+            .await
+            .map_err(what)?;
+        Ok(Exit {
+            status: status.exit_code,
+            at: UnixNanos(status.exited_at_ns),
+        })
+    }
+
+    /// See [`Uvm::pause`](super::Uvm::pause).
+    pub async fn pause(&self, container: &str) -> Result<()> {
+        let request = proto::PauseRequest {
+            container_id: container.into(),
+            ..Default::default()
+        };
+        let what = refused(format!("pause container {container}"));
+        self.agent
+            .pause(context(), &request)
+            .await
+            .map_err(what)
+            .map(|_| ())
+    }
+
+    /// See [`Uvm::unpause`](super::Uvm::unpause).
+    pub async fn unpause(&self, container: &str) -> Result<()> {
+        let request = proto::UnpauseRequest {
+            container_id: container.into(),
+            ..Default::default()
+        };
+        let what = refused(format!("resume container {container}"));
+        self.agent
+            .unpause(context(), &request)
+            .await
+            .map_err(what)
+            .map(|_| ())
+    }
+
+    /// See [`Uvm::update`](super::Uvm::update).
+    pub async fn update(&self, container: &str, resources: Vec<u8>) -> Result<()> {
+        let request = proto::UpdateRequest {
+            container_id: container.into(),
+            resources,
+            ..Default::default()
+        };
+        let what = refused(format!("update container {container}"));
+        self.agent
+            .update(context(), &request)
+            .await
+            .map_err(what)
+            .map(|_| ())
+    }
+
+    /// See [`Uvm::stats`](super::Uvm::stats).
+    pub async fn stats(&self, container: &str) -> Result<proto::StatsResponse> {
+        let request = proto::StatsRequest {
+            container_id: container.into(),
+            ..Default::default()
+        };
+        let what = refused(format!("measure container {container}"));
+        self.agent.stats(context(), &request).await.map_err(what)
+    }
+
+    /// See [`Uvm::network`](super::Uvm::network).
+    pub async fn network(&self) -> Result<proto::NetworkState> {
+        let what = refused("read its network counters");
+        self.agent
+            .get_network(context(), &proto::GetNetworkRequest::new())
+            .await
+            .map_err(what)
+    }
+
+    /// See [`Uvm::resize_tty`](super::Uvm::resize_tty).
+    pub async fn resize_tty(&self, container: &str, exec: &str, w: u32, h: u32) -> Result<()> {
+        let request = proto::ResizeTtyRequest {
+            container_id: container.into(),
+            exec_id: exec.into(),
+            width: w,
+            height: h,
+            ..Default::default()
+        };
+        let what = refused(format!("resize the terminal of container {container}"));
+        self.agent
+            .resize_tty(context(), &request)
+            .await
+            .map_err(what)
+            .map(|_| ())
+    }
+
+    /// See [`Uvm::delete`](super::Uvm::delete).
+    pub async fn delete(&self, container: &str, exec: &str) -> Result<()> {
+        let request = proto::DeleteRequest {
+            container_id: container.into(),
+            exec_id: exec.into(),
+            force: true,
+            ..Default::default()
+        };
+        let what = refused(format!("delete container {container}"));
+        self.agent
+            .delete(context(), &request)
+            .await
+            .map_err(what)
+            .map(|_| ())
+    }
+
+    /// See [`Uvm::stream`](super::Uvm::stream).
+    pub async fn stream(&self, header: &Header) -> Result<UnixStream> {
+        self.vsock.stream(header).await.map_err(not_connected)
+    }
+
+    /// See [`Uvm::write_file`](super::Uvm::write_file).
+    pub async fn write_file(&self, request: proto::WriteFileRequest) -> Result<()> {
+        let what = refused(format!("write {}", request.path));
+        self.agent
+            .write_file(context(), &request)
+            .await
+            .map_err(what)
+            .map(|_| ())
+    }
+
+    /// See [`Uvm::add_mounts`](super::Uvm::add_mounts).
+    pub async fn add_mounts(&self, mounts: Vec<proto::Mount>) -> Result<()> {
+        let request = proto::AddMountsRequest {
+            mounts,
+            ..Default::default()
+        };
+        let what = refused("mount what the pod needs");
+        self.agent
+            .add_mounts(context(), &request)
+            .await
+            .map_err(what)
+            .map(|_| ())
+    }
+
+    /// Starts to listen to what happens unasked. The channel ends with the guest.
+    pub async fn events(&self) -> Result<mpsc::UnboundedReceiver<GuestEvent>> {
+        let mut stream = self
+            .agent
+            .events(Context::default(), &proto::EventsRequest::new())
+            .await
+            .map_err(refused("tell its events"))?;
+        let (tell, events) = mpsc::unbounded_channel();
+        tokio::spawn(async move {
+            while let Ok(Some(event)) = stream.recv().await {
+                if event.has_oom() {
+                    let container = event.oom().container_id.clone();
+                    if tell.send(GuestEvent::Oom { container }).is_err() {
+                        return;
+                    }
+                }
+            }
+        });
+        Ok(events)
+    }
+}
+
+fn hex(bytes: usize) -> Result<String> {
+    let mut buffer = vec![0; bytes];
+    random(&mut buffer)?;
+    Ok(buffer.iter().map(|b| format!("{b:02x}")).collect())
+}
+
+/// A random UUID (RFC 9562, version 4).
+fn uuid() -> Result<String> {
+    let mut bytes = [0; 16];
+    random(&mut bytes)?;
+    bytes[6] = bytes[6] & 0x0f | 0x40;
+    bytes[8] = bytes[8] & 0x3f | 0x80;
+    let hex: String = bytes.iter().map(|b| format!("{b:02x}")).collect();
+    Ok(format!(
+        "{}-{}-{}-{}-{}",
+        &hex[..8],
+        &hex[8..12],
+        &hex[12..16],
+        &hex[16..20],
+        &hex[20..]
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_agent_refuses_keeps_its_code() {
+        let error = |code| ttrpc::Error::RpcStatus(ttrpc::get_status(code, "because"));
+        assert!(matches!(
+            refused("x")(error(Code::NOT_FOUND)),
+            Error::NotFound(_)
+        ));
+        let precondition = refused("x")(error(Code::FAILED_PRECONDITION));
+        assert!(matches!(precondition, Error::FailedPrecondition(_)));
+        let internal = refused("mount it")(error(Code::INTERNAL));
+        assert_eq!(internal.chain(), "the guest could not mount it: because");
+    }
+
+    #[test]
+    fn broken_connection_means_that_the_guest_is_gone() {
+        let error = refused("x")(ttrpc::Error::RemoteClosed);
+        assert!(matches!(error, Error::Unavailable(_)), "{error:?}");
+    }
+
+    #[test]
+    fn generations_are_uuids_and_differ() {
+        let (a, b) = (uuid().unwrap(), uuid().unwrap());
+        assert_ne!(a, b);
+        assert_eq!((a.len(), &a[14..15]), (36, "4"));
+    }
+}
