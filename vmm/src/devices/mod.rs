@@ -6,6 +6,7 @@
 
 pub mod block;
 pub mod chain;
+pub mod fs;
 pub mod mem;
 pub mod net;
 pub mod ring;

@@ -1,0 +1,138 @@
+//! The device with a real server on a real folder.
+
+use kiln_vmm_fs::{Options, Server, ServerError};
+
+use super::*;
+use crate::devices::testing::{BUFFERS_BASE, Bench};
+use crate::virtio::{DeviceError, VirtioDevice};
+
+const MEMORY: usize = 4 << 20;
+const REQUEST: u64 = BUFFERS_BASE;
+const ANSWER: u64 = BUFFERS_BASE + 0x10_0000;
+
+fn config() -> FsConfig {
+    FsConfig {
+        tag: "kiln".to_owned(),
+        queue_size: 128,
+    }
+}
+
+fn server(dir: &tempfile::TempDir) -> FsServer {
+    let root = dir.path().to_str().unwrap().to_owned();
+    FsServer::start(move || {
+        Server::new(&Options {
+            root,
+            ..Options::default()
+        })
+    })
+    .unwrap()
+    .unwrap()
+}
+
+/// Sends a FUSE request on the request queue; gives error and body of the answer.
+fn ask(bench: &mut Bench<Fs>, opcode: u32, node: u64, body: &[u8]) -> (i32, Vec<u8>) {
+    let mut raw = Vec::new();
+    raw.extend((40 + body.len() as u32).to_le_bytes());
+    raw.extend(opcode.to_le_bytes());
+    raw.extend(9u64.to_le_bytes());
+    raw.extend(node.to_le_bytes());
+    raw.extend([0; 16]);
+    raw.extend(body);
+    let driver = &mut bench.drivers[1];
+    driver.poke(REQUEST, &raw);
+    driver.add(
+        &[(REQUEST, raw.len() as u32)],
+        &[(ANSWER, 16), (ANSWER + 16, 8192)],
+    );
+    bench.kick(1);
+    let mut used = None;
+    bench.run_until(|bench| {
+        used = bench.drivers[1].used();
+        used.is_some()
+    });
+    let answer = bench.drivers[1].peek(ANSWER, used.unwrap().1 as usize);
+    assert_eq!(answer[8..16], 9u64.to_le_bytes());
+    (
+        i32::from_le_bytes(answer[4..8].try_into().unwrap()),
+        answer[16..].to_vec(),
+    )
+}
+
+fn mount(bench: &mut Bench<Fs>) -> i32 {
+    let mut body = Vec::new();
+    body.extend(7u32.to_le_bytes());
+    body.extend(38u32.to_le_bytes());
+    body.extend([0; 8]);
+    ask(bench, 26, 0, &body).0
+}
+
+#[test]
+fn a_device_without_a_server_can_not_be_mounted_and_gets_one_later() {
+    let mut bench = Bench::new(Fs::new(&config()), MEMORY, 128);
+    let mut space = [0xff; 44];
+    bench.device.read_config(0, &mut space);
+    assert_eq!(
+        (&space[..5], &space[36..44]),
+        (&b"kiln\0"[..], &[1, 0, 0, 0, 0, 0, 0, 0][..])
+    );
+    assert_eq!(mount(&mut bench), -libc::ENODEV);
+    assert!(!bench.device.is_mounted());
+    bench.device.save().unwrap();
+
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("file"), b"x").unwrap();
+    bench.device.attach(server(&dir)).unwrap();
+    assert!(matches!(
+        bench.device.attach(server(&dir)),
+        Err(DeviceError::Refused(_))
+    ));
+    assert_eq!(mount(&mut bench), 0);
+    assert_eq!(ask(&mut bench, 1, 1, b"file\0").0, 0);
+    assert_eq!(ask(&mut bench, 1, 1, b"none\0").0, -libc::ENOENT);
+}
+
+#[test]
+fn a_mounted_device_refuses_to_be_saved() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut bench = Bench::new(Fs::new(&config()), MEMORY, 128);
+    bench.device.attach(server(&dir)).unwrap();
+    assert_eq!(mount(&mut bench), 0);
+    bench.device.pause().unwrap();
+    assert!(matches!(bench.device.save(), Err(DeviceError::Refused(_))));
+    bench.device.reset();
+    bench.device.save().unwrap();
+}
+
+#[test]
+fn requests_without_sense_are_answered_and_harm_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut bench = Bench::new(Fs::new(&config()), MEMORY, 128);
+    bench.device.attach(server(&dir)).unwrap();
+    assert_eq!(mount(&mut bench), 0);
+    assert_eq!(ask(&mut bench, 9999, 1, b"").0, -libc::ENOSYS);
+    // A body shorter than its request needs.
+    assert_eq!(ask(&mut bench, 15, 1, b"abc").0, -libc::EIO);
+    let driver = &mut bench.drivers[1];
+    driver.add(&[(REQUEST, 39)], &[(ANSWER, 16)]);
+    driver.add(&[], &[(ANSWER, 16)]);
+    bench.kick(1);
+    for _ in 0..2 {
+        assert_eq!(bench.drivers[1].used().unwrap().1, 0);
+    }
+    // A request that wants an answer and has no room for it.
+    bench.drivers[1].add(&[(REQUEST, 40)], &[]);
+    bench.kick(1);
+    bench.device.pause().unwrap();
+    assert_eq!(bench.drivers[1].used().unwrap().1, 0);
+    assert!(!bench.failed());
+}
+
+#[test]
+fn a_server_that_can_not_be_made_says_why() {
+    let options = Options {
+        root: "/no/such".to_owned(),
+        ..Options::default()
+    };
+    let made = FsServer::start(move || Server::new(&options)).unwrap();
+    assert!(matches!(made, Err(ServerError::Root { .. })));
+}
