@@ -1,3 +1,90 @@
-//! Benchmarks
+//! Benches: each measures several things in one run, interleaved, so that ratios between them mean
+//! something whatever else the machine does, and writes JSON, a table and a picture.
 
-fn main() {}
+mod benches;
+mod counters;
+mod picture;
+mod report;
+mod result;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::{Context, Result, bail};
+use clap::Parser;
+
+use benches::Settings;
+
+/// Runs benches on this node's containerd.
+#[derive(Debug, Parser)]
+#[command(name = "kiln-bench", version)]
+struct Cli {
+    /// Which benches; all of them if none is named.
+    benches: Vec<String>,
+    /// Where results go: NAME.json and NAME.svg for each bench, and report.md for all.
+    #[arg(long, default_value = "/var/log/kiln-bench")]
+    out: PathBuf,
+    /// Runtime handlers to compare; the ratios are to the first.
+    #[arg(long, value_delimiter = ',')]
+    runtimes: Vec<String>,
+    /// How often each thing is measured.
+    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    runs: u32,
+    /// What is measured, as git describes it.
+    #[arg(long, env = "KILN_COMMIT", default_value = "unknown")]
+    commit: String,
+    /// What it is measured on.
+    #[arg(long, env = "KILN_MACHINE", default_value = "unknown")]
+    machine: String,
+}
+
+fn main() -> ExitCode {
+    match run(&Cli::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("bench: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: &Cli) -> Result<()> {
+    let all = benches::all();
+    let unknown = cli
+        .benches
+        .iter()
+        .find(|name| all.iter().all(|bench| bench.name != name.as_str()));
+    if let Some(name) = unknown {
+        let names: Vec<&str> = all.iter().map(|bench| bench.name).collect();
+        bail!("there is no bench {name:?}, but: {}", names.join(" "));
+    }
+    let runtimes = if cli.runtimes.is_empty() {
+        kiln_e2e::harness::handlers()
+    } else {
+        cli.runtimes.clone()
+    };
+    let settings = Settings {
+        runtimes,
+        runs: cli.runs,
+    };
+    std::fs::create_dir_all(&cli.out)
+        .with_context(|| format!("cannot create {}", cli.out.display()))?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .context("cannot start the async runtime")?;
+    for bench in all {
+        if !cli.benches.is_empty() && cli.benches.iter().all(|name| name != bench.name) {
+            continue;
+        }
+        println!("{}: {} runs of each", bench.name, settings.runs);
+        let measured = runtime
+            .block_on((bench.run)(settings.clone()))
+            .with_context(|| format!("bench {}", bench.name))?;
+        let result = measured.named(bench.name, &cli.commit, &cli.machine);
+        result.write(&cli.out)?;
+        println!("{}", report::table(&result));
+    }
+    report::write(&cli.out)
+}

@@ -227,11 +227,8 @@ pub struct Pod {
 }
 
 impl Pod {
-    pub(crate) async fn run(
-        cri: Cri,
-        config: api::PodSandboxConfig,
-        handler: &str,
-    ) -> Result<Self> {
+    /// Runs a pod of this configuration (see [`crate::Test::pod_config`]).
+    pub async fn run(cri: Cri, config: api::PodSandboxConfig, handler: &str) -> Result<Self> {
         let request = api::RunPodSandboxRequest {
             config: Some(config.clone()),
             runtime_handler: handler.to_owned(),

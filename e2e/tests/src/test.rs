@@ -178,7 +178,7 @@ impl Test {
     }
 
     /// Removes all that this run made and checks that no trace of it is left on the node.
-    pub(crate) async fn clean_up(&self) -> Result<()> {
+    pub async fn clean_up(&self) -> Result<()> {
         for container in self.containers().await? {
             self.made(&container);
         }

@@ -1,0 +1,35 @@
+//! The benches, one file each. A new one is a file here and a line in [`all`].
+
+mod pod_start;
+
+use std::future::Future;
+use std::pin::Pin;
+
+use anyhow::Result;
+
+use crate::result::Measured;
+
+/// What the command line says to every bench.
+#[derive(Debug, Clone)]
+pub(crate) struct Settings {
+    /// Runtime handlers to compare.
+    pub(crate) runtimes: Vec<String>,
+    /// How often each thing is measured.
+    pub(crate) runs: u32,
+}
+
+type Run = fn(Settings) -> Pin<Box<dyn Future<Output = Result<Measured>>>>;
+
+/// A bench.
+pub(crate) struct Bench {
+    pub(crate) name: &'static str,
+    pub(crate) run: Run,
+}
+
+/// All benches.
+pub(crate) fn all() -> Vec<Bench> {
+    vec![Bench {
+        name: "pod-start",
+        run: |settings| Box::pin(pod_start::run(settings)),
+    }]
+}
