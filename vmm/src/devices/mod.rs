@@ -6,6 +6,8 @@
 
 pub mod block;
 pub mod chain;
+#[cfg(test)]
+mod conformance;
 pub mod fs;
 pub mod mem;
 pub mod net;
