@@ -5,6 +5,8 @@
 //! on standard input (`help` lists them).
 
 mod frontend;
+mod jail;
+mod serve;
 
 use std::process::ExitCode;
 
@@ -14,7 +16,13 @@ fn main() -> ExitCode {
         eprintln!("kiln-vmm: {info}");
         std::process::abort();
     }));
-    match frontend::run() {
+    let started = kiln_vmm::timeline::Timeline::default();
+    let mut args = std::env::args().skip(1);
+    let result = match args.next().as_deref() {
+        Some("serve") => serve::run(args, started),
+        _ => frontend::run(),
+    };
+    match result {
         Ok(code) => code,
         Err(e) => {
             eprintln!("kiln-vmm: {e:#}");

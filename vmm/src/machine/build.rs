@@ -17,6 +17,8 @@ use crate::boot::{self, BootFiles};
 use crate::cpu::thread::{ExitHandler, Vcpus};
 use crate::cpu::{CpuError, cpuid};
 use crate::devices::block::{Block, BlockConfig, FileBackend};
+use crate::devices::mem::Mem;
+use crate::devices::net::{Net, NetBackend, NetConfig, Tap};
 use crate::devices::rng::Rng;
 use crate::devices::vsock::Vsock;
 use crate::event::EventLoop;
@@ -324,7 +326,7 @@ fn board(
 pub(super) fn make_device(
     spec: &DeviceSpec,
     end: Option<HostEnd>,
-    _memory: &Arc<Memory>,
+    memory: &Arc<Memory>,
 ) -> Result<Box<dyn VirtioDevice>, MachineError> {
     let slot = spec.slot;
     let wrong = |what: &str| MachineError::Refused(format!("slot {slot}: {what}"));
@@ -353,10 +355,39 @@ pub(super) fn make_device(
         }
         (DeviceKind::Vsock { cid }, None) => Ok(Box::new(Vsock::new(*cid, None))),
         (DeviceKind::Rng, None) => Ok(Box::new(Rng::new())),
+        (DeviceKind::Mem, None) => Ok(Box::new(Mem::new(memory.clone()))),
+        (DeviceKind::Net { pairs, mac }, end) => {
+            let mut net = Net::new(&NetConfig {
+                mac: *mac,
+                pairs: *pairs,
+                queue_size: 256,
+            });
+            match end {
+                Some(HostEnd::Tap(queues)) => {
+                    net.attach(open_taps(slot, queues)?).map_err(device)?;
+                }
+                Some(_) => return Err(wrong("a network card wants taps")),
+                None => {}
+            }
+            Ok(Box::new(net))
+        }
         (kind, _) => Err(wrong(&format!(
             "this build has no {kind:?} with such a host side"
         ))),
     }
+}
+
+/// Tap queues as back ends.
+pub(super) fn open_taps(
+    slot: u8,
+    queues: Vec<OwnedFd>,
+) -> Result<Vec<Box<dyn NetBackend>>, MachineError> {
+    let mut taps: Vec<Box<dyn NetBackend>> = Vec::with_capacity(queues.len());
+    for fd in queues {
+        let tap = Tap::new(fd).map_err(|e| MachineError::Refused(format!("slot {slot}: {e}")))?;
+        taps.push(Box::new(tap));
+    }
+    Ok(taps)
 }
 
 /// A disk's file as a back end.

@@ -1,5 +1,7 @@
 //! Hot-plug of vCPUs, and the end of devices and vCPUs the guest has let go of.
 
+use std::collections::BTreeSet;
+
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES};
 
 use super::exits::lock;
@@ -18,29 +20,49 @@ impl Machine {
                 "{count} vCPUs: this machine takes 1 to {max}"
             )));
         }
-        let present: Vec<u8> = lock(&self.board.hotplug).present_cpus().collect();
-        let missing = usize::from(count).saturating_sub(present.len());
-        let new: Vec<u8> = (0..max)
-            .filter(|i| !present.contains(i))
-            .take(missing)
-            .collect();
-        for index in &new {
+        let present: BTreeSet<u8> = self.present_cpus().into_iter().collect();
+        let planned = self.planned_cpus(count, &present);
+        let (go, come): (Vec<u8>, Vec<u8>) = planned.iter().partition(|i| present.contains(i));
+        for index in &come {
             self.make_vcpu(*index)?;
         }
-        let surplus: Vec<u8> = present.into_iter().rev().take_while(|i| *i > 0).collect();
-        let surplus_len = (surplus.len() + 1).saturating_sub(usize::from(count));
-        if missing == 0 && surplus_len == 0 {
+        if planned.is_empty() {
             return Ok(());
         }
         self.board.hotplug_event(|h| {
-            for index in new {
+            for index in come {
                 h.insert_cpu(index);
             }
-            for index in surplus.into_iter().take(surplus_len) {
+            for index in go {
                 h.remove_cpu(index);
             }
         });
         Ok(())
+    }
+
+    /// vCPUs the guest has.
+    pub fn present_cpus(&self) -> Vec<u8> {
+        lock(&self.board.hotplug).present_cpus().collect()
+    }
+
+    /// The vCPUs that [`request_cpus`](Self::request_cpus) would ask to come or go.
+    pub fn planned_cpus(&self, count: u8, present: &BTreeSet<u8>) -> BTreeSet<u8> {
+        let max = lock(&self.config).max_cpus;
+        let missing = usize::from(count).saturating_sub(present.len());
+        let surplus = present.len().saturating_sub(usize::from(count));
+        let come = (0..max).filter(|i| !present.contains(i)).take(missing);
+        let go = present
+            .iter()
+            .rev()
+            .copied()
+            .filter(|i| *i > 0)
+            .take(surplus);
+        come.chain(go).collect()
+    }
+
+    /// Has `observer` called after every change of the plugged memory. It must not wait.
+    pub fn observe_memory(&self, observer: impl Fn() + Send + Sync + 'static) {
+        self.with_mem(|_, m| m.observe(move |_| observer()));
     }
 
     /// A vCPU that was there before is still there: KVM has no way to destroy one, and the guest's INIT restarts it.

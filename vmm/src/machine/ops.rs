@@ -5,13 +5,15 @@ use std::sync::Arc;
 
 use kvm_bindings::kvm_irqchip;
 
-use super::build::{HostEnd, make_device, open_disk};
+use super::build::{HostEnd, make_device, open_disk, open_taps};
 use super::config::{DeviceKind, DeviceSpec};
 use super::exits::lock;
 use super::state::{IRQCHIPS, MachineState};
 use super::{Machine, MachineError};
 use crate::cpu::VcpuState;
 use crate::devices::block::Block;
+use crate::devices::mem::{Mem, MemStatus};
+use crate::devices::net::Net;
 use crate::layout;
 use crate::platform::power::Outcome;
 use crate::virtio::pci::VirtioPci;
@@ -21,7 +23,7 @@ use crate::virtio::pci::VirtioPci;
 pub struct Stats {
     /// vCPUs the guest has been offered and not ejected.
     pub cpus: u8,
-    /// Base RAM and what is usable of the hot-plug window, in bytes.
+    /// Base RAM and what the guest has plugged, in bytes.
     pub memory: u64,
     /// Whether the machine is paused.
     pub paused: bool,
@@ -160,6 +162,81 @@ impl Machine {
         }
     }
 
+    /// Puts taps behind a network card in place of what was there; without any, the link goes down.
+    pub fn set_net(
+        &self,
+        slot: u8,
+        taps: Vec<std::os::fd::OwnedFd>,
+        mac: Option<[u8; 6]>,
+    ) -> Result<(), MachineError> {
+        let backends = open_taps(slot, taps)?;
+        let change = |net: &mut Net| {
+            // A card without a tap has nothing to detach.
+            let _ = net.detach();
+            if let Some(mac) = mac {
+                net.set_mac(mac);
+            }
+            if backends.is_empty() {
+                Ok(())
+            } else {
+                net.attach(backends)
+            }
+        };
+        match self.device(slot)?.with(change) {
+            Some(result) => result.map_err(|source| MachineError::Device { slot, source }),
+            None => Err(MachineError::Refused(format!(
+                "slot {slot} is no network card"
+            ))),
+        }
+    }
+
+    pub(super) fn with_mem<R>(&self, f: impl FnOnce(u8, &mut Mem) -> R) -> Option<R> {
+        let devices = lock(&self.devices);
+        let (slot, device) = devices
+            .iter()
+            .find(|(_, d)| d.kind() == crate::virtio::DeviceType::Mem)
+            .map(|(s, d)| (*s, d.clone()))?;
+        drop(devices);
+        device.with(|m: &mut Mem| f(slot, m))
+    }
+
+    /// Asks the guest to have `total` bytes of memory, base RAM included. It answers later.
+    pub fn request_memory(&self, total: u64) -> Result<(), MachineError> {
+        let ram = self.memory.shape().ram;
+        let Some(plugged) = total.checked_sub(ram) else {
+            return Err(MachineError::Refused(format!(
+                "{total} bytes are less than the {ram} this machine was baked with"
+            )));
+        };
+        match self.with_mem(|slot, m| {
+            m.request(plugged)
+                .map_err(|source| MachineError::Device { slot, source })
+        }) {
+            Some(result) => result,
+            None if plugged == 0 => Ok(()),
+            None => Err(MachineError::Refused(
+                "this machine has no memory hot-plug".to_owned(),
+            )),
+        }
+    }
+
+    /// What is plugged into the hot-plug window.
+    pub fn plugged(&self) -> MemStatus {
+        self.with_mem(|_, m| m.status()).unwrap_or_default()
+    }
+
+    /// Devices on the bus.
+    pub fn device_specs(&self) -> Vec<DeviceSpec> {
+        lock(&self.config).devices.clone()
+    }
+
+    /// Whether the block slot holds a disk; `None` if it is no block slot.
+    pub fn disk_attached(&self, slot: u8) -> Option<bool> {
+        self.device(slot)
+            .ok()?
+            .with(|b: &mut Block| b.is_attached())
+    }
+
     /// Puts a new device into a free PCI slot and tells the guest.
     pub fn plug_device(&self, kind: DeviceKind, end: Option<HostEnd>) -> Result<u8, MachineError> {
         let taken: Vec<u8> = lock(&self.devices).keys().copied().collect();
@@ -183,10 +260,10 @@ impl Machine {
 
     /// Figures.
     pub fn stats(&self) -> Stats {
-        let shape = self.memory.shape();
+        let ram = self.memory.shape().ram;
         Stats {
             cpus: lock(&self.board.hotplug).present_cpus().count() as u8,
-            memory: shape.ram + shape.usable,
+            memory: ram + self.plugged().plugged,
             paused: lock(&self.paused).is_some(),
             devices: lock(&self.devices).len(),
         }

@@ -1,0 +1,228 @@
+//! Messages. Descriptors are named by their place in the frame's list.
+
+use serde::{Deserialize, Serialize};
+
+/// Index of a descriptor in the frame it came with.
+pub type FdIndex = u8;
+
+/// A machine to boot.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MachineSpec {
+    /// vCPUs at boot.
+    pub cpus: u8,
+    /// vCPUs there may ever be.
+    pub max_cpus: u8,
+    /// Base RAM in bytes.
+    pub memory: u64,
+    /// Room for memory hot-plug in bytes, a multiple of 1 GiB; 0 for none.
+    pub hotplug: u64,
+    /// Whether there is a serial port.
+    pub serial: bool,
+    /// Devices.
+    pub devices: Vec<DeviceSpec>,
+}
+
+/// A device and its PCI slot (1 to 31).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceSpec {
+    /// The slot.
+    pub slot: u8,
+    /// What it is.
+    pub kind: DeviceKind,
+}
+
+/// Kinds of devices.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum DeviceKind {
+    /// A disk, or an empty slot for one; `id` is the serial the guest reads.
+    Block {
+        /// The disk's serial.
+        id: String,
+        /// Number of queues.
+        queues: u16,
+    },
+    /// A network card.
+    Net {
+        /// Queue pairs.
+        pairs: u16,
+        /// Its address.
+        mac: [u8; 6],
+    },
+    /// Sockets to the host.
+    Vsock {
+        /// The guest's address.
+        cid: u64,
+    },
+    /// Entropy.
+    Rng,
+    /// Memory hot-plug.
+    Mem,
+}
+
+/// The host's side of a device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum End {
+    /// A disk image or block device.
+    Disk {
+        /// Its descriptor.
+        fd: FdIndex,
+        /// Whether the guest may not write.
+        read_only: bool,
+    },
+    /// A listening, non-blocking Unix socket.
+    Listener(FdIndex),
+    /// Queues of a tap.
+    Tap(Vec<FdIndex>),
+}
+
+/// What the client asks.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Request {
+    /// Boots a machine. First request only.
+    Boot {
+        /// Its parts.
+        machine: MachineSpec,
+        /// The kernel.
+        kernel: FdIndex,
+        /// The initramfs.
+        initrd: Option<FdIndex>,
+        /// The kernel's command line.
+        cmdline: String,
+        /// Where the serial port's output goes.
+        console: Option<FdIndex>,
+        /// Host sides by slot.
+        ends: Vec<(u8, End)>,
+    },
+    /// Resumes a machine. First request only.
+    Resume {
+        /// The state file.
+        state: FdIndex,
+        /// The memory file.
+        memory: FdIndex,
+        /// Where the serial port's output goes.
+        console: Option<FdIndex>,
+        /// Host sides by slot.
+        ends: Vec<(u8, End)>,
+    },
+    /// Saves the machine, which is paused for it.
+    Snapshot {
+        /// Where the state goes.
+        state: FdIndex,
+        /// Where memory goes.
+        memory: FdIndex,
+        /// Kept in the header.
+        digest: [u8; 32],
+        /// Whether the machine goes on afterwards.
+        go_on: bool,
+    },
+    /// Stops vCPUs and devices.
+    Pause,
+    /// Lets them run.
+    Unpause,
+    /// Puts a disk into an empty slot, or into a new one by PCI hot-plug. Answered by `Slot`.
+    AttachBlock {
+        /// Which slot; `None` takes the first empty one, or plugs one.
+        slot: Option<u8>,
+        /// The disk.
+        fd: FdIndex,
+        /// Whether the guest may not write.
+        read_only: bool,
+    },
+    /// Takes a disk out.
+    DetachBlock {
+        /// Which slot.
+        slot: u8,
+    },
+    /// Puts taps behind a network card, or pulls the cable.
+    SetNet {
+        /// Which slot.
+        slot: u8,
+        /// Queues; none pulls the cable.
+        taps: Vec<FdIndex>,
+        /// A new address for drivers that still have to probe.
+        mac: Option<[u8; 6]>,
+    },
+    /// Changes size; answered when the guest has followed, or by an error after the time is up.
+    Resize {
+        /// vCPUs.
+        cpus: u8,
+        /// Memory in bytes, base RAM included.
+        memory: u64,
+        /// How long the guest may take.
+        timeout_ms: u32,
+    },
+    /// Asks for figures.
+    Stats,
+    /// Ends machine and process.
+    Stop,
+}
+
+/// One step of a start.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Step {
+    /// The span's name.
+    pub name: String,
+    /// When it began, in nanoseconds after the process's start.
+    pub start_ns: u64,
+    /// How long it took.
+    pub duration_ns: u64,
+}
+
+/// A device as it is now.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceInfo {
+    /// Its place and kind.
+    pub spec: DeviceSpec,
+    /// For block slots: whether there is a disk.
+    pub attached: bool,
+}
+
+/// Exit codes of the process, which say how its machine ended.
+pub mod exit {
+    /// The guest powered off, or the client stopped the machine.
+    pub const ENDED: i32 = 0;
+    /// The VMM or KVM could not go on; the log says why.
+    pub const FAILED: i32 = 1;
+    /// The guest asked for a reset.
+    pub const RESET: i32 = 3;
+    /// The guest's kernel panicked.
+    pub const PANICKED: i32 = 4;
+}
+
+/// What the VMM answers.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Reply {
+    /// Done.
+    Done,
+    /// The machine runs.
+    Started {
+        /// The kernel's version text.
+        kernel: String,
+        /// Where the time went.
+        steps: Vec<Step>,
+    },
+    /// The snapshot is written.
+    Saved {
+        /// Bytes of state.
+        state_bytes: u64,
+        /// Pages with data.
+        data_pages: u64,
+        /// Pages left out.
+        zero_pages: u64,
+    },
+    /// The disk is in this slot.
+    Slot(u8),
+    /// Figures.
+    Stats {
+        /// vCPUs.
+        cpus: u8,
+        /// Memory in bytes.
+        memory: u64,
+        /// Whether paused.
+        paused: bool,
+        /// Devices.
+        devices: Vec<DeviceInfo>,
+    },
+    /// Not done, and why: the whole chain of causes.
+    Error(String),
+}

@@ -1,0 +1,192 @@
+//! Spawns a VMM and talks to it.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::sync::{Mutex, PoisonError};
+
+use crate::api::{Reply, Request};
+use crate::wire;
+
+/// Why a VMM did not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum VmmError {
+    /// The process could not be started.
+    #[error("starting {program} failed")]
+    Spawn {
+        /// The program.
+        program: PathBuf,
+        /// The system's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// The socket failed.
+    #[error("talking to the VMM failed; its log says why it ended")]
+    Socket(#[source] io::Error),
+    /// The VMM is gone.
+    #[error("the VMM has ended; its log says why")]
+    Gone,
+    /// The VMM refused.
+    #[error("the VMM refused: {0}")]
+    Refused(String),
+    /// The VMM answered something else than was asked.
+    #[error("the VMM answered out of turn; client and VMM are of different versions")]
+    Protocol,
+}
+
+/// Who the VMM becomes before it reads its first request.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Jail {
+    /// User it runs as.
+    pub uid: u32,
+    /// Group it runs as.
+    pub gid: u32,
+    /// An empty directory that becomes its root.
+    pub root: PathBuf,
+}
+
+/// How to start a VMM.
+#[derive(Debug)]
+pub struct Spawn {
+    /// The kiln-vmm program.
+    pub program: PathBuf,
+    /// The jail; without one (tests, people) the VMM keeps the caller's rights.
+    pub jail: Option<Jail>,
+    /// Where its log goes; without one, the caller's standard error.
+    pub log: Option<File>,
+}
+
+/// A VMM process. Dropping it ends the process.
+#[derive(Debug)]
+pub struct Vmm {
+    child: Mutex<Child>,
+    pid: u32,
+    socket: Mutex<UnixStream>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Vmm {
+    /// Starts a VMM. It makes its VM at once and waits for its first request: start one ahead of time and
+    /// KVM's grace period is over when the pod comes.
+    pub fn spawn(spawn: Spawn) -> Result<Self, VmmError> {
+        let failed = |source| VmmError::Spawn {
+            program: spawn.program.clone(),
+            source,
+        };
+        let (ours, theirs) = UnixStream::pair().map_err(failed)?;
+        let mut command = Command::new(&spawn.program);
+        command.arg("serve").env_clear();
+        if let Some(jail) = &spawn.jail {
+            command.arg("--uid").arg(jail.uid.to_string());
+            command.arg("--gid").arg(jail.gid.to_string());
+            command.arg("--root").arg(&jail.root);
+        }
+        command
+            .stdin(Stdio::from(OwnedFd::from(theirs)))
+            .stdout(Stdio::null());
+        if let Some(log) = spawn.log {
+            command.stderr(Stdio::from(log));
+        }
+        let child = command.spawn().map_err(failed)?;
+        Ok(Self {
+            pid: child.id(),
+            child: Mutex::new(child),
+            socket: Mutex::new(ours),
+        })
+    }
+
+    /// The process's id.
+    pub fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    /// Sends a request and waits for its reply. An error reply becomes [`VmmError::Refused`].
+    pub fn call(&self, request: &Request, fds: &[BorrowedFd<'_>]) -> Result<Reply, VmmError> {
+        let socket = lock(&self.socket);
+        let gone = |e: io::Error| match e.kind() {
+            io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => VmmError::Gone,
+            _ => VmmError::Socket(e),
+        };
+        wire::send(&socket, request, fds).map_err(gone)?;
+        match wire::receive(&socket).map_err(gone)? {
+            Some((Reply::Error(why), _)) => Err(VmmError::Refused(why)),
+            Some((reply, _)) => Ok(reply),
+            None => Err(VmmError::Gone),
+        }
+    }
+
+    /// For requests that are answered by `Done`.
+    pub fn order(&self, request: &Request, fds: &[BorrowedFd<'_>]) -> Result<(), VmmError> {
+        match self.call(request, fds)? {
+            Reply::Done => Ok(()),
+            _ => Err(VmmError::Protocol),
+        }
+    }
+
+    /// Puts a disk into a slot (or the first empty one) and returns the slot.
+    pub fn attach_block(
+        &self,
+        slot: Option<u8>,
+        disk: &File,
+        read_only: bool,
+    ) -> Result<u8, VmmError> {
+        match self.call(
+            &Request::AttachBlock {
+                slot,
+                fd: 0,
+                read_only,
+            },
+            &[disk.as_fd()],
+        )? {
+            Reply::Slot(slot) => Ok(slot),
+            _ => Err(VmmError::Protocol),
+        }
+    }
+
+    /// Waits for the process to end; returns its exit code (-1 for a signal). See `kiln-vmm`'s exit codes.
+    pub fn wait(&self) -> Result<i32, VmmError> {
+        // Waits without the lock and without reaping, so that `kill` works meanwhile.
+        loop {
+            // SAFETY: waitid fills in the siginfo it is given; all-zero is a valid one.
+            let rc = unsafe {
+                let mut info: libc::siginfo_t = std::mem::zeroed();
+                libc::waitid(
+                    libc::P_PID,
+                    self.pid,
+                    &raw mut info,
+                    libc::WEXITED | libc::WNOWAIT,
+                )
+            };
+            let e = io::Error::last_os_error();
+            // ECHILD: `kill` has reaped it already, and the next line knows its status.
+            if rc == 0 || e.raw_os_error() == Some(libc::ECHILD) {
+                break;
+            }
+            if e.kind() != io::ErrorKind::Interrupted {
+                return Err(VmmError::Socket(e));
+            }
+        }
+        let status = lock(&self.child).wait().map_err(VmmError::Socket)?;
+        Ok(status.code().unwrap_or(-1))
+    }
+
+    /// Ends the process without asking the machine. Done twice is done once.
+    pub fn kill(&self) {
+        let mut child = lock(&self.child);
+        // Fails only if it has ended.
+        let _ = child.kill();
+        let _ = child.wait();
+    }
+}
+
+impl Drop for Vmm {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}

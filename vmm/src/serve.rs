@@ -1,0 +1,525 @@
+//! The process as its client runs it: requests from an inherited socket.
+//!
+//! The main thread answers requests, `devices` runs the event loop, `seed` makes the VM while the first
+//! request is read, `hotplug` follows up what the guest lets go of. When the client's end of the socket
+//! closes, the process ends: a machine never outlives who is responsible for it.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::process::ExitCode;
+use std::sync::mpsc::{Sender, channel};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, bail};
+use kiln_vmm::cpu::thread::install_kick_handler;
+use kiln_vmm::event::EventLoop;
+use kiln_vmm::machine::{
+    BootSpec, DeviceKind, DeviceSpec, HostEnd, HostEnds, Machine, MachineConfig, Observer,
+    ResumeSpec,
+};
+use kiln_vmm::memory::{HostMemory, MemoryShape};
+use kiln_vmm::platform::hotplug::HotplugAction;
+use kiln_vmm::platform::power::Outcome;
+use kiln_vmm::snapshot::{self, Labels};
+use kiln_vmm::timeline::Timeline;
+use kiln_vmm::vm::{VmError, VmSeed};
+use kiln_vmm_control::api::{self, End, Reply, Request, exit};
+use kiln_vmm_control::wire;
+
+use crate::jail::{self, Jail};
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What the guest still owes an answer to.
+#[derive(Debug, Default)]
+struct Pending {
+    /// vCPUs asked to come or go.
+    cpus: BTreeSet<u8>,
+    /// vCPUs the guest refused, with ACPI's status.
+    refused: BTreeMap<u8, u32>,
+}
+
+#[derive(Debug)]
+struct Watcher {
+    pending: Mutex<Pending>,
+    changed: Condvar,
+    follow: Mutex<Sender<HotplugAction>>,
+}
+
+impl Observer for Watcher {
+    fn ended(&self, outcome: &Outcome) {
+        let code = match outcome {
+            Outcome::PoweredOff | Outcome::Stopped => exit::ENDED,
+            Outcome::Reset => exit::RESET,
+            Outcome::Panicked => exit::PANICKED,
+            Outcome::Failed(_) => exit::FAILED,
+        };
+        eprintln!("kiln-vmm: the machine has ended: {outcome:?}");
+        // SAFETY: ends the process at once; nothing is buffered, and the kernel takes down VM and threads.
+        unsafe { libc::_exit(code) }
+    }
+
+    fn hotplug(&self, action: HotplugAction) {
+        // ACPI 6.4 table 6.x: an insertion or ejection that is under way reports these first.
+        const IN_PROGRESS: [u32; 2] = [0x80, 0x84];
+        {
+            let mut pending = lock(&self.pending);
+            match action {
+                HotplugAction::EjectCpu(i) | HotplugAction::CpuStatus(i, 0) => {
+                    pending.cpus.remove(&i);
+                }
+                HotplugAction::CpuStatus(i, status) if !IN_PROGRESS.contains(&status) => {
+                    if pending.cpus.remove(&i) {
+                        pending.refused.insert(i, status);
+                    }
+                }
+                _ => {}
+            }
+        }
+        self.changed.notify_all();
+        // The receiver lives as long as the process.
+        let _ = lock(&self.follow).send(action);
+    }
+}
+
+struct Server {
+    machine: Arc<Machine>,
+    watcher: Arc<Watcher>,
+    kernel: String,
+}
+
+/// Serves one machine.
+pub(crate) fn run(args: impl Iterator<Item = String>, mut timeline: Timeline) -> Result<ExitCode> {
+    let jail = parse(args)?;
+    let kvm: OwnedFd = File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/kvm")
+        .context("/dev/kvm can't be opened; run `kiln doctor`")?
+        .into();
+    jail::enter(&jail)?;
+    let seed = std::thread::Builder::new()
+        .name("seed".to_owned())
+        .spawn(move || VmSeed::create(Some(kvm)))?;
+    install_kick_handler()?;
+    // SAFETY: descriptor 0 is the socket the client put there; nothing else in this process uses it.
+    let socket = unsafe { UnixStream::from_raw_fd(0) };
+    let events = EventLoop::new()?;
+    timeline.mark("vmm.process");
+    let Some((request, fds)) = wire::receive::<Request>(&socket)? else {
+        return Ok(ExitCode::SUCCESS);
+    };
+    timeline.skip();
+    match start(request, fds, seed, &events, &mut timeline) {
+        Ok(server) => {
+            let steps = timeline.steps().iter().map(|s| api::Step {
+                name: s.name.to_owned(),
+                start_ns: s.start_ns,
+                duration_ns: s.duration_ns,
+            });
+            let kernel = server.kernel.clone();
+            wire::send(
+                &socket,
+                &Reply::Started {
+                    kernel,
+                    steps: steps.collect(),
+                },
+                &[],
+            )?;
+            serve(&server, &socket)
+        }
+        Err(e) => {
+            wire::send(&socket, &Reply::Error(format!("{e:#}")), &[])?;
+            Err(e)
+        }
+    }
+}
+
+fn parse(mut args: impl Iterator<Item = String>) -> Result<Jail> {
+    let mut jail = Jail::default();
+    while let Some(arg) = args.next() {
+        let value = args
+            .next()
+            .with_context(|| format!("{arg} wants a value"))?;
+        match arg.as_str() {
+            "--uid" => jail.uid = Some(value.parse()?),
+            "--gid" => jail.gid = Some(value.parse()?),
+            "--root" => jail.root = Some(value.into()),
+            _ => bail!("unknown option {arg}"),
+        }
+    }
+    Ok(jail)
+}
+
+/// Descriptors of a frame, each taken at most once.
+struct Fds(Vec<Option<OwnedFd>>);
+
+impl Fds {
+    fn new(fds: Vec<OwnedFd>) -> Self {
+        Self(fds.into_iter().map(Some).collect())
+    }
+
+    fn take(&mut self, index: u8) -> Result<OwnedFd> {
+        self.0
+            .get_mut(usize::from(index))
+            .and_then(Option::take)
+            .with_context(|| format!("descriptor {index} did not come with the request"))
+    }
+
+    fn file(&mut self, index: u8) -> Result<File> {
+        self.take(index).map(File::from)
+    }
+
+    fn ends(&mut self, ends: Vec<(u8, End)>) -> Result<HostEnds> {
+        let mut all = HostEnds::new();
+        for (slot, end) in ends {
+            let end = match end {
+                End::Disk { fd, read_only } => HostEnd::Disk {
+                    file: self.file(fd)?,
+                    read_only,
+                },
+                End::Listener(fd) => {
+                    let listener = UnixListener::from(self.take(fd)?);
+                    listener.set_nonblocking(true)?;
+                    HostEnd::Listener(listener)
+                }
+                End::Tap(queues) => HostEnd::Tap(
+                    queues
+                        .into_iter()
+                        .map(|fd| self.take(fd))
+                        .collect::<Result<_>>()?,
+                ),
+            };
+            all.insert(slot, end);
+        }
+        Ok(all)
+    }
+}
+
+fn start(
+    request: Request,
+    fds: Vec<OwnedFd>,
+    seed: JoinHandle<Result<VmSeed, VmError>>,
+    events: &EventLoop,
+    timeline: &mut Timeline,
+) -> Result<Server> {
+    let mut fds = Fds::new(fds);
+    let (sender, receiver) = channel();
+    let watcher = Arc::new(Watcher {
+        pending: Mutex::default(),
+        changed: Condvar::new(),
+        follow: Mutex::new(sender),
+    });
+    let enter: kiln_vmm::machine::EnterVcpu = Arc::new(|| Ok(()));
+    let join = || {
+        seed.join()
+            .map_err(|_| anyhow!("the thread that makes the VM died"))?
+            .map_err(Into::into)
+    };
+    let (machine, kernel) = match request {
+        Request::Boot {
+            machine,
+            kernel,
+            initrd,
+            cmdline,
+            console,
+            ends,
+        } => {
+            let spec = BootSpec {
+                config: machine_config(machine),
+                kernel: fds.file(kernel)?,
+                initrd: initrd.map(|fd| fds.file(fd)).transpose()?,
+                cmdline,
+                console: console.map(|fd| fds.file(fd)).transpose()?,
+                ends: fds.ends(ends)?,
+            };
+            let seed: Result<VmSeed> = join();
+            Machine::boot(seed?, events.clone(), spec, watcher.clone(), enter)?
+        }
+        Request::Resume {
+            state,
+            memory,
+            console,
+            ends,
+        } => {
+            let bytes = snapshot::read_file(&mut fds.file(state)?)?;
+            let (header, state) = snapshot::decode(&bytes)?;
+            let memory = fds.file(memory)?;
+            snapshot::check_memory_file(&header, &memory)?;
+            timeline.mark("vmm.state");
+            let host_memory = HostMemory::from_file(state.config.memory, &memory)?;
+            timeline.mark("vmm.map");
+            let spec = ResumeSpec {
+                state,
+                memory,
+                console: console.map(|fd| fds.file(fd)).transpose()?,
+                ends: fds.ends(ends)?,
+            };
+            let seed: Result<VmSeed> = join();
+            timeline.mark("vmm.seed");
+            let machine = Machine::resume(
+                seed?,
+                events.clone(),
+                host_memory,
+                spec,
+                watcher.clone(),
+                enter,
+                timeline,
+            )?;
+            (machine, header.kernel)
+        }
+        _ => bail!("the first request has to be Boot or Resume"),
+    };
+    let devices = events.clone();
+    std::thread::Builder::new()
+        .name("devices".to_owned())
+        .spawn(move || {
+            if let Err(e) = devices.run() {
+                eprintln!("kiln-vmm: the device thread ended: {e}");
+                std::process::abort();
+            }
+        })?;
+    machine.unpause();
+    timeline.mark("vmm.run");
+    let follow = machine.clone();
+    std::thread::Builder::new()
+        .name("hotplug".to_owned())
+        .spawn(move || {
+            for action in receiver {
+                if let Err(e) = follow.followed(action) {
+                    eprintln!("kiln-vmm: following up {action:?}: {e}");
+                }
+            }
+        })?;
+    Ok(Server {
+        machine,
+        watcher,
+        kernel,
+    })
+}
+
+fn serve(server: &Server, socket: &UnixStream) -> Result<ExitCode> {
+    while let Some((request, fds)) = wire::receive::<Request>(socket)? {
+        let stop = request == Request::Stop;
+        let reply = match answer(server, request, Fds::new(fds)) {
+            Ok(reply) => reply,
+            Err(e) => Reply::Error(format!("{e:#}")),
+        };
+        wire::send(socket, &reply, &[])?;
+        if stop {
+            break;
+        }
+    }
+    // The kernel takes down VM, vCPUs and devices with the process; waiting for it here would only make it slower.
+    // SAFETY: nothing is buffered.
+    unsafe { libc::_exit(exit::ENDED) }
+}
+
+fn answer(server: &Server, request: Request, mut fds: Fds) -> Result<Reply> {
+    let machine = &server.machine;
+    match request {
+        Request::Boot { .. } | Request::Resume { .. } => bail!("there is a machine already"),
+        Request::Snapshot {
+            state,
+            memory,
+            digest,
+            go_on,
+        } => {
+            let (mut state, memory) = (fds.file(state)?, fds.file(memory)?);
+            let reply = save(server, &mut state, &memory, digest);
+            if go_on || reply.is_err() {
+                machine.unpause();
+            }
+            return reply;
+        }
+        Request::Pause => machine.pause()?,
+        Request::Unpause => machine.unpause(),
+        Request::AttachBlock {
+            slot,
+            fd,
+            read_only,
+        } => {
+            let file = fds.file(fd)?;
+            return attach(machine, slot, file, read_only).map(Reply::Slot);
+        }
+        Request::DetachBlock { slot } => machine.detach_block(slot)?,
+        Request::SetNet { slot, taps, mac } => {
+            let taps = taps
+                .into_iter()
+                .map(|fd| fds.take(fd))
+                .collect::<Result<_>>()?;
+            machine.set_net(slot, taps, mac)?;
+        }
+        Request::Resize {
+            cpus,
+            memory,
+            timeout_ms,
+        } => {
+            resize(
+                server,
+                cpus,
+                memory,
+                Duration::from_millis(timeout_ms.into()),
+            )?;
+            return Ok(stats(machine));
+        }
+        Request::Stats => return Ok(stats(machine)),
+        Request::Stop => {}
+    }
+    Ok(Reply::Done)
+}
+
+fn save(server: &Server, state: &mut File, memory: &File, digest: [u8; 32]) -> Result<Reply> {
+    let machine = &server.machine;
+    machine.pause()?;
+    let labels = Labels {
+        kernel: server.kernel.clone(),
+        digest,
+    };
+    let bytes = snapshot::encode(&machine.save()?, &labels)?;
+    let parts = machine.memory().context("the machine is not paused")?;
+    let written = snapshot::write_memory(memory, &parts)?;
+    // Last, so that a state file is only ever whole when its memory is.
+    snapshot::write_file(state, &bytes)?;
+    Ok(Reply::Saved {
+        state_bytes: bytes.len() as u64,
+        data_pages: written.data_pages,
+        zero_pages: written.zero_pages,
+    })
+}
+
+fn attach(machine: &Machine, slot: Option<u8>, file: File, read_only: bool) -> Result<u8> {
+    let empty = || {
+        let specs = machine.device_specs();
+        specs
+            .iter()
+            .map(|s| s.slot)
+            .find(|s| machine.disk_attached(*s) == Some(false))
+    };
+    match slot.or_else(empty) {
+        Some(slot) => {
+            machine.attach_block(slot, file, read_only)?;
+            Ok(slot)
+        }
+        None => {
+            let kind = DeviceKind::Block {
+                id: "plugged".to_owned(),
+                queues: 1,
+            };
+            Ok(machine.plug_device(kind, Some(HostEnd::Disk { file, read_only }))?)
+        }
+    }
+}
+
+/// Asks the guest for a size and waits until it has followed.
+fn resize(server: &Server, cpus: u8, memory: u64, timeout: Duration) -> Result<()> {
+    let (machine, watcher) = (&server.machine, &server.watcher);
+    let deadline = Instant::now() + timeout;
+    let before: BTreeSet<u8> = machine.present_cpus().into_iter().collect();
+    {
+        // Held while asking: the guest's answer waits for the list of what was asked.
+        let mut pending = lock(&watcher.pending);
+        pending.refused.clear();
+        pending.cpus = machine.planned_cpus(cpus, &before);
+        machine.request_cpus(cpus)?;
+    }
+    machine.observe_memory({
+        let watcher = watcher.clone();
+        move || watcher.changed.notify_all()
+    });
+    machine.request_memory(memory)?;
+    let mut pending = lock(&watcher.pending);
+    loop {
+        if let Some((cpu, status)) = pending.refused.first_key_value() {
+            bail!("the guest refused to change vCPU {cpu} (ACPI status {status:#x})");
+        }
+        let plugged = machine.plugged();
+        if pending.cpus.is_empty() && plugged.plugged == plugged.requested {
+            return Ok(());
+        }
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            bail!(
+                "the guest did not follow in {timeout:?}: vCPUs {:?} are open, {} of {} bytes are plugged",
+                pending.cpus,
+                plugged.plugged,
+                plugged.requested
+            );
+        }
+        // Memory reports without this lock, so a report may come just before the wait: look again soon.
+        let step = left.min(Duration::from_millis(20));
+        pending = watcher
+            .changed
+            .wait_timeout(pending, step)
+            .map_or_else(|e| e.into_inner().0, |(guard, _)| guard);
+    }
+}
+
+fn stats(machine: &Machine) -> Reply {
+    let s = machine.stats();
+    let devices = machine
+        .device_specs()
+        .into_iter()
+        .filter_map(|spec| {
+            let attached = machine.disk_attached(spec.slot).unwrap_or(false);
+            Some(api::DeviceInfo {
+                spec: api_spec(spec)?,
+                attached,
+            })
+        })
+        .collect();
+    Reply::Stats {
+        cpus: s.cpus,
+        memory: s.memory,
+        paused: s.paused,
+        devices,
+    }
+}
+
+fn machine_config(m: api::MachineSpec) -> MachineConfig {
+    MachineConfig {
+        boot_cpus: m.cpus,
+        max_cpus: m.max_cpus,
+        memory: MemoryShape {
+            ram: m.memory,
+            hotplug: m.hotplug,
+            usable: 0,
+        },
+        serial: m.serial,
+        devices: m
+            .devices
+            .into_iter()
+            .map(|d| DeviceSpec {
+                slot: d.slot,
+                kind: match d.kind {
+                    api::DeviceKind::Block { id, queues } => DeviceKind::Block { id, queues },
+                    api::DeviceKind::Net { pairs, mac } => DeviceKind::Net { pairs, mac },
+                    api::DeviceKind::Vsock { cid } => DeviceKind::Vsock { cid },
+                    api::DeviceKind::Rng => DeviceKind::Rng,
+                    api::DeviceKind::Mem => DeviceKind::Mem,
+                },
+            })
+            .collect(),
+    }
+}
+
+fn api_spec(spec: DeviceSpec) -> Option<api::DeviceSpec> {
+    let kind = match spec.kind {
+        DeviceKind::Block { id, queues } => api::DeviceKind::Block { id, queues },
+        DeviceKind::Net { pairs, mac } => api::DeviceKind::Net { pairs, mac },
+        DeviceKind::Vsock { cid } => api::DeviceKind::Vsock { cid },
+        DeviceKind::Rng => api::DeviceKind::Rng,
+        DeviceKind::Mem => api::DeviceKind::Mem,
+        DeviceKind::Fs { .. } => return None,
+    };
+    Some(api::DeviceSpec {
+        slot: spec.slot,
+        kind,
+    })
+}
