@@ -9,6 +9,8 @@ pub mod chain;
 #[cfg(test)]
 mod conformance;
 pub mod fs;
+#[cfg(any(test, feature = "test-utils"))]
+pub mod fuzzing;
 pub mod mem;
 pub mod net;
 pub mod ring;
