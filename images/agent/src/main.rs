@@ -144,6 +144,12 @@ fn run(settings: &Settings, started_us: u64) -> anyhow::Result<()> {
             "the kernel has no {controller} controller; its limits won't apply"
         ));
     }
+    // The helper inherits it; every container's process gets its own.
+    if let Err(error) = std::fs::write("/proc/self/oom_score_adj", "-1000") {
+        warnings.push(format!(
+            "the kernel may kill the agent when memory runs out: {error}"
+        ));
+    }
     // Before there is a second thread.
     let helper = Helper::start().context("start the helper")?;
     let runtime = tokio::runtime::Builder::new_current_thread()

@@ -12,7 +12,7 @@ use nix::fcntl::OFlag;
 use nix::unistd::pipe2;
 
 use super::cgroup::Cgroup;
-use super::process::{Process, resize, wanted};
+use super::process::{Process, resize, size, wanted};
 use super::spec::{Guest, adapt, adapt_process, home_in};
 use super::{Container, Containers, Event, Mutable, Phase, checked_id, read_in_root};
 use crate::error::{Action, AgentError};
@@ -362,6 +362,7 @@ impl Containers {
             fds.extend(ends.borrow());
         }
         let job = ExecJob {
+            terminal_size: size(request.tty_width, request.tty_height),
             process,
             seccomp: container
                 .as_ref()
@@ -383,7 +384,6 @@ impl Containers {
         let stdio = match (pipes, &made.terminal) {
             (Some((stdio, _ends)), _) => stdio,
             (None, Some(master)) => {
-                resize(master, request.tty_width, request.tty_height)?;
                 Stdio::terminal(streams, master).action("watch the terminal")?
             }
             (None, None) => return Err(AgentError::Internal("no terminal came back".to_owned())),
@@ -464,6 +464,10 @@ impl Containers {
 
     /// Tells of OOM kills as they come.
     fn watch_memory(self: &Arc<Self>, container: &Arc<Container>) {
+        if !container.cgroup.path().join("memory.events").exists() {
+            // A kernel without the memory controller, which was warned of at the start.
+            return;
+        }
         let mut changes = match container.cgroup.memory_changes() {
             Ok(changes) => changes,
             Err(error) => {

@@ -124,16 +124,19 @@ impl Process {
 
 /// Sets a terminal's size; zero leaves it as it is.
 pub(crate) fn resize(terminal: &OwnedFd, width: u32, height: u32) -> Result<(), AgentError> {
-    if width == 0 || height == 0 {
+    let Some((width, height)) = size(width, height) else {
         return Ok(());
-    }
-    let cells = |number: u32| u16::try_from(number).unwrap_or(u16::MAX);
-    sys::set_terminal_size(terminal.as_fd(), cells(width), cells(height)).map_err(|source| {
-        AgentError::Io {
-            action: "resize the terminal".to_owned(),
-            source,
-        }
+    };
+    sys::set_terminal_size(terminal.as_fd(), width, height).map_err(|source| AgentError::Io {
+        action: "resize the terminal".to_owned(),
+        source,
     })
+}
+
+/// A size as the kernel counts; `None` if it was not given.
+pub(crate) fn size(width: u32, height: u32) -> Option<(u16, u16)> {
+    let cells = |number: u32| u16::try_from(number).unwrap_or(u16::MAX);
+    (width > 0 && height > 0).then(|| (cells(width), cells(height)))
 }
 
 /// Which streams a request wants.

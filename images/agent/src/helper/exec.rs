@@ -13,7 +13,6 @@ use std::os::unix::fs::OpenOptionsExt;
 
 use anyhow::{Context, anyhow, bail};
 use libcontainer::capabilities;
-use libcontainer::oci_spec::runtime::Process;
 use libcontainer::seccomp;
 use libcontainer::syscall::syscall::create_syscall;
 use nix::fcntl::OFlag;
@@ -96,7 +95,7 @@ fn become_process(
         .context("join the container's cgroup")?;
     nix::unistd::setsid().context("start a session")?;
     if process.terminal().unwrap_or(false) {
-        open_terminal(process, terminals)?;
+        open_terminal(job, terminals)?;
     } else {
         for (position, fd) in stdio.into_iter().enumerate() {
             match position {
@@ -156,11 +155,14 @@ fn become_process(
 
 /// Makes a terminal in the container's own devpts, the standard streams' and the session's, and
 /// hands its master to the worker.
-fn open_terminal(process: &Process, terminals: &OwnedFd) -> anyhow::Result<()> {
+fn open_terminal(job: &ExecJob, terminals: &OwnedFd) -> anyhow::Result<()> {
     let master = open_master().context("open /dev/ptmx in the container")?;
     let slave = sys::process::open_slave(&master).context("open the terminal's slave")?;
-    nix::unistd::fchown(&slave, Some(Uid::from_raw(process.user().uid())), None)
+    nix::unistd::fchown(&slave, Some(Uid::from_raw(job.process.user().uid())), None)
         .context("give the terminal to the process's user")?;
+    if let Some((width, height)) = job.terminal_size {
+        sys::set_terminal_size(slave.as_fd(), width, height).context("set the terminal's size")?;
+    }
     sys::process::make_controlling_terminal(&slave).context("make the terminal controlling")?;
     sys::send_with_fds(terminals.as_fd(), b"t", &[master.as_raw_fd()])
         .context("hand over the terminal")?;

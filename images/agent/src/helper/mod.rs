@@ -80,6 +80,8 @@ pub(crate) struct ExecJob {
     pub(crate) container_pid: Option<i32>,
     /// `CLONE_NEW*` of the namespaces to enter.
     pub(crate) namespaces: i32,
+    /// Columns and rows of its terminal, set before the program runs.
+    pub(crate) terminal_size: Option<(u16, u16)>,
     /// The cgroup to run in.
     pub(crate) cgroup: PathBuf,
 }

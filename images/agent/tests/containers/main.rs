@@ -103,10 +103,21 @@ fn main() -> ExitCode {
         .iter()
         .map(|&(name, needs_controllers, case)| {
             let (world, handle) = (world.clone(), handle.clone());
+            let alone = name == "the_helper_comes_back";
             let ignored = missing.is_some() || (needs_controllers && !controllers);
             Trial::test(name, move || {
                 let world = world.ok_or("there is no world to test in")?;
-                let task = handle.spawn(case(world));
+                let task = handle.spawn(async move {
+                    let turn = world.turn.clone();
+                    // Whoever kills the helper also kills the jobs of others.
+                    let _exclusive = if alone {
+                        Some(turn.write().await)
+                    } else {
+                        None
+                    };
+                    let _shared = if alone { None } else { Some(turn.read().await) };
+                    case(world).await;
+                });
                 handle.block_on(task).map_err(|error| {
                     let panic = error.try_into_panic().map(|panic| {
                         let text = panic.downcast_ref::<String>().cloned();

@@ -4,6 +4,7 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
@@ -13,6 +14,7 @@ use kiln_agent_api::stream::{Header, Kind, TOKEN_LEN};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
+use tokio::sync::RwLock;
 use ttrpc::context::Context;
 
 pub(crate) const TOKEN: [u8; TOKEN_LEN] = *b"0123456789abcdef";
@@ -30,6 +32,8 @@ pub(crate) struct World {
     pub(crate) before_identity: ttrpc::Error,
     pub(crate) identity: proto::SetIdentityResponse,
     next: AtomicU32,
+    /// Held for writing by a test that disturbs others.
+    pub(crate) turn: Arc<RwLock<()>>,
 }
 
 /// Why the tests can't run here.
@@ -76,7 +80,7 @@ impl World {
             .args(["--propagation", "private", "sh", "-euc", SET_UP])
             .env("FOLDER", &folder)
             .env("CGROUP", cgroup.clone().unwrap_or_default())
-            .env("AGENT", env!("CARGO_BIN_EXE_kiln-agent"))
+            .env("AGENT", agent_program())
             .env("KILN_LOG", "info")
             .stdin(Stdio::null())
             .stdout(log.try_clone().expect("log"))
@@ -95,6 +99,7 @@ impl World {
             before_identity: ttrpc::Error::Eof,
             identity: proto::SetIdentityResponse::new(),
             next: AtomicU32::new(1),
+            turn: Arc::default(),
         };
         world.prepare_root();
         let request = world.request("early", world.spec(&["exit", "0"]));
@@ -444,4 +449,9 @@ pub(crate) fn process(args: &[&str]) -> Value {
 pub(crate) async fn type_in(mut stdin: UnixStream, text: &str) {
     stdin.write_all(text.as_bytes()).await.expect("type");
     stdin.shutdown().await.expect("half-close");
+}
+
+/// The agent to test: the one beside this test, or on another machine what `KILN_AGENT` names.
+fn agent_program() -> std::ffi::OsString {
+    std::env::var_os("KILN_AGENT").unwrap_or_else(|| env!("CARGO_BIN_EXE_kiln-agent").into())
 }
