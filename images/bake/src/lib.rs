@@ -1,9 +1,18 @@
-//! Bakes μVMs: puts a guest together from a distribution's kernel and kiln's agent.
+//! Bakes μVMs: puts a guest together from a distribution's kernel and kiln's agent, boots it once,
+//! and saves it in the state in which every pod will begin.
 
 #![deny(missing_docs)]
 
+mod bake;
 pub mod cpio;
+pub mod cpu;
 mod elf;
 pub mod initramfs;
 pub mod kernel;
+mod machine;
 pub mod modules;
+mod recipe;
+
+pub use bake::{BakeError, Baked, COMMAND_LINE, Order, Progress, bake, identity};
+pub use machine::{Boot, Machine, MachineError};
+pub use recipe::Recipe;

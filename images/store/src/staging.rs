@@ -97,6 +97,11 @@ impl Store {
 }
 
 impl Staging {
+    /// The directory it is put together in. What else is written there goes away with it.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
     /// Where the file of this kind is to be written.
     pub fn path(&self, kind: Kind) -> PathBuf {
         self.dir.join(kind.name())

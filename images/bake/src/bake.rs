@@ -1,0 +1,572 @@
+//! The bake itself: boots the guest, lets it settle, saves it, tries it out, enters it.
+
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use kiln_agent_api::client::{ConnectError, Vsock};
+use kiln_agent_api::proto;
+use kiln_agent_api::{MIN_ENTROPY, PROTOCOL_VERSION};
+use kiln_store::{Class, Description, Digest, Kernel, Kind, Manifest, Store};
+use tokio::time::{sleep, timeout};
+use ttrpc::context;
+
+use crate::kernel::{self, GuestKernel, KernelError};
+use crate::machine::{Boot, Machine, MachineError};
+use crate::modules::{GUEST, ModuleError, Modules};
+use crate::recipe::Recipe;
+use crate::{cpu, initramfs};
+
+/// The command line every guest kernel gets. The serial console is there while baking, and for
+/// whoever debugs a resumed guest.
+pub const COMMAND_LINE: &str = "console=ttyS0 quiet panic=-1 cryptomgr.notests";
+
+/// How long a guest may take to boot. Machines that emulate take long.
+const BOOT_LIMIT: Duration = Duration::from_secs(120);
+const SAVE_LIMIT: Duration = Duration::from_secs(120);
+const RESUME_LIMIT: Duration = Duration::from_secs(30);
+const CALL_LIMIT: Duration = Duration::from_secs(30);
+/// How often an agent that does not listen yet is tried.
+const RETRY: Duration = Duration::from_millis(50);
+
+/// What to bake, as a person asks for it.
+#[derive(Debug, Clone)]
+pub struct Order {
+    /// The size class.
+    pub class: Class,
+    /// The kernel image, unless the best installed one will do.
+    pub kernel: Option<PathBuf>,
+    /// Its modules, unless they are where the kernel's release says.
+    pub modules: Option<PathBuf>,
+    /// The agent.
+    pub agent: PathBuf,
+    /// The VMM.
+    pub vmm: PathBuf,
+    /// Bake even if the store has a μVM of the same recipe.
+    pub again: bool,
+}
+
+/// What the bake is at.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Progress {
+    /// The guest was put together.
+    Prepared {
+        /// The kernel's release.
+        kernel: String,
+        /// How many modules it loads.
+        modules: usize,
+        /// Bytes of the initramfs.
+        initramfs: u64,
+    },
+    /// The guest boots.
+    Booting,
+    /// The agent answered, this long after the start.
+    Ready(Duration),
+    /// The guest gave back what it does not need; it uses this many bytes.
+    Settled {
+        /// Bytes in use.
+        used: u64,
+    },
+    /// State and memory are written.
+    Saved {
+        /// Bytes on disk.
+        bytes: u64,
+    },
+    /// A copy was resumed, took its identity, and was ended. This long from start to answer.
+    Tried(Duration),
+}
+
+/// What came out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Baked {
+    /// A new μVM.
+    New(Digest),
+    /// The store had one of the same recipe.
+    Already(Digest),
+}
+
+/// Why nothing was baked.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum BakeError {
+    /// There is no kernel.
+    #[error("no kernel to bake with")]
+    Kernel(#[from] KernelError),
+    /// Its modules cannot be used.
+    #[error("the kernel's modules cannot be used")]
+    Modules(#[from] ModuleError),
+    /// A file that goes in cannot be read.
+    #[error("reading {what} {}", path.display())]
+    Input {
+        /// What it is.
+        what: &'static str,
+        /// Where.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A file of the bake cannot be written.
+    #[error("writing {}", path.display())]
+    Output {
+        /// Where.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The machine failed.
+    #[error("{stage}")]
+    Machine {
+        /// What was being done.
+        stage: &'static str,
+        /// What happened.
+        #[source]
+        source: MachineError,
+    },
+    /// The agent did not answer.
+    #[error("{stage}: the agent does not answer; the guest's console ends with:\n{console}")]
+    Silent {
+        /// What was being done.
+        stage: &'static str,
+        /// The end of the console.
+        console: String,
+        /// The last try.
+        #[source]
+        source: ConnectError,
+    },
+    /// The agent refused something.
+    #[error("{stage}: the agent refused")]
+    Refused {
+        /// What was being done.
+        stage: &'static str,
+        /// Its answer.
+        #[source]
+        source: ttrpc::Error,
+    },
+    /// The guest is not what it should be.
+    #[error("{stage}: {problem}")]
+    Wrong {
+        /// What was being done.
+        stage: &'static str,
+        /// What is wrong.
+        problem: String,
+    },
+    /// The store refused.
+    #[error(transparent)]
+    Store(#[from] kiln_store::Error),
+}
+
+/// The guest's parts, and the digest of all that goes in.
+struct Prepared {
+    kernel: GuestKernel,
+    initramfs: Vec<u8>,
+    modules: usize,
+    recipe: Recipe,
+}
+
+/// Bakes what is ordered, unless the store has it. `tell` hears how it goes.
+///
+/// Dropping the future ends the guest and throws away what was written so far.
+pub async fn bake(
+    store: &Store,
+    order: &Order,
+    tell: &mut (dyn FnMut(Progress) + Send),
+) -> Result<Baked, BakeError> {
+    let prepared = prepare(order)?;
+    tell(Progress::Prepared {
+        kernel: prepared.kernel.release.clone(),
+        modules: prepared.modules,
+        initramfs: prepared.initramfs.len() as u64,
+    });
+    let recipe = prepared.recipe.digest();
+    if !order.again
+        && let Some(id) = store.find(|manifest: &Manifest| manifest.about.recipe == recipe)?
+    {
+        return Ok(Baked::Already(id));
+    }
+
+    // A guest's memory is at most this long on disk; most of it will be holes.
+    let staging = store.begin(0)?;
+    let work = Work::new(staging.dir())?;
+    let initramfs = work.path("initramfs");
+    fs::write(&initramfs, &prepared.initramfs).map_err(|source| BakeError::Output {
+        path: initramfs.clone(),
+        source,
+    })?;
+    let facts = boot_and_save(order, &prepared, &initramfs, staging.dir(), &work, tell).await?;
+    let bytes = [Kind::State, Kind::Memory]
+        .iter()
+        .map(|kind| on_disk(&staging.path(*kind)))
+        .sum();
+    tell(Progress::Saved { bytes });
+    let took = try_out(&order.vmm, staging.dir(), &work).await?;
+    tell(Progress::Tried(took));
+    drop(work);
+
+    let recipe = prepared.recipe;
+    let now = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
+    let id = staging.commit(Description {
+        recipe: recipe.digest(),
+        baked_at: now.as_secs(),
+        kiln_version: env!("CARGO_PKG_VERSION").to_owned(),
+        class: recipe.class,
+        kernel: recipe.kernel,
+        initramfs: recipe.initramfs,
+        agent_version: facts.agent_version,
+        cpu: recipe.cpu,
+        guest_used_kib: facts.used >> 10,
+    })?;
+    Ok(Baked::New(id))
+}
+
+fn on_disk(path: &Path) -> u64 {
+    fs::metadata(path).map_or(0, |meta| {
+        std::os::unix::fs::MetadataExt::blocks(&meta) * 512
+    })
+}
+
+fn prepare(order: &Order) -> Result<Prepared, BakeError> {
+    let kernel = kernel::choose(
+        Path::new("/"),
+        order.kernel.as_deref(),
+        order.modules.as_deref(),
+    )?;
+    let agent = fs::read(&order.agent).map_err(|source| BakeError::Input {
+        what: "the agent",
+        path: order.agent.clone(),
+        source,
+    })?;
+    let modules = Modules::open(&kernel.modules)?.resolve(&GUEST)?;
+    let initramfs = initramfs::build(&agent, &modules);
+    let recipe = Recipe {
+        class: order.class.clone(),
+        kernel: Kernel {
+            release: kernel.release.clone(),
+            digest: digest_of("the kernel", &kernel.image)?,
+            command_line: COMMAND_LINE.to_owned(),
+        },
+        initramfs: Digest::of_bytes(&initramfs),
+        vmm: digest_of("the VMM", &order.vmm)?,
+        cpu: cpu::this(Path::new("/")),
+    };
+    Ok(Prepared {
+        kernel,
+        initramfs,
+        modules: modules.len(),
+        recipe,
+    })
+}
+
+fn digest_of(what: &'static str, path: &Path) -> Result<Digest, BakeError> {
+    File::open(path)
+        .and_then(|file| kiln_store::of_file(&file))
+        .map(|scan| scan.digest)
+        .map_err(|source| BakeError::Input {
+            what,
+            path: path.to_owned(),
+            source,
+        })
+}
+
+/// Files that are needed while baking only: beside the μVM's, so that they go with it.
+struct Work {
+    dir: PathBuf,
+    made: [&'static str; 3],
+}
+
+impl Work {
+    fn new(staging: &Path) -> Result<Work, BakeError> {
+        let made = ["initramfs", "boot.vsock", "try.vsock"];
+        Ok(Work {
+            dir: staging.to_owned(),
+            made,
+        })
+    }
+
+    fn path(&self, name: &'static str) -> PathBuf {
+        debug_assert!(self.made.contains(&name));
+        self.dir.join(name)
+    }
+}
+
+impl Drop for Work {
+    fn drop(&mut self) {
+        for name in self.made {
+            // Some were never made; the rest goes with the staging directory in any case.
+            let _ = fs::remove_file(self.dir.join(name));
+        }
+    }
+}
+
+/// What the guest told about itself.
+struct Facts {
+    agent_version: String,
+    used: u64,
+}
+
+async fn boot_and_save(
+    order: &Order,
+    prepared: &Prepared,
+    initramfs: &Path,
+    target: &Path,
+    work: &Work,
+    tell: &mut (dyn FnMut(Progress) + Send),
+) -> Result<Facts, BakeError> {
+    const STAGE: &str = "booting the guest";
+    let socket = work.path("boot.vsock");
+    let start = Instant::now();
+    tell(Progress::Booting);
+    let boot = Boot {
+        kernel: &prepared.kernel.image,
+        initramfs,
+        command_line: COMMAND_LINE,
+        class: &order.class,
+    };
+    let on_machine = |source| BakeError::Machine {
+        stage: STAGE,
+        source,
+    };
+    let mut machine = Machine::boot(&order.vmm, &boot, &socket).map_err(on_machine)?;
+    let agent = reach(&mut machine, &socket, BOOT_LIMIT, STAGE).await?;
+    let hello = agent
+        .hello(deadline(), &hello_request())
+        .await
+        .map_err(refused(STAGE))?;
+    tell(Progress::Ready(start.elapsed()));
+    check_hello(&hello, &prepared.kernel.release)?;
+
+    const SETTLING: &str = "settling the guest";
+    let settle = proto::SettleRequest {
+        drop_caches: true,
+        compact_memory: true,
+        ..Default::default()
+    };
+    let settled = agent
+        .settle(deadline(), &settle)
+        .await
+        .map_err(refused(SETTLING))?;
+    let resources = settled.resources.unwrap_or_default();
+    let used = resources
+        .mem_total_bytes
+        .saturating_sub(resources.mem_available_bytes);
+    tell(Progress::Settled { used });
+    // A guest that is saved with a connection would have to be told at every resume that the
+    // connection is gone.
+    drop(agent);
+    sleep(RETRY).await;
+
+    let on_machine = |source| BakeError::Machine {
+        stage: "saving the guest",
+        source,
+    };
+    machine.save(target, SAVE_LIMIT).await.map_err(on_machine)?;
+    machine.stop().await.map_err(on_machine)?;
+    Ok(Facts {
+        agent_version: hello.agent_version,
+        used,
+    })
+}
+
+fn check_hello(hello: &proto::HelloResponse, release: &str) -> Result<(), BakeError> {
+    let wrong = |problem: String| {
+        Err(BakeError::Wrong {
+            stage: "booting the guest",
+            problem,
+        })
+    };
+    if hello.protocol_version != PROTOCOL_VERSION {
+        return wrong(format!(
+            "the agent speaks version {} of its protocol, this kiln version {PROTOCOL_VERSION}: \
+             install agent and kiln of one release",
+            hello.protocol_version
+        ));
+    }
+    if hello.kernel_release != release {
+        return wrong(format!(
+            "the guest runs kernel {}, not {release}: are the modules those of the kernel?",
+            hello.kernel_release
+        ));
+    }
+    if let Some(warning) = hello.warnings.first() {
+        return wrong(format!("the agent warns: {warning}"));
+    }
+    Ok(())
+}
+
+/// Resumes what was saved, gives it an identity, and ends it.
+async fn try_out(vmm: &Path, dir: &Path, work: &Work) -> Result<Duration, BakeError> {
+    const STAGE: &str = "trying out the baked guest";
+    let socket = work.path("try.vsock");
+    let start = Instant::now();
+    let on_machine = |source| BakeError::Machine {
+        stage: STAGE,
+        source,
+    };
+    let mut machine = Machine::resume(vmm, dir, &socket).map_err(on_machine)?;
+    let agent = reach(&mut machine, &socket, RESUME_LIMIT, STAGE).await?;
+    let identity = identity(STAGE)?;
+    let answer = agent
+        .set_identity(deadline(), &identity)
+        .await
+        .map_err(refused(STAGE))?;
+    let took = start.elapsed();
+    if answer.generation != identity.generation {
+        let problem = "it answered for another generation than it was given".to_owned();
+        return Err(BakeError::Wrong {
+            stage: STAGE,
+            problem,
+        });
+    }
+    drop(agent);
+    machine.stop().await.map_err(on_machine)?;
+    Ok(took)
+}
+
+/// An identity that no other μVM has.
+pub fn identity(stage: &'static str) -> Result<proto::SetIdentityRequest, BakeError> {
+    let random = |bytes: &mut [u8]| {
+        let path = Path::new("/dev/urandom");
+        let read = File::open(path).and_then(|mut file| file.read_exact(bytes));
+        read.map_err(|source| BakeError::Input {
+            what: "random bytes from",
+            path: path.to_owned(),
+            source,
+        })
+    };
+    let mut entropy = [0; MIN_ENTROPY];
+    let mut names = [0; 32];
+    random(&mut entropy)?;
+    random(&mut names)?;
+    let hex = |bytes: &[u8]| {
+        bytes
+            .iter()
+            .map(|byte| format!("{byte:02x}"))
+            .collect::<String>()
+    };
+    let now = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
+    let wall_clock_ns = i64::try_from(now.as_nanos()).map_err(|_| BakeError::Wrong {
+        stage,
+        problem: "the host's clock is beyond the year 2262".to_owned(),
+    })?;
+    Ok(proto::SetIdentityRequest {
+        generation: hex(&names[..16]),
+        entropy: entropy.to_vec(),
+        wall_clock_ns,
+        machine_id: hex(&names[16..]),
+        hostname: "kiln".to_owned(),
+        ..Default::default()
+    })
+}
+
+fn hello_request() -> proto::HelloRequest {
+    proto::HelloRequest {
+        protocol_version: PROTOCOL_VERSION,
+        ..Default::default()
+    }
+}
+
+fn deadline() -> context::Context {
+    context::with_duration(CALL_LIMIT)
+}
+
+fn refused(stage: &'static str) -> impl Fn(ttrpc::Error) -> BakeError {
+    move |source| BakeError::Refused { stage, source }
+}
+
+/// A connection to the agent, as soon as it listens; an error as soon as the machine ends.
+async fn reach(
+    machine: &mut Machine,
+    socket: &Path,
+    limit: Duration,
+    stage: &'static str,
+) -> Result<proto::AgentClient, BakeError> {
+    let vsock = Vsock::new(socket);
+    let start = Instant::now();
+    loop {
+        // A guest without a driver yet never answers: each try has a limit of its own.
+        let attempt = timeout(Duration::from_secs(1), vsock.agent());
+        let failed = tokio::select! {
+            ended = machine.ended() => {
+                return Err(BakeError::Machine { stage, source: ended });
+            }
+            result = attempt => match result {
+                Ok(Ok(agent)) => return Ok(agent),
+                Ok(Err(error)) => Some(error),
+                Err(_) => None,
+            },
+        };
+        if start.elapsed() > limit {
+            let source = failed.unwrap_or(ConnectError::Timeout {
+                port: kiln_agent_api::RPC_PORT,
+            });
+            return Err(BakeError::Silent {
+                stage,
+                console: machine.console(),
+                source,
+            });
+        }
+        sleep(RETRY).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn agent_of_another_release_or_with_warnings_is_not_baked() {
+        let good = proto::HelloResponse {
+            protocol_version: PROTOCOL_VERSION,
+            kernel_release: "6.12".into(),
+            ..Default::default()
+        };
+        check_hello(&good, "6.12").unwrap();
+        let mut old = good.clone();
+        old.protocol_version += 1;
+        assert!(
+            check_hello(&old, "6.12")
+                .unwrap_err()
+                .to_string()
+                .contains("one release")
+        );
+        assert!(
+            check_hello(&good, "6.1")
+                .unwrap_err()
+                .to_string()
+                .contains("6.12")
+        );
+        let mut warned = good;
+        warned
+            .warnings
+            .push("load virtio_net.ko: No such file".into());
+        assert!(
+            check_hello(&warned, "6.12")
+                .unwrap_err()
+                .to_string()
+                .contains("virtio_net")
+        );
+    }
+
+    #[test]
+    fn no_two_identities_are_alike() {
+        let (a, b) = (identity("x").unwrap(), identity("x").unwrap());
+        assert_eq!(a.entropy.len(), MIN_ENTROPY);
+        assert_eq!(a.machine_id.len(), 32);
+        assert!(a.entropy != b.entropy && a.machine_id != b.machine_id);
+        assert_ne!(a.generation, b.generation);
+    }
+
+    #[test]
+    fn missing_agent_and_vmm_are_named() {
+        let error = digest_of("the VMM", Path::new("/no/kiln-vmm"))
+            .unwrap_err()
+            .to_string();
+        assert_eq!(error, "reading the VMM /no/kiln-vmm");
+    }
+}
