@@ -16,7 +16,11 @@ type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
 fn main() -> Result<()> {
     let mut arguments = std::env::args_os().skip(1);
-    let tree = PathBuf::from(arguments.next().ok_or("usage: measure DIRECTORY [ROUNDS]")?);
+    let tree = PathBuf::from(
+        arguments
+            .next()
+            .ok_or("usage: measure DIRECTORY [ROUNDS]")?,
+    );
     let rounds: usize = match arguments.next() {
         Some(rounds) => rounds.to_str().ok_or("ROUNDS is a number")?.parse()?,
         None => 5,
