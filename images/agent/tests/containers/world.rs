@@ -226,7 +226,10 @@ impl World {
     }
 
     /// A request for a container of `spec` with all streams.
-    #[expect(clippy::needless_pass_by_value, reason = "specs are made for one request")]
+    #[expect(
+        clippy::needless_pass_by_value,
+        reason = "specs are made for one request"
+    )]
     pub(crate) fn request(&self, id: &str, spec: Value) -> proto::CreateContainerRequest {
         proto::CreateContainerRequest {
             container_id: id.to_owned(),
