@@ -105,7 +105,12 @@ pub fn main(cases: &[Case]) -> std::process::ExitCode {
                 } else {
                     _shared = alone.read();
                 }
-                run(&case, &handler, &retries).map_err(|error| Failed::from(format!("{error:#}")))
+                run(&case, &handler, &retries).map_err(|error| {
+                    let error = format!("{error:#}");
+                    // At once, not only in the list at the end: a run may be cut short.
+                    println!("{handler}::{} failed: {error}", case.name);
+                    Failed::from(error)
+                })
             }));
         }
     }
