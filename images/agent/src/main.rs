@@ -136,6 +136,7 @@ fn run(settings: &Settings, started_us: u64) -> anyhow::Result<()> {
         warnings = boot::set_up().context("set up the guest")?;
     } else {
         sys::process::become_subreaper().context("become a subreaper")?;
+        network::loopback_up().context("bring the loopback interface up")?;
     }
     log_to(settings.owns_guest);
     let (hierarchy, missing) = Hierarchy::set_up(&settings.cgroup).context("set up cgroups")?;

@@ -82,6 +82,13 @@ fn main() -> ExitCode {
     if words.first().is_some_and(|word| word == "--inside") {
         return ExitCode::from(inside::run(&words[1..]).to_le_bytes()[0]);
     }
+    if words.first().is_some_and(|word| word == "--set-up") {
+        let Err(error) = world::set_up() else {
+            return ExitCode::SUCCESS;
+        };
+        eprintln!("set up the world: {error}");
+        return ExitCode::FAILURE;
+    }
     let arguments = Arguments::from_args();
     let missing = world::missing();
     if let Some(why) = &missing {

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -11,6 +12,7 @@ use std::time::{Duration, Instant};
 use kiln_agent_api::client::Vsock;
 use kiln_agent_api::proto::{self, AgentClient};
 use kiln_agent_api::stream::{Header, Kind, TOKEN_LEN};
+use nix::mount::{MsFlags, mount};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
@@ -77,7 +79,9 @@ impl World {
                 "--fork",
                 "--kill-child",
             ])
-            .args(["--propagation", "private", "sh", "-euc", SET_UP])
+            .args(["--propagation", "private"])
+            .arg(std::env::current_exe().expect("this program"))
+            .arg("--set-up")
             .env("FOLDER", &folder)
             .env("CGROUP", cgroup.clone().unwrap_or_default())
             .env("AGENT", agent_program())
@@ -391,23 +395,43 @@ fn remove_tree(folder: &Path) -> bool {
     fs::remove_dir(folder).is_ok()
 }
 
-/// Mounts in the new namespaces, then the agent as their PID 1.
-const SET_UP: &str = r#"
-mount -t proc proc /proc
-mount -t tmpfs tmpfs /run
-mkdir -p /run/kiln
-if [ -n "$CGROUP" ]; then
-    mount --bind "$CGROUP" /sys/fs/cgroup
-else
-    mkdir -p "$FOLDER/cgroup2"
-    mount -t cgroup2 cgroup2 "$FOLDER/cgroup2"
-    mkdir -p "$FOLDER/cgroup2/kiln-agent-test"
-    mount --bind "$FOLDER/cgroup2/kiln-agent-test" /sys/fs/cgroup
-fi
-ip link set lo up || true
-ip link add eth7 type veth peer name peer7 || true
-exec "$AGENT" --listen "unix:$FOLDER/agent.sock" --state "$FOLDER/state"
-"#;
+/// In the new namespaces: mounts, then the agent in this process's place, as their PID 1.
+pub(crate) fn set_up() -> std::io::Result<()> {
+    let variable = |name| std::env::var(name).unwrap_or_default();
+    let (folder, cgroup) = (PathBuf::from(variable("FOLDER")), variable("CGROUP"));
+    let (flags, nothing) = (MsFlags::empty(), None::<&str>);
+    mount(Some("proc"), "/proc", Some("proc"), flags, nothing)?;
+    mount(Some("tmpfs"), "/run", Some("tmpfs"), flags, nothing)?;
+    fs::create_dir_all("/run/kiln")?;
+    let hierarchy = if cgroup.is_empty() {
+        let own = folder.join("cgroup2");
+        fs::create_dir_all(&own)?;
+        mount(Some("cgroup2"), &own, Some("cgroup2"), flags, nothing)?;
+        let below = own.join("kiln-agent-test");
+        fs::create_dir_all(&below)?;
+        below
+    } else {
+        PathBuf::from(cgroup)
+    };
+    mount(
+        Some(&hierarchy),
+        "/sys/fs/cgroup",
+        nothing,
+        MsFlags::MS_BIND,
+        nothing,
+    )?;
+    let veth = [
+        "link", "add", "eth7", "type", "veth", "peer", "name", "peer7",
+    ];
+    // Without it the network's test looks at less.
+    drop(Command::new("ip").args(veth).status());
+    let socket = folder.join("agent.sock");
+    Err(Command::new(variable("AGENT"))
+        .args(["--listen", &format!("unix:{}", socket.display())])
+        .arg("--state")
+        .arg(folder.join("state"))
+        .exec())
+}
 
 async fn connect(vsock: &Vsock, folder: &Path) -> AgentClient {
     let until = Instant::now() + PATIENCE;
