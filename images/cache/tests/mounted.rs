@@ -126,9 +126,10 @@ impl Drop for Mounted {
 /// Whether this machine lets the tests mount; says why if not.
 fn can_mount() -> bool {
     let scratch = tempfile::tempdir().unwrap();
-    let lower = scratch.path().join("lower");
-    fs::create_dir(&lower).unwrap();
-    let both = format!("lowerdir={0}:{0}/..", lower.display());
+    let lower = |name: &str| scratch.path().join(name);
+    fs::create_dir(lower("a")).unwrap();
+    fs::create_dir(lower("b")).unwrap();
+    let both = format!("lowerdir={}:{}", lower("a").display(), lower("b").display());
     let tried = Mounted::new(
         &["-t", "overlay", "overlay", "-o", &both],
         &scratch.path().join("m"),
@@ -164,7 +165,7 @@ fn assert_same(layers: &[PathBuf]) {
         run("fsck.erofs", &["--extract", file.to_str().unwrap()]).unwrap();
     }
     let lowerdir: Vec<_> = layers.iter().map(|l| l.to_str().unwrap()).collect();
-    let options = format!("ro,lowerdir={}", lowerdir.join(":"));
+    let options = format!("ro,redirect_dir=follow,lowerdir={}", lowerdir.join(":"));
     let overlay =
         Mounted::new(&["-t", "overlay", "overlay", "-o", &options], &at.join("o")).unwrap();
     let source = file.to_str().unwrap();
@@ -280,6 +281,31 @@ fn whiteouts_opaque_directories_and_redirects_mean_what_they_mean_to_overlayfs()
     // An opaque root hides nothing.
     set(&layer(0), "trusted.overlay.opaque", b"y");
     set(&layer(0), "trusted.overlay.impure", b"y");
+
+    // Renamed directories: beside where they were, and from somewhere else in the tree.
+    for dir in [
+        "0/renamed",
+        "1/far",
+        "1/d/moved",
+        "2/origin/inner",
+        "2/elsewhere/deep",
+    ] {
+        fs::create_dir_all(scratch.path().join(dir)).unwrap();
+    }
+    fs::write(layer(2).join("origin/inner/file"), b"renamed").unwrap();
+    fs::write(layer(2).join("elsewhere/deep/file"), b"moved").unwrap();
+    fs::write(layer(1).join("d/moved/own"), b"own").unwrap();
+    node(&layer(0).join("origin"), FileType::CharacterDevice, 0);
+    set(
+        &layer(0).join("renamed"),
+        "trusted.overlay.redirect",
+        b"origin",
+    );
+    set(
+        &layer(1).join("d/moved"),
+        "trusted.overlay.redirect",
+        b"/elsewhere/deep",
+    );
     assert_same(&[layer(0), layer(1), layer(2)]);
 }
 

@@ -382,4 +382,4 @@ fn length(len: u64) -> usize {
     len as usize
 }
 
-const _: () = assert!(PIECE % BLOCK_LEN == 0);
+const _: () = assert!(PIECE.is_multiple_of(BLOCK_LEN));
