@@ -15,7 +15,7 @@ pub const PLAIN_NAMESPACE: &str = "kiln-e2e";
 /// The snapshotter that both use unless a test says otherwise.
 pub const SNAPSHOTTER: &str = "overlayfs";
 /// No single call may take longer, not even on an emulated machine under load.
-pub const CALL_LIMIT: Duration = Duration::from_secs(60);
+pub const CALL_LIMIT: Duration = Duration::from_secs(120);
 
 /// Where containerd listens: `KILN_CONTAINERD_SOCKET` or its usual place.
 pub fn socket() -> PathBuf {

@@ -16,7 +16,7 @@ use crate::{Test, setup};
 
 /// How long a test may take, unless it says otherwise: several times what it needs on an emulated
 /// machine with other work.
-const LIMIT: Duration = Duration::from_secs(120);
+const LIMIT: Duration = Duration::from_secs(180);
 /// How long the removal of what a test made may take.
 const CLEAN_UP_LIMIT: Duration = Duration::from_secs(90);
 

@@ -24,7 +24,7 @@ pub(crate) fn cases() -> Vec<Case> {
         one_container_restarts_while_another_runs,
         unknown_handler_is_refused,
         failed_create_leaves_the_pod_usable,
-        ten_pods_at_once_leave_nothing.alone().limit(240),
+        ten_pods_at_once_leave_nothing.alone().limit(400),
     ]
 }
 
@@ -235,7 +235,7 @@ async fn ten_pods_at_once_leave_nothing(test: Test) -> Result<()> {
                 .await?;
             container
                 .log()
-                .wait_for("listening", Duration::from_secs(60))
+                .wait_for("listening", Duration::from_secs(120))
                 .await?;
             anyhow::Ok((pod, container))
         }
