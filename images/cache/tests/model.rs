@@ -1,6 +1,8 @@
 //! Random layers against a plain model of what they show together, read back from the image by an independent
 //! reader. Needs no privileges: overlayfs' marks are written as `userxattr` mounts have them.
 
+#![expect(clippy::unwrap_used, reason = "a test's helpers fail the test")]
+
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::fs::{self, File, FileTimes};
@@ -188,7 +190,7 @@ fn read(image: &[u8], expected: &BTreeMap<Vec<u8>, Shown>) -> BTreeMap<Vec<u8>, 
             Shown::Symlink(fs.read_link_inode(inode).unwrap().as_bytes().to_vec())
         } else {
             let (seconds, nanoseconds) = inode.modified_unix();
-            let file = fs.open_inode_file(inode.clone()).unwrap();
+            let file = fs.open_inode_file(inode).unwrap();
             let mut bytes = vec![0; usize::try_from(file.size()).unwrap()];
             let mut at = 0;
             while at < bytes.len() {

@@ -2,6 +2,8 @@
 //!
 //! Needs root, loop devices, EROFS and overlayfs; says so and passes where they are missing.
 
+#![expect(clippy::unwrap_used, reason = "a test's helpers fail the test")]
+
 use std::collections::BTreeMap;
 use std::ffi::CString;
 use std::fs::{self, File};

@@ -9,6 +9,8 @@ use super::tree::{Inode, XattrSet};
 const LEAST_USERS: u32 = 3;
 /// ...and it is small enough to be worth looking for.
 const LARGEST_SHARED: usize = 1024;
+/// The root lies behind the shared area, and its number has 16 bits of 32 bytes each: 2 MiB.
+const LARGEST_AREA: usize = 1024 * 1024;
 /// The count of references has eight bits.
 const MOST_REFERENCES: usize = u8::MAX as usize;
 
@@ -43,8 +45,11 @@ impl SharedXattrs {
                 shared.pad();
             }
             let at = shared.area.len();
-            // The area would have to outgrow 16 GiB for this to fail: such attributes stay inline.
+            // What does not fit stays with its inodes.
             let Ok(id) = u32::try_from(at / 4) else { break };
+            if at + xattr.len() > LARGEST_AREA {
+                break;
+            }
             shared.area.resize(at + xattr.len(), 0);
             xattr.encode(&mut shared.area[at..]);
             shared.ids.insert(xattr.clone(), id);

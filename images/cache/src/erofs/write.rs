@@ -94,8 +94,7 @@ impl Writer<'_> {
     fn superblock(&self, uuid: [u8; 16]) -> Superblock {
         let layout = self.layout;
         Superblock {
-            // The root is the first inode of the first group. Only shared attributes lie before it, and a
-            // root they push too far is refused with the plan.
+            // The root is the first inode of the first group, and the shared attributes before it are bounded.
             root_nid: u16::try_from(layout.places[0].nid()).unwrap_or(u16::MAX),
             inodes: self.tree.inodes.len() as u64,
             epoch: layout.epoch.0,
