@@ -115,7 +115,10 @@ fn spawn(count: u32) -> io::Result<i32> {
     let mut children = Vec::new();
     let mut failure = None;
     for _ in 0..count {
-        match Command::new("/bin/inside").arg("sleep").spawn() {
+        match Command::new("/bin/inside")
+            .args(["--inside", "sleep"])
+            .spawn()
+        {
             Ok(child) => children.push(child),
             Err(error) => {
                 failure = Some(error);
