@@ -30,7 +30,14 @@ pub fn pod(dir: &PodDir, address: &str) {
 }
 
 fn resources(record: &Record, note: &dyn Fn(&str, io::Result<()>)) {
-    for process in [record.shim, record.vmm].into_iter().flatten() {
+    let own = i32::try_from(std::process::id()).ok();
+    let others = |process: &ProcessRef| Some(process.pid) != own;
+    // A shim that ends in good order cleans up after itself by the same record.
+    for process in [record.shim, record.vmm]
+        .into_iter()
+        .flatten()
+        .filter(others)
+    {
         note("kill a process", kill(process));
     }
     if let Some(netns) = &record.netns {
@@ -135,6 +142,22 @@ mod tests {
         assert!(!pod_dir.path().exists());
         assert!(!bootstrap::path_of(&address).exists());
         pod(&pod_dir, &address);
+    }
+
+    #[test]
+    fn a_shim_that_cleans_up_its_own_pod_survives_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let own = ProcessRef::of(i32::try_from(std::process::id()).unwrap());
+        let pod_dir = PodDir::new(dir.path(), "n", "p");
+        pod_dir.create().unwrap();
+        pod_dir
+            .save(&Record {
+                shim: own,
+                ..Record::default()
+            })
+            .unwrap();
+        pod(&pod_dir, &format!("unix://{}/s", dir.path().display()));
+        assert!(!pod_dir.path().exists());
     }
 
     #[test]

@@ -104,7 +104,9 @@ impl Shim {
             signal(SignalKind::terminate())?,
             signal(SignalKind::interrupt())?,
         );
-        tracing::info!(reason = asked.await, "ending");
+        // Awaited outside of the macro: a field of a disabled event is never evaluated.
+        let reason = asked.await;
+        tracing::info!(reason, "ending");
         pod.close().await;
         if !publisher.flush(LAST_EVENTS).await {
             tracing::warn!("containerd did not take the last events");
