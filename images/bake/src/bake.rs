@@ -154,7 +154,7 @@ pub enum BakeError {
         problem: String,
     },
     /// The store refused.
-    #[error(transparent)]
+    #[error("the store did not take the μVM")]
     Store(#[from] kiln_store::Error),
 }
 

@@ -50,6 +50,14 @@ pub(crate) enum Command {
     /// the store. Takes a few seconds at most. Exit code 0 means that pods can run.
     Doctor,
 
+    /// Bake a μVM: boot a guest once, save it, and enter it in the store.
+    ///
+    /// Puts the guest together from an installed distribution kernel and kiln's agent, boots it,
+    /// waits for the agent, gives back what the guest does not need, saves it, resumes a copy to
+    /// try it out, and enters it in the store. Baking the same inputs again does nothing. Needs
+    /// root and a usable KVM (see `kiln doctor`).
+    Bake(Bake),
+
     /// List the baked μVMs, the newest first.
     #[command(visible_alias = "ls")]
     List,
@@ -112,6 +120,50 @@ pub(crate) enum Command {
         #[arg(value_hint = ValueHint::DirPath)]
         dir: PathBuf,
     },
+}
+
+/// What `kiln bake` bakes.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Bake {
+    /// vCPUs the guest begins with.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) cpus: u32,
+
+    /// vCPUs it can grow to.
+    #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) max_cpus: u32,
+
+    /// Memory the guest begins with.
+    #[arg(long, value_name = "SIZE", default_value = "256M", value_parser = parse_size)]
+    pub(crate) memory: u64,
+
+    /// Memory it can grow to.
+    #[arg(long, value_name = "SIZE", default_value = "4G", value_parser = parse_size)]
+    pub(crate) max_memory: u64,
+
+    /// Block devices that can be filled in later without plugging anything.
+    #[arg(long, default_value_t = 8)]
+    pub(crate) slots: u32,
+
+    /// The guest's kernel image; by default the newest cloud kernel in /boot.
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub(crate) kernel: Option<PathBuf>,
+
+    /// The directory of its modules; by default the one in /lib/modules.
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath, requires = "kernel")]
+    pub(crate) modules: Option<PathBuf>,
+
+    /// The guest's agent; by default kiln-agent beside this program or on the PATH.
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub(crate) agent: Option<PathBuf>,
+
+    /// The VMM; by default kiln-vmm beside this program or on the PATH.
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub(crate) vmm: Option<PathBuf>,
+
+    /// Bake even if the store has a μVM of the same inputs.
+    #[arg(long)]
+    pub(crate) again: bool,
 }
 
 /// What `kiln gc` may do.

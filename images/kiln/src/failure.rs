@@ -36,7 +36,11 @@ impl Failure {
         if full {
             return 5;
         }
-        match self.0.downcast_ref::<kiln_store::Error>() {
+        let store = self
+            .0
+            .chain()
+            .find_map(|cause| cause.downcast_ref::<kiln_store::Error>());
+        match store {
             Some(kiln_store::Error::NotFound(_) | kiln_store::Error::NoStore(_)) => 3,
             Some(kiln_store::Error::InUse(_) | kiln_store::Error::Pinned(_)) => 4,
             Some(kiln_store::Error::OverBudget { .. }) => 5,

@@ -1,6 +1,7 @@
 //! The `kiln` command: looks after baked μVMs, and says whether this machine can run them.
 
 mod args;
+mod bake;
 mod doctor;
 mod failure;
 mod output;
@@ -29,6 +30,7 @@ fn main() -> ExitCode {
 fn run(args: &Args, output: &Output) -> Result<ExitCode, Failure> {
     match &args.command {
         Command::Doctor => doctor::run(&args.store, output),
+        Command::Bake(options) => bake::run(&args.store, options, output),
         Command::List => store::list(&args.store, output),
         Command::Inspect { uvm } => store::inspect(&args.store, uvm, output),
         Command::Verify { uvms } => store::verify(&args.store, uvms, output),
