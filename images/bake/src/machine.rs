@@ -81,6 +81,14 @@ pub struct Boot<'a> {
     pub class: &'a Class,
 }
 
+/// MiB of room for memory to be plugged in: the VMM has it in whole GiB.
+fn hotplug_mib(class: &Class) -> u32 {
+    class
+        .max_memory_mib
+        .saturating_sub(class.memory_mib)
+        .next_multiple_of(1024)
+}
+
 /// A running machine. Dropping it ends it.
 #[derive(Debug)]
 pub struct Machine {
@@ -105,10 +113,7 @@ impl Machine {
             ("--cpus", class.cpus),
             ("--max-cpus", class.max_cpus),
             ("--memory", class.memory_mib),
-            (
-                "--hotplug",
-                class.max_memory_mib.saturating_sub(class.memory_mib),
-            ),
+            ("--hotplug", hotplug_mib(class)),
             ("--slots", class.slots),
         ] {
             command.arg(option).arg(number.to_string());
