@@ -1,6 +1,11 @@
 //! The program as containerd runs it: its command line, standard input and output, its socket, and
 //! what it leaves behind. No μVM is involved.
 
+#![expect(
+    clippy::unwrap_used,
+    reason = "a test that can't go on should say where"
+)]
+
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
