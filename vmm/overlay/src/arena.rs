@@ -175,8 +175,12 @@ impl Arena {
     }
 
     /// Takes a slot back. The caller has released its pages.
+    #[expect(
+        clippy::needless_pass_by_value,
+        reason = "giving the right up is the point"
+    )]
     pub(crate) fn free(&self, slot: RamSlot) {
-        let number = slot.0;
+        let RamSlot(number) = slot;
         if let Some(meta) = self.meta(number) {
             meta.owner.store(FREE, Ordering::Release);
         }

@@ -169,7 +169,7 @@ fn move_batch(pool: &Inner, spill: &Spill, batch: &[Seen], purpose: Purpose) -> 
             pool.counters.spilled_bytes.add(bytes);
             outcome.moved += 1;
         }
-        finish(pool, spill, one, purpose);
+        finish(pool, spill, &one, purpose);
     }
     pool.move_ended();
     outcome
@@ -322,7 +322,7 @@ fn write(spill: &Spill, staged: &mut [Staged], bounce: &[u8]) {
 }
 
 /// Settles a chunk after its copy has been written, or has not.
-fn finish(pool: &Inner, spill: &Spill, one: Staged, purpose: Purpose) {
+fn finish(pool: &Inner, spill: &Spill, one: &Staged, purpose: Purpose) {
     let Some(cell) = one.disk.table.get(one.chunk) else {
         return;
     };
