@@ -1,6 +1,6 @@
 //! Being, and having, child processes.
 
-use std::process::{Command, ExitCode};
+use std::process::{Command, ExitCode, Stdio};
 
 use anyhow::{Context, Result};
 
@@ -33,8 +33,12 @@ pub(crate) fn spawn(count: usize) -> Result<ExitCode> {
     let program = std::env::current_exe().context("cannot find this program")?;
     let mut pids = Vec::with_capacity(count);
     for _ in 0..count {
+        // Children that outlive this process must not hold its streams open.
         let child = Command::new(&program)
             .arg("pause")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
             .spawn()
             .with_context(|| format!("cannot start child {} of {count}", pids.len() + 1))?;
         pids.push(child.id().to_string());
