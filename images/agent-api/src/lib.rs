@@ -1,8 +1,8 @@
 //! The guest agent's API: what the host says to PID 1 of a μVM, and how it reaches it.
 //!
 //! Owned here: the protobuf package `kiln.agent.v1` (`proto/agent.proto`, the reference for every
-//! call), the numbers both sides must agree on, the header that opens a stdio stream ([`stream`]),
-//! and the host's way in through the VMM's vsock socket ([`client`]). Nothing here knows of KVM,
+//! call), the numbers both sides must agree on, the devices of a baked μVM by slot ([`slots`]), the
+//! header that opens a stdio stream ([`stream`]), and the host's way in through the VMM's vsock socket ([`client`]). Nothing here knows of KVM,
 //! containerd or the agent's inside.
 //!
 //! ```no_run
@@ -16,6 +16,7 @@
 //! ```
 
 pub mod client;
+pub mod slots;
 pub mod stream;
 
 /// Messages and services as generated; use [`proto`].
