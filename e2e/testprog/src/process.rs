@@ -28,11 +28,12 @@ fn reap() {
     while unsafe { libc::waitpid(-1, std::ptr::null_mut(), libc::WNOHANG) } > 0 {}
 }
 
-/// Starts `count` children that sleep, prints their pids in one line, and pauses.
+/// Starts `count` children that sleep, prints their pids in one line, and pauses. If one can't be
+/// started, the others are ended.
 pub(crate) fn spawn(count: usize) -> Result<ExitCode> {
     let program = std::env::current_exe().context("cannot find this program")?;
-    let mut pids = Vec::with_capacity(count);
-    for _ in 0..count {
+    let mut children = Vec::with_capacity(count);
+    for number in 1..=count {
         // Children that outlive this process must not hold its streams open.
         let child = Command::new(&program)
             .arg("pause")
@@ -40,9 +41,19 @@ pub(crate) fn spawn(count: usize) -> Result<ExitCode> {
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .spawn()
-            .with_context(|| format!("cannot start child {} of {count}", pids.len() + 1))?;
-        pids.push(child.id().to_string());
+            .with_context(|| format!("cannot start child {number} of {count}"));
+        match child {
+            Ok(child) => children.push(child),
+            Err(error) => {
+                for child in &mut children {
+                    child.kill().context("cannot end a child")?;
+                    child.wait().context("cannot wait for a child")?;
+                }
+                return Err(error);
+            }
+        }
     }
+    let pids: Vec<String> = children.iter().map(|child| child.id().to_string()).collect();
     say(&format!("spawned {}", pids.join(" ")))?;
     pause()
 }

@@ -171,10 +171,10 @@ fn run(case: &Case, handler: &str, retries: &AtomicU32) -> Result<()> {
         runtime.shutdown_timeout(Duration::from_secs(1));
         match outcome {
             Outcome::Passed => return Ok(()),
-            Outcome::Failed(error) => return Err(with_place(error, &place)),
+            Outcome::Failed(error) => return Err(with_place(&error, &place)),
             Outcome::TimedOut if last => {
                 let error = anyhow!("not finished in {} s, twice", case.limit.as_secs());
-                return Err(with_place(error, &place));
+                return Err(with_place(&error, &place));
             }
             Outcome::TimedOut => {
                 retries.fetch_add(1, Ordering::Relaxed);
@@ -189,7 +189,7 @@ fn run(case: &Case, handler: &str, retries: &AtomicU32) -> Result<()> {
     Ok(())
 }
 
-fn with_place(error: anyhow::Error, place: &str) -> anyhow::Error {
+fn with_place(error: &anyhow::Error, place: &str) -> anyhow::Error {
     anyhow!("{error:#}\nlogs and state of that time: {place}")
 }
 
