@@ -1,8 +1,8 @@
-//! What the VMM gives up before it reads its first request: root directory, user, capabilities, new
-//! privileges, core dumps.
+//! What the VMM gives up: root directory, new privileges, core dumps and most capabilities before it reads its
+//! first request; user and all other capabilities before it acts on it.
 //!
 //! The order matters: `/dev/kvm` is open already, the root directory is left while there is still the right to,
-//! and then the user goes, which takes all capabilities along.
+//! then the thread that serves a shared folder starts, if there is one, and then the user goes on all others.
 
 use std::ffi::CString;
 use std::io;
@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 
 /// Who to become, and where.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(crate) struct Jail {
     /// User.
     pub(crate) uid: Option<u32>,
@@ -46,7 +46,8 @@ fn change_root(root: &Path) -> Result<()> {
     }
 }
 
-/// Enters the jail. The process must still have one thread.
+/// Enters the jail, but for the user: one thread may have to keep some of root's rights, and which is known when
+/// the first request has come. The process must still have one thread.
 pub(crate) fn enter(jail: &Jail) -> Result<()> {
     if let Some(root) = &jail.root {
         change_root(root)?;
@@ -55,29 +56,39 @@ pub(crate) fn enter(jail: &Jail) -> Result<()> {
         rlim_cur: 0,
         rlim_max: 0,
     };
-    // SAFETY: setrlimit reads one rlimit; the other calls take plain numbers. Raw system calls, because the
-    // process has one thread and glibc's wrappers would look for others.
+    // SAFETY: setrlimit reads one rlimit; the other calls take plain numbers.
     unsafe {
         check(
             libc::setrlimit(libc::RLIMIT_CORE, &raw const none).into(),
             "forbidding core dumps",
         )?;
-        if let Some(gid) = jail.gid {
+        if jail.gid.is_some() {
             check(libc::syscall(libc::SYS_setgroups, 0, 0), "dropping groups")?;
-            check(
-                libc::syscall(libc::SYS_setresgid, gid, gid, gid),
-                "changing group",
-            )?;
-        }
-        if let Some(uid) = jail.uid {
-            check(
-                libc::syscall(libc::SYS_setresuid, uid, uid, uid),
-                "changing user",
-            )?;
         }
         check(
             libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0).into(),
             "giving up new privileges",
-        )
+        )?;
     }
+    if jail.uid.is_some() {
+        kiln_vmm_fs::keep_what_serving_needs()?;
+    }
+    Ok(())
+}
+
+/// Makes the calling thread the jail's user, without any capability.
+pub(crate) fn become_user(jail: &Jail) -> io::Result<()> {
+    let change = |call: libc::c_long, id: Option<u32>| {
+        let Some(id) = id else {
+            return Ok(());
+        };
+        // SAFETY: plain numbers. Raw system calls, because glibc's wrappers would change all threads.
+        if unsafe { libc::syscall(call, id, id, id) } == 0 {
+            Ok(())
+        } else {
+            Err(io::Error::last_os_error())
+        }
+    };
+    change(libc::SYS_setresgid, jail.gid)?;
+    change(libc::SYS_setresuid, jail.uid)
 }

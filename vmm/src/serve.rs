@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 use kiln_vmm::cpu::thread::install_kick_handler;
+use kiln_vmm::devices::fs::FsServer;
 use kiln_vmm::event::EventLoop;
 use kiln_vmm::machine::{
     BootSpec, DeviceKind, DeviceSpec, HostEnd, HostEnds, Machine, MachineConfig, Observer,
@@ -29,6 +30,7 @@ use kiln_vmm::timeline::Timeline;
 use kiln_vmm::vm::{VmError, VmSeed};
 use kiln_vmm_control::api::{self, End, Reply, Request, exit};
 use kiln_vmm_control::wire;
+use kiln_vmm_fs::Prepared;
 
 use crate::jail::{self, Jail};
 
@@ -103,20 +105,34 @@ pub(crate) fn run(args: impl Iterator<Item = String>, mut timeline: Timeline) ->
         .open("/dev/kvm")
         .context("/dev/kvm can't be opened; run `kiln doctor`")?
         .into();
+    let files = Prepared::new(&kiln_vmm_fs::Options::default())?;
     jail::enter(&jail)?;
-    let seed = std::thread::Builder::new()
-        .name("seed".to_owned())
-        .spawn(move || VmSeed::create(Some(kvm)))?;
+    let seed = std::thread::Builder::new().name("seed".to_owned()).spawn({
+        let jail = jail.clone();
+        move || {
+            jail::become_user(&jail).map_err(VmError::Jail)?;
+            VmSeed::create(Some(kvm))
+        }
+    })?;
     install_kick_handler()?;
     // SAFETY: descriptor 0 is the socket the client put there; nothing else in this process uses it.
     let socket = unsafe { UnixStream::from_raw_fd(0) };
     let events = EventLoop::new()?;
     timeline.mark("vmm.process");
-    let Some((request, fds)) = wire::receive::<Request>(&socket)? else {
+    let Some((mut request, fds)) = wire::receive::<Request>(&socket)? else {
         return Ok(ExitCode::SUCCESS);
     };
     timeline.skip();
-    match start(request, fds, seed, &events, &mut timeline) {
+    let mut fds = Fds::new(fds);
+    let started = fds
+        .ends(take_ends(&mut request), Some(files))
+        .and_then(|ends| {
+            // From here on nothing has rights but the file server's thread, and that only if there is one.
+            jail::become_user(&jail).context("changing user")?;
+            timeline.mark("vmm.jail");
+            start(request, ends, fds, seed, &events, &mut timeline)
+        });
+    match started {
         Ok(server) => {
             let steps = timeline.steps().iter().map(|s| api::Step {
                 name: s.name.to_owned(),
@@ -176,7 +192,8 @@ impl Fds {
         self.take(index).map(File::from)
     }
 
-    fn ends(&mut self, ends: Vec<(u8, End)>) -> Result<HostEnds> {
+    /// Host sides from the client's list. A folder's server is started at once, on the rights that this thread has.
+    fn ends(&mut self, ends: Vec<(u8, End)>, mut prepared: Option<Prepared>) -> Result<HostEnds> {
         let mut all = HostEnds::new();
         for (slot, end) in ends {
             let end = match end {
@@ -195,6 +212,12 @@ impl Fds {
                         .map(|fd| self.take(fd))
                         .collect::<Result<_>>()?,
                 ),
+                End::Directory(fd) => {
+                    let folder = self.take(fd)?;
+                    let prepared = prepared.take().context("there can be one folder only")?;
+                    let server = FsServer::start(move || prepared.enter(&folder))??;
+                    HostEnd::Files(server)
+                }
             };
             all.insert(slot, end);
         }
@@ -202,14 +225,21 @@ impl Fds {
     }
 }
 
+fn take_ends(request: &mut Request) -> Vec<(u8, End)> {
+    match request {
+        Request::Boot { ends, .. } | Request::Resume { ends, .. } => std::mem::take(ends),
+        _ => Vec::new(),
+    }
+}
+
 fn start(
     request: Request,
-    fds: Vec<OwnedFd>,
+    ends: HostEnds,
+    mut fds: Fds,
     seed: JoinHandle<Result<VmSeed, VmError>>,
     events: &EventLoop,
     timeline: &mut Timeline,
 ) -> Result<Server> {
-    let mut fds = Fds::new(fds);
     let (sender, receiver) = channel();
     let watcher = Arc::new(Watcher {
         pending: Mutex::default(),
@@ -229,7 +259,7 @@ fn start(
             initrd,
             cmdline,
             console,
-            ends,
+            ends: _,
         } => {
             let spec = BootSpec {
                 config: machine_config(machine),
@@ -237,7 +267,7 @@ fn start(
                 initrd: initrd.map(|fd| fds.file(fd)).transpose()?,
                 cmdline,
                 console: console.map(|fd| fds.file(fd)).transpose()?,
-                ends: fds.ends(ends)?,
+                ends,
             };
             let seed: Result<VmSeed> = join();
             Machine::boot(seed?, events.clone(), spec, watcher.clone(), enter)?
@@ -246,7 +276,7 @@ fn start(
             state,
             memory,
             console,
-            ends,
+            ends: _,
         } => {
             let bytes = snapshot::read_file(&mut fds.file(state)?)?;
             let (header, state) = snapshot::decode(&bytes)?;
@@ -259,7 +289,7 @@ fn start(
                 state,
                 memory,
                 console: console.map(|fd| fds.file(fd)).transpose()?,
-                ends: fds.ends(ends)?,
+                ends,
             };
             let seed: Result<VmSeed> = join();
             timeline.mark("vmm.seed");
@@ -434,6 +464,9 @@ fn resize(server: &Server, cpus: u8, memory: u64, timeout: Duration) -> Result<(
         move || watcher.changed.notify_all()
     });
     machine.request_memory(memory)?;
+    if timeout.is_zero() {
+        return Ok(());
+    }
     let mut pending = lock(&watcher.pending);
     loop {
         if let Some((cpu, status)) = pending.refused.first_key_value() {
@@ -466,12 +499,9 @@ fn stats(machine: &Machine) -> Reply {
     let devices = machine
         .device_specs()
         .into_iter()
-        .filter_map(|spec| {
-            let attached = machine.disk_attached(spec.slot).unwrap_or(false);
-            Some(api::DeviceInfo {
-                spec: api_spec(spec)?,
-                attached,
-            })
+        .map(|spec| api::DeviceInfo {
+            attached: machine.disk_attached(spec.slot).unwrap_or(false),
+            spec: api_spec(spec),
         })
         .collect();
     Reply::Stats {
@@ -503,23 +533,24 @@ fn machine_config(m: api::MachineSpec) -> MachineConfig {
                     api::DeviceKind::Vsock { cid } => DeviceKind::Vsock { cid },
                     api::DeviceKind::Rng => DeviceKind::Rng,
                     api::DeviceKind::Mem => DeviceKind::Mem,
+                    api::DeviceKind::Fs { tag } => DeviceKind::Fs { tag },
                 },
             })
             .collect(),
     }
 }
 
-fn api_spec(spec: DeviceSpec) -> Option<api::DeviceSpec> {
+fn api_spec(spec: DeviceSpec) -> api::DeviceSpec {
     let kind = match spec.kind {
         DeviceKind::Block { id, queues } => api::DeviceKind::Block { id, queues },
         DeviceKind::Net { pairs, mac } => api::DeviceKind::Net { pairs, mac },
         DeviceKind::Vsock { cid } => api::DeviceKind::Vsock { cid },
         DeviceKind::Rng => api::DeviceKind::Rng,
         DeviceKind::Mem => api::DeviceKind::Mem,
-        DeviceKind::Fs { .. } => return None,
+        DeviceKind::Fs { tag } => api::DeviceKind::Fs { tag },
     };
-    Some(api::DeviceSpec {
+    api::DeviceSpec {
         slot: spec.slot,
         kind,
-    })
+    }
 }

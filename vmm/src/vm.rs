@@ -13,6 +13,9 @@ pub enum VmError {
     /// `/dev/kvm` can't be opened.
     #[error("/dev/kvm can't be opened; run `kiln doctor` to see what this machine can do")]
     Open(#[source] kvm_ioctls::Error),
+    /// The thread that makes the VM could not give its rights up.
+    #[error("entering the jail failed")]
+    Jail(#[source] std::io::Error),
     /// A KVM call failed.
     #[error("{call} failed")]
     Call {

@@ -57,6 +57,11 @@ pub enum DeviceKind {
     Rng,
     /// Memory hot-plug.
     Mem,
+    /// A folder of the host by virtio-fs; at most one. It can be saved while the guest has it not mounted.
+    Fs {
+        /// What the guest mounts it by, at most 36 bytes.
+        tag: String,
+    },
 }
 
 /// The host's side of a device.
@@ -73,6 +78,11 @@ pub enum End {
     Listener(FdIndex),
     /// Queues of a tap.
     Tap(Vec<FdIndex>),
+    /// The folder behind an [`Fs`](DeviceKind::Fs) device. Mounts that the client makes below it later, in the mount
+    /// namespace that the descriptor comes from, are seen by the guest. The VMM has to be started as root for it;
+    /// a jailed VMM then keeps the rights to act for all users on one thread, which sees nothing but this folder.
+    /// Unmount with `MNT_DETACH`: what the guest looked up stays open in the VMM until it forgets it.
+    Directory(FdIndex),
 }
 
 /// What the client asks.
@@ -148,7 +158,7 @@ pub enum Request {
         cpus: u8,
         /// Memory in bytes, base RAM included.
         memory: u64,
-        /// How long the guest may take.
+        /// How long the guest may take; 0 asks and does not wait for it.
         timeout_ms: u32,
     },
     /// Asks for figures.

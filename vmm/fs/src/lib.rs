@@ -12,6 +12,7 @@ mod sandbox;
 mod view;
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -20,13 +21,14 @@ use fuse_backend_rs::passthrough::{CachePolicy, Config, PassthroughFs};
 use fuse_backend_rs::transport::{Reader, VirtioFsWriter, Writer};
 use thiserror::Error;
 
-pub use sandbox::{SandboxError, enter};
+pub use sandbox::{SandboxError, keep_what_serving_needs};
 pub use view::{Span, View, ViewError};
 
 /// How a folder is served.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Options {
-    /// The folder, as this thread sees it. It is opened now, and again when the guest unmounts.
+    /// The folder, as the serving thread sees it. It is opened at the start, and again when the guest mounts
+    /// and unmounts.
     pub root: String,
     /// How long the guest may go by what it knows of names and attributes. Volumes that change on the
     /// host (secrets, config maps) are seen to change after so long.
@@ -54,6 +56,9 @@ pub enum ServerError {
         #[source]
         source: io::Error,
     },
+    /// The thread could not be confined.
+    #[error(transparent)]
+    Sandbox(#[from] SandboxError),
     /// The request could not be put before the server.
     #[error(transparent)]
     View(#[from] ViewError),
@@ -71,13 +76,12 @@ pub struct Server {
     server: fuse_backend_rs::api::server::Server<Arc<PassthroughFs>>,
 }
 
-impl Server {
-    /// Serves a folder. Needs `/proc` now, and not any more later.
+/// A server that has no folder yet: made where there is a `/proc`, to serve where there is none.
+pub struct Prepared(PassthroughFs);
+
+impl Prepared {
+    /// Takes what the server will need of `/proc`.
     pub fn new(options: &Options) -> Result<Self, ServerError> {
-        let root = |source| ServerError::Root {
-            root: options.root.clone(),
-            source,
-        };
         let config = Config {
             root_dir: options.root.clone(),
             entry_timeout: options.timeout,
@@ -87,10 +91,47 @@ impl Server {
             do_import: true,
             ..Config::default()
         };
-        let fs = Arc::new(PassthroughFs::new(config).map_err(root)?);
-        fs.import().map_err(root)?;
+        let fs = PassthroughFs::new(config).map_err(|source| ServerError::Root {
+            root: options.root.clone(),
+            source,
+        })?;
+        Ok(Self(fs))
+    }
+
+    /// Confines the calling thread to `folder`, with the capabilities that serving takes and no others, and
+    /// serves its root; [`Options::root`] is a path in it.
+    pub fn enter(self, folder: &OwnedFd) -> Result<Server, ServerError> {
+        sandbox::enter(folder)?;
+        self.serve()
+    }
+
+    fn serve(self) -> Result<Server, ServerError> {
+        let fs = Arc::new(self.0);
+        fs.import().map_err(|source| ServerError::Root {
+            root: "/".to_owned(),
+            source,
+        })?;
         let server = fuse_backend_rs::api::server::Server::new(fs.clone());
         Ok(Server { fs, server })
+    }
+}
+
+impl std::fmt::Debug for Prepared {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Prepared")
+    }
+}
+
+impl Server {
+    /// Serves a folder on a thread that is not confined. Needs `/proc` now, and not any more later.
+    pub fn new(options: &Options) -> Result<Self, ServerError> {
+        Prepared::new(options)?.serve().map_err(|e| match e {
+            ServerError::Root { source, .. } => ServerError::Root {
+                root: options.root.clone(),
+                source,
+            },
+            e => e,
+        })
     }
 
     /// Handles one request. Gives the number of bytes written to `writable`.

@@ -1,99 +1,89 @@
-//! A thread that sees nothing but one folder.
+//! A thread that sees nothing but one folder and has no rights but a file server's.
+//!
+//! The folder becomes the thread's root directory. The thread stays in the mount namespace it is in: what
+//! counts is the mount that the folder's descriptor belongs to, so mounts that are made below it later, in the
+//! namespace it comes from, are seen here too.
 
-use std::ffi::CStr;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 
 use thiserror::Error;
 
 /// A step on the way into the folder failed.
 #[derive(Debug, Error)]
-#[error("can't confine the file server's thread: {step} failed; it needs CAP_SYS_ADMIN")]
+#[error("can't confine the file server's thread: {step} failed; start the VMM as root")]
 pub struct SandboxError {
     step: &'static str,
     #[source]
     source: io::Error,
 }
 
-/// Makes `root` (an open folder) the root of everything the calling thread sees, in a mount namespace of
-/// its own. Other threads of the process are not affected, nor is this one by what they do to theirs.
-pub fn enter(root: &OwnedFd) -> Result<(), SandboxError> {
-    // SAFETY: takes flags only.
-    check("unshare", unsafe {
-        libc::unshare(libc::CLONE_FS | libc::CLONE_NEWNS)
-    })?;
-    mount(
-        "making mounts private",
-        None,
-        c"/",
-        libc::MS_REC | libc::MS_PRIVATE,
-    )?;
-    let path = format!("/proc/self/fd/{}\0", root.as_raw_fd());
-    let path = CStr::from_bytes_with_nul(path.as_bytes()).unwrap_or_default();
-    // pivot_root wants a mount: the folder, bound onto itself with all that is mounted below it.
-    mount(
-        "binding the folder",
-        Some(path),
-        path,
-        libc::MS_BIND | libc::MS_REC,
-    )?;
-    let open = |step, path: &CStr| {
-        // SAFETY: a constant or checked string and flags.
-        let fd = unsafe {
-            libc::open(
-                path.as_ptr(),
-                libc::O_PATH | libc::O_DIRECTORY | libc::O_CLOEXEC,
-            )
-        };
-        check(step, fd)?;
-        // SAFETY: the descriptor was just opened and is nobody else's.
-        Ok(unsafe { OwnedFd::from_raw_fd(fd) })
-    };
-    let old = open("opening the old root", c"/")?;
-    // Through the link again: it leads to the folder as it is mounted now.
-    // SAFETY: descriptors and constant strings only, here and below.
-    check("changing to the folder", unsafe {
-        libc::fchdir(root.as_raw_fd())
-    })?;
-    check("changing to the mounted folder", unsafe {
-        libc::chdir(path.as_ptr())
-    })?;
-    let dot = c".".as_ptr();
-    // SAFETY: as above.
-    let pivoted = unsafe { libc::syscall(libc::SYS_pivot_root, dot, dot) };
-    check("pivot_root", if pivoted < 0 { -1 } else { 0 })?;
-    // SAFETY: as above.
-    check("changing to the old root", unsafe {
-        libc::fchdir(old.as_raw_fd())
-    })?;
-    mount(
-        "cutting the old root off",
-        None,
-        c".",
-        libc::MS_REC | libc::MS_SLAVE,
-    )?;
-    // SAFETY: as above.
-    check("unmounting the old root", unsafe {
-        libc::umount2(dot, libc::MNT_DETACH)
-    })?;
-    // SAFETY: as above.
-    check("changing to the new root", unsafe {
-        libc::chdir(c"/".as_ptr())
-    })
+/// Capability numbers (linux/capability.h).
+const CHOWN: u32 = 0;
+const DAC_OVERRIDE: u32 = 1;
+const FOWNER: u32 = 3;
+const FSETID: u32 = 4;
+const SETGID: u32 = 6;
+const SETUID: u32 = 7;
+const SYS_CHROOT: u32 = 18;
+/// Two words of 32 bits each (linux/capability.h).
+const CAPABILITY_VERSION_3: u32 = 0x2008_0522;
+
+/// What serving files takes: acting for any of the pod's users, whose rights the guest's kernel has checked. Not
+/// among them: making devices, which would be the node's, not the pod's.
+const SERVING: u64 =
+    1 << CHOWN | 1 << DAC_OVERRIDE | 1 << FOWNER | 1 << FSETID | 1 << SETGID | 1 << SETUID;
+
+#[repr(C)]
+struct Header {
+    version: u32,
+    pid: i32,
 }
 
-fn mount(
-    step: &'static str,
-    from: Option<&CStr>,
-    to: &CStr,
-    flags: libc::c_ulong,
-) -> Result<(), SandboxError> {
-    let from = from.map_or(std::ptr::null(), CStr::as_ptr);
-    let none = std::ptr::null();
-    // SAFETY: the strings end with a nul and outlive the call; no file system data is passed.
-    check(step, unsafe {
-        libc::mount(from, to.as_ptr(), none, flags, none.cast())
-    })
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct Sets {
+    effective: u32,
+    permitted: u32,
+    inheritable: u32,
+}
+
+/// Keeps those capabilities of the calling thread that a file server's thread needs or needs to confine itself.
+pub fn keep_what_serving_needs() -> Result<(), SandboxError> {
+    limit(SERVING | 1 << SYS_CHROOT)
+}
+
+/// Makes `root` (an open folder) the root and working directory of the calling thread, and of no other, and
+/// leaves the thread only the capabilities that serving files takes.
+pub(crate) fn enter(root: &OwnedFd) -> Result<(), SandboxError> {
+    // SAFETY: flags only; a number of an open descriptor; a constant string.
+    unsafe {
+        check("unshare", libc::unshare(libc::CLONE_FS))?;
+        check("changing to the folder", libc::fchdir(root.as_raw_fd()))?;
+        check("making it the root", libc::chroot(c".".as_ptr()))?;
+    }
+    limit(SERVING)
+}
+
+/// Gives up all capabilities but these, as far as the thread has them.
+fn limit(keep: u64) -> Result<(), SandboxError> {
+    let header = Header {
+        version: CAPABILITY_VERSION_3,
+        pid: 0,
+    };
+    let mut sets = [Sets::default(); 2];
+    // SAFETY: the kernel reads the header and writes two sets, which is what version 3 has.
+    let got = unsafe { libc::syscall(libc::SYS_capget, &raw const header, sets.as_mut_ptr()) };
+    check("reading capabilities", if got < 0 { -1 } else { 0 })?;
+    // The lower and the upper half.
+    for (set, keep) in sets.iter_mut().zip([keep as u32, (keep >> 32) as u32]) {
+        set.permitted &= keep;
+        set.effective = set.permitted;
+        set.inheritable = 0;
+    }
+    // SAFETY: as above; the kernel only reads.
+    let put = unsafe { libc::syscall(libc::SYS_capset, &raw const header, sets.as_ptr()) };
+    check("giving up capabilities", if put < 0 { -1 } else { 0 })
 }
 
 fn check(step: &'static str, result: libc::c_int) -> Result<(), SandboxError> {

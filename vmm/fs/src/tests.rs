@@ -193,16 +193,12 @@ fn a_folder_that_is_not_there_is_an_error_that_names_it() {
 fn a_confined_thread_sees_its_folder_only() {
     let dir = tempfile::tempdir().unwrap();
     std::fs::write(dir.path().join("inside"), b"").unwrap();
-    let fd: std::os::fd::OwnedFd = std::fs::File::open(dir.path()).unwrap().into();
+    let fd: OwnedFd = std::fs::File::open(dir.path()).unwrap().into();
     let seen = std::thread::spawn(move || {
-        let server = Server::new(&Options {
-            root: "/".to_owned(),
-            ..Options::default()
-        })
-        .unwrap();
-        enter(&fd)?;
-        server.forget_all();
+        let server = Prepared::new(&Options::default())?.enter(&fd)?;
         let mut message = Message::new();
+        // Before the guest has mounted it, too: node 1 is the folder from the start.
+        let before = message.send(&server, 1, 1, b"etc\0").0;
         message.init(&server);
         let inside = message.send(&server, 1, 1, b"inside\0").0;
         let outside = message.send(&server, 1, 1, b"etc\0").0;
@@ -210,14 +206,88 @@ fn a_confined_thread_sees_its_folder_only() {
             .unwrap()
             .map(|e| e.unwrap().file_name())
             .collect();
-        Ok::<_, SandboxError>((inside, outside, names))
+        Ok::<_, ServerError>((before, inside, outside, names))
     })
     .join()
     .unwrap();
     match seen {
-        Ok(seen) => assert_eq!(seen, (0, -libc::ENOENT, vec!["inside".into()])),
+        Ok(seen) => assert_eq!(
+            seen,
+            (-libc::ENOENT, 0, -libc::ENOENT, vec!["inside".into()])
+        ),
         Err(e) => eprintln!("skipped: {e}"),
     }
     // The rest of the process is where it was.
     assert!(std::path::Path::new("/etc").exists());
+}
+
+/// What the shim relies on: it mounts volumes below the pod's folder after the VMM was given the folder, and the
+/// VMM is in another mount namespace.
+#[test]
+fn a_mount_made_later_in_the_folders_namespace_is_seen_by_the_confined_thread() {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::create_dir(dir.path().join("volume")).unwrap();
+    let (ready, started) = std::sync::mpsc::channel::<OwnedFd>();
+    let (mounted, go) = std::sync::mpsc::channel::<bool>();
+    let (over, end) = std::sync::mpsc::channel::<()>();
+    let path = std::ffi::CString::new(dir.path().join("volume").to_str().unwrap()).unwrap();
+    // A namespace of the client's own, private, in which it mounts after handing the folder over.
+    let client = std::thread::spawn({
+        let dir = dir.path().to_owned();
+        move || {
+            let none = std::ptr::null();
+            // SAFETY: constant strings and flags.
+            let own = unsafe {
+                libc::unshare(libc::CLONE_FS | libc::CLONE_NEWNS) == 0
+                    && libc::mount(
+                        none,
+                        c"/".as_ptr(),
+                        none,
+                        libc::MS_REC | libc::MS_PRIVATE,
+                        none.cast(),
+                    ) == 0
+            };
+            ready
+                .send(std::fs::File::open(&dir).unwrap().into())
+                .unwrap();
+            // SAFETY: strings that live through the call.
+            let done = own
+                && unsafe {
+                    libc::mount(
+                        c"none".as_ptr(),
+                        path.as_ptr(),
+                        c"tmpfs".as_ptr(),
+                        0,
+                        none.cast(),
+                    )
+                } == 0;
+            if done {
+                std::fs::write(dir.join("volume/late"), b"").unwrap();
+            }
+            mounted.send(done).unwrap();
+            // The namespace and its mounts end with its last thread.
+            let _ = end.recv();
+        }
+    });
+    let folder = started.recv().unwrap();
+    let server = std::thread::spawn(move || {
+        let server = Prepared::new(&Options::default())?.enter(&folder)?;
+        let done = go.recv().unwrap();
+        let mut message = Message::new();
+        message.init(&server);
+        let (error, entry) = message.send(&server, 1, 1, b"volume\0");
+        assert_eq!(error, 0);
+        let node = u64::from_le_bytes(entry[..8].try_into().unwrap());
+        Ok::<_, ServerError>((done, message.send(&server, 1, node, b"late\0").0))
+    });
+    let served = server.join().unwrap();
+    drop(over);
+    match served {
+        Ok((true, found)) => assert_eq!(found, 0),
+        Ok((false, _)) => eprintln!("skipped: no mount namespace of one's own here"),
+        Err(e) => eprintln!("skipped: {e}"),
+    }
+    client.join().unwrap();
+    // Here, it is not mounted.
+    assert!(!dir.path().join("volume/late").exists());
 }

@@ -17,6 +17,7 @@ use crate::boot::{self, BootFiles};
 use crate::cpu::thread::{ExitHandler, Vcpus};
 use crate::cpu::{CpuError, cpuid};
 use crate::devices::block::{Block, BlockConfig, FileBackend};
+use crate::devices::fs::{Fs, FsConfig, FsServer};
 use crate::devices::mem::Mem;
 use crate::devices::net::{Net, NetBackend, NetConfig, Tap};
 use crate::devices::rng::Rng;
@@ -47,8 +48,8 @@ pub enum HostEnd {
     Listener(UnixListener),
     /// Tap queues.
     Tap(Vec<OwnedFd>),
-    /// A directory.
-    Directory(OwnedFd),
+    /// A folder and the thread that serves it: started early, because it keeps rights that the process gives up.
+    Files(FsServer),
 }
 
 /// Host sides by PCI slot. A device without one has nothing behind it until something is attached.
@@ -371,9 +372,19 @@ pub(super) fn make_device(
             }
             Ok(Box::new(net))
         }
-        (kind, _) => Err(wrong(&format!(
-            "this build has no {kind:?} with such a host side"
-        ))),
+        (DeviceKind::Fs { tag }, end) => {
+            let mut fs = Fs::new(&FsConfig {
+                tag: tag.clone(),
+                queue_size: 128,
+            });
+            match end {
+                Some(HostEnd::Files(server)) => fs.attach(server).map_err(device)?,
+                Some(_) => return Err(wrong("a shared folder wants a directory")),
+                None => {}
+            }
+            Ok(Box::new(fs))
+        }
+        (kind, Some(_)) => Err(wrong(&format!("{kind:?} takes no such host side"))),
     }
 }
 

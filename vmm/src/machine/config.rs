@@ -101,6 +101,7 @@ impl MachineConfig {
             let single = match d.kind {
                 DeviceKind::Vsock { .. } => "vsock",
                 DeviceKind::Mem => "mem",
+                DeviceKind::Fs { .. } => "fs",
                 _ => continue,
             };
             if singles.contains(&single) {

@@ -56,8 +56,8 @@ pub struct FsServer {
 
 impl FsServer {
     /// Starts the thread and has it make its server by `make`, which runs on it first: that is the place
-    /// to confine the thread ([`kiln_vmm_fs::enter`]), to drop the rights it does not need, and to
-    /// install its system call filter. Waits until that is done.
+    /// to confine the thread ([`kiln_vmm_fs::Prepared::enter`]) and to install its system call filter. Waits until
+    /// that is done.
     pub fn start<E: Send + 'static>(
         make: impl FnOnce() -> Result<Server, E> + Send + 'static,
     ) -> io::Result<Result<Self, E>> {
