@@ -194,6 +194,8 @@ fn load_modules(list: &Path, warnings: &mut Vec<String>) {
         if let Err(error) = load(&module) {
             warnings.push(format!("load {}: {error}", module.path.display()));
         }
+        // Its file lies in memory, and the kernel has a copy now. One that is missing was a warning.
+        drop(fs::remove_file(&module.path));
     }
 }
 

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use kiln_agent_api::client::{ConnectError, Vsock};
 use kiln_agent_api::proto;
 use kiln_agent_api::{MIN_ENTROPY, PROTOCOL_VERSION};
-use kiln_store::{Class, Description, Digest, Kernel, Kind, Manifest, Store};
+use kiln_store::{Class, Description, Digest, Kernel, Kind, Manifest, Staging, Store};
 use tokio::time::{sleep, timeout};
 use ttrpc::context;
 
@@ -16,7 +16,7 @@ use crate::kernel::{self, GuestKernel, KernelError};
 use crate::machine::{Boot, Machine, MachineError};
 use crate::modules::{GUEST, ModuleError, Modules};
 use crate::recipe::Recipe;
-use crate::{cpu, initramfs};
+use crate::{cpu, elf, initramfs};
 
 /// The command line every guest kernel gets. The serial console is there while baking, and for
 /// whoever debugs a resumed guest.
@@ -29,6 +29,9 @@ const RESUME_LIMIT: Duration = Duration::from_secs(30);
 const CALL_LIMIT: Duration = Duration::from_secs(30);
 /// How often an agent that does not listen yet is tried.
 const RETRY: Duration = Duration::from_millis(50);
+/// When a booting agent is tried first if it has not said that it is ready.
+const FIRST_TRY: Duration = Duration::from_secs(5);
+const TRY_LIMIT: Duration = Duration::from_secs(2);
 
 /// What to bake, as a person asks for it.
 #[derive(Debug, Clone)]
@@ -195,7 +198,7 @@ pub async fn bake(
         path: initramfs.clone(),
         source,
     })?;
-    let facts = boot_and_save(order, &prepared, &initramfs, staging.dir(), &work, tell).await?;
+    let facts = boot_and_save(order, &prepared, &initramfs, &staging, &work, tell).await?;
     let bytes = [Kind::State, Kind::Memory]
         .iter()
         .map(|kind| on_disk(&staging.path(*kind)))
@@ -241,7 +244,7 @@ fn prepare(order: &Order) -> Result<Prepared, BakeError> {
         source,
     })?;
     let modules = Modules::open(&kernel.modules)?.resolve(&GUEST)?;
-    let initramfs = initramfs::build(&agent, &modules);
+    let initramfs = initramfs::build(&elf::stripped(agent), &modules);
     let recipe = Recipe {
         class: order.class.clone(),
         kernel: Kernel {
@@ -312,7 +315,7 @@ async fn boot_and_save(
     order: &Order,
     prepared: &Prepared,
     initramfs: &Path,
-    target: &Path,
+    staging: &Staging,
     work: &Work,
     tell: &mut (dyn FnMut(Progress) + Send),
 ) -> Result<Facts, BakeError> {
@@ -330,8 +333,10 @@ async fn boot_and_save(
         stage: STAGE,
         source,
     };
-    let mut machine = Machine::boot(&order.vmm, &boot, &socket).map_err(on_machine)?;
-    let agent = reach(&mut machine, &socket, BOOT_LIMIT, STAGE).await?;
+    let machine = Machine::boot(&order.vmm, &boot, &socket, BOOT_LIMIT)
+        .await
+        .map_err(on_machine)?;
+    let agent = reach(&machine, &socket, Start::Booted, STAGE).await?;
     let hello = agent
         .hello(deadline(), &hello_request())
         .await
@@ -355,7 +360,7 @@ async fn boot_and_save(
         .saturating_sub(resources.mem_available_bytes);
     tell(Progress::Settled { used });
     // A guest that is saved with a connection would have to be told at every resume that the
-    // connection is gone.
+    // connection is gone; it needs a moment to hear of it.
     drop(agent);
     sleep(RETRY).await;
 
@@ -363,7 +368,13 @@ async fn boot_and_save(
         stage: "saving the guest",
         source,
     };
-    machine.save(target, SAVE_LIMIT).await.map_err(on_machine)?;
+    let state = staging.create(Kind::State)?;
+    let memory = staging.create(Kind::Memory)?;
+    let digest = *prepared.recipe.digest().as_bytes();
+    machine
+        .save(state, memory, digest, SAVE_LIMIT)
+        .await
+        .map_err(on_machine)?;
     machine.stop().await.map_err(on_machine)?;
     Ok(Facts {
         agent_version: hello.agent_version,
@@ -406,8 +417,10 @@ async fn try_out(vmm: &Path, dir: &Path, work: &Work) -> Result<Duration, BakeEr
         stage: STAGE,
         source,
     };
-    let mut machine = Machine::resume(vmm, dir, &socket).map_err(on_machine)?;
-    let agent = reach(&mut machine, &socket, RESUME_LIMIT, STAGE).await?;
+    let machine = Machine::resume(vmm, dir, &socket, RESUME_LIMIT)
+        .await
+        .map_err(on_machine)?;
+    let agent = reach(&machine, &socket, Start::Resumed, STAGE).await?;
     let identity = identity(STAGE)?;
     let answer = agent
         .set_identity(deadline(), &identity)
@@ -479,39 +492,56 @@ fn refused(stage: &'static str) -> impl Fn(ttrpc::Error) -> BakeError {
     move |source| BakeError::Refused { stage, source }
 }
 
+/// How the guest came to run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Start {
+    Booted,
+    Resumed,
+}
+
 /// A connection to the agent, as soon as it listens; an error as soon as the machine ends.
 async fn reach(
-    machine: &mut Machine,
+    machine: &Machine,
     socket: &Path,
-    limit: Duration,
+    how: Start,
     stage: &'static str,
 ) -> Result<proto::AgentClient, BakeError> {
+    let limit = match how {
+        Start::Booted => BOOT_LIMIT,
+        Start::Resumed => RESUME_LIMIT,
+    };
     let vsock = Vsock::new(socket);
-    let start = Instant::now();
-    loop {
-        // A guest without a driver yet never answers: each try has a limit of its own.
-        let attempt = timeout(Duration::from_secs(1), vsock.agent());
-        let failed = tokio::select! {
-            ended = machine.ended() => {
-                return Err(BakeError::Machine { stage, source: ended });
+    let connect = async {
+        let start = Instant::now();
+        if how == Start::Booted {
+            // A kernel may have no console that we see: then it is tried now and then.
+            tokio::select! {
+                () = machine.ready() => {}
+                () = sleep(FIRST_TRY) => {}
             }
-            result = attempt => match result {
-                Ok(Ok(agent)) => return Ok(agent),
-                Ok(Err(error)) => Some(error),
-                Err(_) => None,
-            },
-        };
-        if start.elapsed() > limit {
-            let source = failed.unwrap_or(ConnectError::Timeout {
-                port: kiln_agent_api::RPC_PORT,
-            });
-            return Err(BakeError::Silent {
-                stage,
-                console: machine.console(),
-                source,
-            });
         }
-        sleep(RETRY).await;
+        loop {
+            // A guest without a driver yet never answers: each try has a limit of its own.
+            let failed = match timeout(TRY_LIMIT, vsock.agent()).await {
+                Ok(Ok(agent)) => return Ok(agent),
+                Ok(Err(error)) => error,
+                Err(_) => ConnectError::Timeout {
+                    port: kiln_agent_api::RPC_PORT,
+                },
+            };
+            if start.elapsed() > limit {
+                return Err(failed);
+            }
+            sleep(RETRY).await;
+        }
+    };
+    tokio::select! {
+        ended = machine.ended() => Err(BakeError::Machine { stage, source: ended }),
+        agent = connect => agent.map_err(|source| BakeError::Silent {
+            stage,
+            console: machine.console(),
+            source,
+        }),
     }
 }
 

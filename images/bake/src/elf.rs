@@ -1,6 +1,7 @@
-//! Reads what a kernel module says of itself: the `.modinfo` section of its ELF file.
+//! ELF files as far as a bake needs them: what a kernel module says of itself (the `.modinfo`
+//! section), and a program without what nobody needs to run it.
 //!
-//! A module comes from a directory that a person named, so nothing in it is trusted.
+//! Files come from where a person said, so nothing in them is trusted.
 
 /// A module's statements, such as `("depends", "vsock,virtio_ring")`.
 pub(crate) fn module_info(elf: &[u8]) -> Option<Vec<(String, String)>> {
@@ -54,10 +55,74 @@ fn section<'a>(elf: &'a [u8], name: &[u8]) -> Option<&'a [u8]> {
     None
 }
 
+/// A program without its sections and whatever else lies behind what is loaded to run it, such as
+/// symbols and debugging information: in a guest it would take memory, and nobody could use it.
+///
+/// What is no 64-bit little-endian program is returned as it is.
+pub(crate) fn stripped(mut elf: Vec<u8>) -> Vec<u8> {
+    if let Some(end) = end_of_loaded(&elf) {
+        elf.truncate(end);
+        // Where the sections are, how many, and which has their names: there are none.
+        for range in [0x28..0x30, 0x3c..0x40] {
+            if let Some(field) = elf.get_mut(range) {
+                field.fill(0);
+            }
+        }
+    }
+    elf
+}
+
+/// The end of the last byte that a program header names.
+fn end_of_loaded(elf: &[u8]) -> Option<usize> {
+    if bytes(elf, 0)? != *b"\x7fELF\x02\x01" {
+        return None;
+    }
+    let table = long(elf, 0x20)?;
+    let (size, count) = (half(elf, 0x36)?, half(elf, 0x38)?);
+    let mut end = table.checked_add(size.checked_mul(count)?)?.max(0x40);
+    for index in 0..count {
+        let header = table.checked_add(index.checked_mul(size)?)?;
+        let start = long(elf, header.checked_add(0x8)?)?;
+        end = end.max(start.checked_add(long(elf, header.checked_add(0x20)?)?)?);
+    }
+    (count > 0 && end <= elf.len()).then_some(end)
+}
+
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
     use proptest::prelude::*;
+    use std::os::unix::fs::PermissionsExt;
+    use std::process::Command;
+
+    #[test]
+    fn stripped_program_is_smaller_and_still_runs() {
+        let own = std::fs::read(std::env::current_exe().unwrap()).unwrap();
+        let whole = own.len();
+        let small = stripped(own);
+        assert!(small.len() < whole / 2, "{} of {whole}", small.len());
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("program");
+        std::fs::write(&path, &small).unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+        let run = || Command::new(&path).arg("--list").output();
+        let mut output = run();
+        // Another test's fork may still have the file open for writing.
+        while matches!(&output, Err(e) if e.kind() == std::io::ErrorKind::ExecutableFileBusy) {
+            std::thread::sleep(std::time::Duration::from_millis(5));
+            output = run();
+        }
+        let text = String::from_utf8(output.unwrap().stdout).unwrap();
+        assert!(text.contains("stripped_program_is_smaller"), "{text}");
+        assert_eq!(stripped(small.clone()), small);
+    }
+
+    #[test]
+    fn what_is_no_program_is_left_as_it_is() {
+        for file in [b"".to_vec(), b"#!/bin/sh\n".to_vec(), module(&["a=b"])] {
+            assert_eq!(stripped(file.clone()), file);
+        }
+    }
 
     /// The smallest ELF file with a `.modinfo` section.
     pub(crate) fn module(statements: &[&str]) -> Vec<u8> {

@@ -14,5 +14,5 @@ pub mod modules;
 mod recipe;
 
 pub use bake::{BakeError, Baked, COMMAND_LINE, Order, Progress, bake, identity};
-pub use machine::{Boot, Machine, MachineError};
+pub use machine::{Boot, Machine, MachineError, jail, spawn_apart};
 pub use recipe::Recipe;

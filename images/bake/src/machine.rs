@@ -1,32 +1,78 @@
-//! Runs `kiln-vmm` in the foreground of a bake: boots a guest or resumes one, has it saved, ends it.
+//! A `kiln-vmm` process in the hands of a bake: boots a guest or resumes one, has it saved, ends it.
+//!
+//! The control client blocks, so its calls run on threads of their own; a [`Machine`] that is dropped
+//! ends the process, and with it every call that is under way.
 
-use std::io;
-use std::os::unix::process::CommandExt;
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use kiln_store::Class;
-use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
-use tokio::process::{Child, ChildStdin, Command};
-use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
+use kiln_agent_api::{READY_LINE, slots};
+use kiln_store::{Class, Kind};
+use kiln_vmm_control::{
+    DeviceKind, DeviceSpec, End, Jail, MachineSpec, Reply, Request, Spawn, Vmm, VmmError,
+};
+use tokio::sync::watch;
 use tokio::time::timeout;
 
 /// How much of the guest's console is kept, for the case that it says why it failed.
 const CONSOLE: usize = 64 << 10;
+/// How many lines of it a message shows.
+const CONSOLE_LINES: usize = 12;
+
+/// An empty directory that is the root of every jail: nobody can put anything there, so it may be shared.
+const EMPTY_ROOT: &str = "/run/kiln/empty";
+/// User ids of jailed VMMs begin here. The id of the process that starts one is added, so that no two
+/// VMMs of a node have one id at a time.
+const FIRST_UID: u32 = 1_801_000_000;
 
 /// Why a machine did not do what it should.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum MachineError {
-    /// The VMM could not be started.
-    #[error("starting {}", path.display())]
-    Start {
-        /// The VMM.
+    /// A file or a directory it needs cannot be had.
+    #[error("cannot {action} {}", path.display())]
+    File {
+        /// What was to be done.
+        action: &'static str,
+        /// With what.
         path: PathBuf,
         /// Why not.
         #[source]
         source: io::Error,
+    },
+    /// A thread or a pipe cannot be made.
+    #[error("cannot {action}")]
+    System {
+        /// What was to be done.
+        action: &'static str,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// A number of the size class is more than any machine has.
+    #[error("{what} cannot be {number}: at most {most} is possible")]
+    Size {
+        /// Which number.
+        what: &'static str,
+        /// What it is.
+        number: u32,
+        /// What it may be.
+        most: u32,
+    },
+    /// The VMM could not be started, or broke off.
+    #[error("the VMM could not {action}")]
+    Vmm {
+        /// What it was to do.
+        action: &'static str,
+        /// What happened.
+        #[source]
+        source: VmmError,
     },
     /// It ended.
     #[error("the VMM ended: {said}{}", console_text(console))]
@@ -35,14 +81,6 @@ pub enum MachineError {
         said: String,
         /// The end of the guest's console.
         console: String,
-    },
-    /// It refused a command.
-    #[error("the VMM could not {action}: {said}")]
-    Refused {
-        /// What it was to do.
-        action: &'static str,
-        /// Its answer.
-        said: String,
     },
     /// It took too long.
     #[error("the VMM did not {action} within {} s{}", limit.as_secs(), console_text(console))]
@@ -57,7 +95,7 @@ pub enum MachineError {
 }
 
 fn console_text(console: &str) -> String {
-    let last: Vec<&str> = console.lines().rev().take(12).collect();
+    let last: Vec<&str> = console.lines().rev().take(CONSOLE_LINES).collect();
     if last.is_empty() {
         return String::new();
     }
@@ -89,174 +127,360 @@ fn hotplug_mib(class: &Class) -> u32 {
         .next_multiple_of(1024)
 }
 
+/// The machine of a size class, with the devices every baked μVM has.
+fn spec(class: &Class) -> Result<MachineSpec, MachineError> {
+    let small = |what, number: u32, most: u8| {
+        u8::try_from(number)
+            .ok()
+            .filter(|number| *number <= most)
+            .ok_or(MachineError::Size {
+                what,
+                number,
+                most: most.into(),
+            })
+    };
+    let device = |slot, kind| DeviceSpec { slot, kind };
+    let mut devices = vec![
+        device(
+            slots::VSOCK,
+            DeviceKind::Vsock {
+                cid: slots::GUEST_CID,
+            },
+        ),
+        device(slots::RNG, DeviceKind::Rng),
+        device(
+            slots::NET,
+            DeviceKind::Net {
+                pairs: 1,
+                mac: slots::PLACEHOLDER_MAC,
+            },
+        ),
+    ];
+    let hotplug = u64::from(hotplug_mib(class)) << 20;
+    if hotplug > 0 {
+        devices.push(device(slots::MEM, DeviceKind::Mem));
+    }
+    let disks = small("--slots", class.slots, slots::MAX_DISKS)?;
+    for slot in (slots::FIRST_DISK..).take(disks.into()) {
+        let id = slots::disk_id(slot);
+        devices.push(device(slot, DeviceKind::Block { id, queues: 1 }));
+    }
+    devices.sort_by_key(|device| device.slot);
+    Ok(MachineSpec {
+        cpus: small("--cpus", class.cpus, u8::MAX)?,
+        max_cpus: small("--max-cpus", class.max_cpus, u8::MAX)?,
+        memory: u64::from(class.memory_mib) << 20,
+        hotplug,
+        serial: true,
+        devices,
+    })
+}
+
+/// Where a VMM is locked in, if there is the right to do so.
+pub fn jail() -> Result<Option<Jail>, MachineError> {
+    // SAFETY: geteuid takes nothing and cannot fail.
+    if unsafe { libc::geteuid() } != 0 {
+        return Ok(None);
+    }
+    let root = PathBuf::from(EMPTY_ROOT);
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o755)
+        .create(&root)
+        .map_err(|source| MachineError::File {
+            action: "make",
+            path: root.clone(),
+            source,
+        })?;
+    let id = FIRST_UID + std::process::id();
+    Ok(Some(Jail {
+        uid: id,
+        gid: id,
+        root,
+    }))
+}
+
+fn open(path: &Path) -> Result<File, MachineError> {
+    File::open(path).map_err(|source| MachineError::File {
+        action: "open",
+        path: path.to_owned(),
+        source,
+    })
+}
+
+fn listen(path: &Path) -> Result<UnixListener, MachineError> {
+    UnixListener::bind(path).map_err(|source| MachineError::File {
+        action: "listen on",
+        path: path.to_owned(),
+        source,
+    })
+}
+
+/// What came out of a pipe of late.
+#[derive(Debug, Clone, Default)]
+struct Tail(Arc<Mutex<Vec<u8>>>);
+
+impl Tail {
+    fn text(&self) -> String {
+        let kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        String::from_utf8_lossy(&kept).replace('\r', "")
+    }
+
+    /// Keeps the end of what is written to the returned file, and tells when it contains `wanted`.
+    fn collect(
+        &self,
+        name: &'static str,
+        wanted: Option<(&'static [u8], watch::Sender<bool>)>,
+    ) -> Result<File, MachineError> {
+        let failed = |source| MachineError::System {
+            action: "read what the VMM writes",
+            source,
+        };
+        let (mut reader, writer) = io::pipe().map_err(failed)?;
+        let kept = self.0.clone();
+        let read = move || {
+            let mut buffer = [0; 4096];
+            // Ends with the last writer: the VMM.
+            while let Ok(length @ 1..) = reader.read(&mut buffer) {
+                let mut kept = kept.lock().unwrap_or_else(PoisonError::into_inner);
+                kept.extend_from_slice(&buffer[..length]);
+                if let Some((wanted, tell)) = &wanted
+                    && kept.windows(wanted.len()).any(|part| part == *wanted)
+                {
+                    tell.send_replace(true);
+                }
+                let surplus = kept.len().saturating_sub(CONSOLE);
+                kept.drain(..surplus);
+            }
+        };
+        std::thread::Builder::new()
+            .name(name.to_owned())
+            .spawn(read)
+            .map_err(failed)?;
+        Ok(File::from(OwnedFd::from(writer)))
+    }
+}
+
 /// A running machine. Dropping it ends it.
 #[derive(Debug)]
 pub struct Machine {
-    child: Child,
-    stdin: ChildStdin,
-    said: UnboundedReceiver<String>,
-    console: Arc<Mutex<Vec<u8>>>,
+    vmm: Arc<Vmm>,
+    console: Tail,
+    log: Tail,
+    ready: watch::Receiver<bool>,
+    exit: watch::Receiver<Option<i32>>,
 }
 
 impl Machine {
     /// Boots a guest whose agent is reached through the Unix socket `vsock`.
-    pub fn boot(vmm: &Path, boot: &Boot<'_>, vsock: &Path) -> Result<Machine, MachineError> {
-        let class = boot.class;
-        let mut command = Command::new(vmm);
-        command.arg("boot").arg("--kernel").arg(boot.kernel);
-        command
-            .arg("--initrd")
-            .arg(boot.initramfs)
-            .arg("--cmdline")
-            .arg(boot.command_line);
-        for (option, number) in [
-            ("--cpus", class.cpus),
-            ("--max-cpus", class.max_cpus),
-            ("--memory", class.memory_mib),
-            ("--hotplug", hotplug_mib(class)),
-            ("--slots", class.slots),
-        ] {
-            command.arg(option).arg(number.to_string());
-        }
-        Machine::start(vmm, command, vsock)
+    pub async fn boot(
+        vmm: &Path,
+        boot: &Boot<'_>,
+        vsock: &Path,
+        limit: Duration,
+    ) -> Result<Machine, MachineError> {
+        let request = Request::Boot {
+            machine: spec(boot.class)?,
+            kernel: 2,
+            initrd: Some(3),
+            cmdline: boot.command_line.to_owned(),
+            console: Some(0),
+            ends: vec![(slots::VSOCK, End::Listener(1))],
+        };
+        let files = [open(boot.kernel)?, open(boot.initramfs)?];
+        Machine::start(vmm, request, vsock, files, "start the guest", limit).await
     }
 
     /// Resumes what [`Machine::save`] left in a directory.
-    pub fn resume(vmm: &Path, dir: &Path, vsock: &Path) -> Result<Machine, MachineError> {
-        let mut command = Command::new(vmm);
-        command.arg("resume").arg(dir);
-        Machine::start(vmm, command, vsock)
+    pub async fn resume(
+        vmm: &Path,
+        dir: &Path,
+        vsock: &Path,
+        limit: Duration,
+    ) -> Result<Machine, MachineError> {
+        let request = Request::Resume {
+            state: 2,
+            memory: 3,
+            console: Some(0),
+            ends: vec![(slots::VSOCK, End::Listener(1))],
+        };
+        let files = [
+            open(&dir.join(Kind::State.name()))?,
+            open(&dir.join(Kind::Memory.name()))?,
+        ];
+        Machine::start(vmm, request, vsock, files, "resume the guest", limit).await
     }
 
-    fn start(vmm: &Path, mut command: Command, vsock: &Path) -> Result<Machine, MachineError> {
-        command.arg("--vsock").arg(vsock);
-        command
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped());
-        command.kill_on_drop(true);
-        // Ctrl-C is for us to handle; a machine that dies of it would look like a failure.
-        command.as_std_mut().process_group(0);
-        let parent = std::process::id();
-        // SAFETY: between fork and exec only system calls are made.
-        unsafe {
-            command.pre_exec(move || {
-                // Whatever ends us, the machine ends with us.
-                libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
-                if libc::getppid().cast_unsigned() == parent {
-                    Ok(())
-                } else {
-                    Err(io::Error::from_raw_os_error(libc::ESRCH))
-                }
-            });
-        }
-        let start = |source| MachineError::Start {
-            path: vmm.to_owned(),
-            source,
+    /// The request's descriptors are the console, the listener, and the two files.
+    async fn start(
+        program: &Path,
+        request: Request,
+        vsock: &Path,
+        files: [File; 2],
+        action: &'static str,
+        limit: Duration,
+    ) -> Result<Machine, MachineError> {
+        let listener = listen(vsock)?;
+        let (console, log) = (Tail::default(), Tail::default());
+        let (tell_ready, ready) = watch::channel(false);
+        let console_end =
+            console.collect("console", Some((READY_LINE.trim_ascii_end(), tell_ready)))?;
+        let spawn = Spawn {
+            program: program.to_owned(),
+            jail: jail()?,
+            log: Some(log.collect("vmm-log", None)?),
         };
-        let mut child = command.spawn().map_err(start)?;
-        let gone = || start(io::Error::from(io::ErrorKind::BrokenPipe));
-        let stdin = child.stdin.take().ok_or_else(gone)?;
-        let mut stdout = child.stdout.take().ok_or_else(gone)?;
-        let stderr = child.stderr.take().ok_or_else(gone)?;
-
-        let console = Arc::new(Mutex::new(Vec::new()));
-        let kept = console.clone();
-        tokio::spawn(async move {
-            let mut buffer = [0; 4096];
-            while let Ok(read @ 1..) = stdout.read(&mut buffer).await {
-                let mut kept = kept.lock().unwrap_or_else(PoisonError::into_inner);
-                kept.extend_from_slice(&buffer[..read]);
-                let surplus = kept.len().saturating_sub(CONSOLE);
-                kept.drain(..surplus);
-            }
-        });
-        let (sender, said) = unbounded_channel();
-        tokio::spawn(async move {
-            let mut lines = BufReader::new(stderr).lines();
-            while let Ok(Some(line)) = lines.next_line().await {
-                let line = line.strip_prefix("kiln-vmm: ").unwrap_or(&line).to_owned();
-                if sender.send(line).is_err() {
-                    return;
-                }
-            }
-        });
-        Ok(Machine {
-            child,
-            stdin,
-            said,
+        let vmm = spawn_apart(spawn).map_err(|source| MachineError::Vmm { action, source })?;
+        let vmm = Arc::new(vmm);
+        let (tell_exit, exit) = watch::channel(None);
+        let waiting = vmm.clone();
+        std::thread::Builder::new()
+            .name("vmm-exit".to_owned())
+            .spawn(move || tell_exit.send_replace(Some(waiting.wait().unwrap_or(-1))))
+            .map_err(|source| MachineError::System {
+                action: "wait for the VMM",
+                source,
+            })?;
+        let machine = Machine {
+            vmm,
             console,
-        })
+            log,
+            ready,
+            exit,
+        };
+        let [first, second] = files;
+        let fds = vec![
+            OwnedFd::from(console_end),
+            listener.into(),
+            first.into(),
+            second.into(),
+        ];
+        machine.ask(action, request, fds, limit).await?;
+        Ok(machine)
     }
 
     /// What the guest wrote to its console of late.
     pub fn console(&self) -> String {
-        let kept = self.console.lock().unwrap_or_else(PoisonError::into_inner);
-        String::from_utf8_lossy(&kept).replace('\r', "")
+        self.console.text()
+    }
+
+    /// Comes back when the agent has written on the console that it is ready; never, if it doesn't.
+    pub async fn ready(&self) {
+        let mut ready = self.ready.clone();
+        if ready.wait_for(|ready| *ready).await.is_err() {
+            std::future::pending().await
+        }
     }
 
     /// Comes back only if the machine ends by itself.
-    pub async fn ended(&mut self) -> MachineError {
-        let mut last = String::new();
-        while let Some(line) = self.said.recv().await {
-            last = line;
-        }
-        let status = self.child.wait().await;
-        if last.is_empty() {
-            last = status.map_or_else(|error| error.to_string(), |status| status.to_string());
-        }
+    pub async fn ended(&self) -> MachineError {
+        let mut exit = self.exit.clone();
+        let code = match exit.wait_for(Option::is_some).await {
+            Ok(code) => code.unwrap_or(-1),
+            Err(_) => -1,
+        };
+        // The threads that read the pipes may be a moment behind.
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        let log = self.log.text();
+        let said = match log.lines().rfind(|line| !line.trim().is_empty()) {
+            Some(line) => line.strip_prefix("kiln-vmm: ").unwrap_or(line).to_owned(),
+            None => format!("exit code {code}, and nothing in its log"),
+        };
         MachineError::Ended {
-            said: last,
+            said,
             console: self.console(),
         }
     }
 
-    /// Saves the machine into the files `state` and `memory` of a directory.
-    pub async fn save(&mut self, dir: &Path, limit: Duration) -> Result<(), MachineError> {
-        let command = format!("snapshot {}\n", dir.display());
-        let saved = |line: &str| line.starts_with("saved:");
-        self.ask("save the guest", &command, saved, limit).await
+    /// Saves the machine, which does not go on afterwards. `digest` is kept in the state's header.
+    pub async fn save(
+        &self,
+        state: File,
+        memory: File,
+        digest: [u8; 32],
+        limit: Duration,
+    ) -> Result<(), MachineError> {
+        let request = Request::Snapshot {
+            state: 0,
+            memory: 1,
+            digest,
+            go_on: false,
+        };
+        let fds = vec![state.into(), memory.into()];
+        self.ask("save the guest", request, fds, limit).await?;
+        Ok(())
     }
 
     /// Ends the machine.
-    pub async fn stop(mut self) -> Result<(), MachineError> {
-        let ended = |line: &str| line.starts_with("ended:");
-        self.ask("stop", "stop\n", ended, Duration::from_secs(10))
-            .await
+    pub async fn stop(self) -> Result<(), MachineError> {
+        self.ask("stop", Request::Stop, Vec::new(), Duration::from_secs(10))
+            .await?;
+        Ok(())
     }
 
     async fn ask(
-        &mut self,
+        &self,
         action: &'static str,
-        command: &str,
-        is_answer: impl Fn(&str) -> bool,
+        request: Request,
+        fds: Vec<OwnedFd>,
         limit: Duration,
-    ) -> Result<(), MachineError> {
-        if self.stdin.write_all(command.as_bytes()).await.is_err() {
-            return Err(self.ended().await);
-        }
-        // What it says of its own accord: not an answer.
-        let chatter = |line: &str| line.starts_with("guest:") || line.starts_with("stopping");
-        let answer = async {
-            loop {
-                match self.said.recv().await {
-                    Some(line) if is_answer(&line) => return Some(Ok(())),
-                    Some(line) if chatter(&line) || line.ends_with(" ns") => {}
-                    Some(said) => return Some(Err(MachineError::Refused { action, said })),
-                    None => return None,
-                }
+    ) -> Result<Reply, MachineError> {
+        let vmm = self.vmm.clone();
+        let call = tokio::task::spawn_blocking(move || {
+            let fds: Vec<BorrowedFd<'_>> = fds.iter().map(AsFd::as_fd).collect();
+            vmm.call(&request, &fds)
+        });
+        let answer = match timeout(limit, call).await {
+            Ok(Ok(answer)) => answer,
+            Ok(Err(source)) => {
+                return Err(MachineError::System {
+                    action: "run a thread",
+                    source: io::Error::other(source),
+                });
+            }
+            Err(_) => {
+                return Err(MachineError::Slow {
+                    action,
+                    limit,
+                    console: self.console(),
+                });
             }
         };
-        match timeout(limit, answer).await {
-            Ok(Some(result)) => result,
-            Ok(None) => Err(self.ended().await),
-            Err(_) => Err(MachineError::Slow {
-                action,
-                limit,
-                console: self.console(),
-            }),
+        match answer {
+            Err(VmmError::Gone | VmmError::Socket(_)) => Err(self.ended().await),
+            other => other.map_err(|source| MachineError::Vmm { action, source }),
         }
     }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        // Threads that wait for the VMM hold it too: it has to be ended by name.
+        self.vmm.kill();
+    }
+}
+
+/// Starts a VMM that the terminal's signals don't reach: Ctrl-C is for its client to handle, and for
+/// the container.
+pub fn spawn_apart(spawn: Spawn) -> Result<Vmm, VmmError> {
+    // SAFETY: all-zero is a valid signal set, and the calls fill the ones they are given. Only this
+    // thread's mask changes, and is put back; the new process inherits it, as every thread of it will.
+    let before = unsafe {
+        let mut block: libc::sigset_t = std::mem::zeroed();
+        let mut before: libc::sigset_t = std::mem::zeroed();
+        libc::sigemptyset(&raw mut block);
+        for signal in [libc::SIGINT, libc::SIGQUIT, libc::SIGTSTP, libc::SIGHUP] {
+            libc::sigaddset(&raw mut block, signal);
+        }
+        libc::pthread_sigmask(libc::SIG_BLOCK, &raw const block, &raw mut before);
+        before
+    };
+    let vmm = Vmm::spawn(spawn);
+    // SAFETY: the mask is the one this thread had.
+    unsafe {
+        libc::pthread_sigmask(libc::SIG_SETMASK, &raw const before, std::ptr::null_mut());
+    }
+    vmm
 }
 
 #[cfg(test)]
@@ -264,91 +488,118 @@ mod tests {
     use super::*;
     use std::os::unix::fs::PermissionsExt;
 
-    /// A stand-in that speaks the VMM's side of the pipe, to test this side of it.
+    fn class() -> Class {
+        Class {
+            cpus: 1,
+            max_cpus: 8,
+            memory_mib: 256,
+            max_memory_mib: 4096,
+            slots: 8,
+        }
+    }
+
+    /// A program in the VMM's place.
     fn script(text: &str) -> (tempfile::TempDir, PathBuf) {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("vmm");
-        std::fs::write(&path, format!("#!/bin/sh\n{text}\n")).unwrap();
-        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+        fs::write(&path, format!("#!/bin/sh\n{text}\n")).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+        for kind in [Kind::State, Kind::Memory] {
+            fs::write(dir.path().join(kind.name()), "").unwrap();
+        }
         (dir, path)
     }
 
     /// A script that was just written may be busy while another test forks.
-    async fn resume(path: &Path) -> Machine {
+    async fn resume(dir: &Path, program: &Path, limit: Duration) -> Result<Machine, MachineError> {
         for _ in 0..100 {
-            match Machine::resume(path, Path::new("/d"), Path::new("/s")) {
-                Err(MachineError::Start { source, .. })
-                    if source.kind() == io::ErrorKind::ExecutableFileBusy =>
-                {
+            let socket = dir.join("vsock");
+            let _ = fs::remove_file(&socket);
+            match Machine::resume(program, dir, &socket, limit).await {
+                Err(MachineError::Vmm {
+                    source: VmmError::Spawn { source, .. },
+                    ..
+                }) if source.kind() == io::ErrorKind::ExecutableFileBusy => {
                     tokio::time::sleep(Duration::from_millis(5)).await;
                 }
-                machine => return machine.unwrap(),
+                machine => return machine,
             }
         }
-        panic!("{} stays busy", path.display());
+        panic!("{} stays busy", program.display());
     }
 
-    const LIMIT: Duration = Duration::from_secs(20);
+    #[test]
+    fn every_machine_has_the_devices_of_the_contract() {
+        let spec = spec(&class()).unwrap();
+        let of = |slot: u8| {
+            let mut devices = spec.devices.iter();
+            &devices.find(|device| device.slot == slot).unwrap().kind
+        };
+        assert!(matches!(of(slots::VSOCK), DeviceKind::Vsock { .. }));
+        assert!(matches!(of(slots::RNG), DeviceKind::Rng));
+        assert!(matches!(of(slots::MEM), DeviceKind::Mem));
+        assert!(matches!(of(slots::NET), DeviceKind::Net { pairs: 1, .. }));
+        let disk = |kind: &DeviceKind| matches!(kind, DeviceKind::Block { .. });
+        let disks: Vec<u8> = spec
+            .devices
+            .iter()
+            .filter(|device| disk(&device.kind))
+            .map(|device| device.slot)
+            .collect();
+        assert_eq!(disks, (slots::FIRST_DISK..16).collect::<Vec<u8>>());
+        assert_eq!((spec.memory, spec.hotplug), (256 << 20, 4 << 30));
+    }
 
-    #[tokio::test]
-    async fn answers_are_told_from_chatter_and_refusals() {
-        let (_dir, path) = script(
-            "read a; echo 'kiln-vmm: guest: x' >&2; echo 'kiln-vmm: saved: 3' >&2
-             read b; echo 'kiln-vmm: the disk is full' >&2
-             read c; echo 'kiln-vmm: stopping' >&2; echo 'kiln-vmm: ended: Stopped' >&2",
-        );
-        let mut machine = resume(&path).await;
-        machine.save(Path::new("/x"), LIMIT).await.unwrap();
-        let refused = machine
-            .save(Path::new("/x"), LIMIT)
-            .await
-            .unwrap_err()
-            .to_string();
-        assert!(
-            refused.contains("save the guest: the disk is full"),
-            "{refused}"
-        );
-        machine.stop().await.unwrap();
+    #[test]
+    fn class_that_cannot_grow_has_no_hotplug() {
+        let mut fixed = class();
+        fixed.max_memory_mib = fixed.memory_mib;
+        let spec = spec(&fixed).unwrap();
+        assert_eq!(spec.hotplug, 0);
+        assert!(spec.devices.iter().all(|d| d.kind != DeviceKind::Mem));
+    }
+
+    #[test]
+    fn numbers_no_machine_has_are_refused_by_option() {
+        let mut class = class();
+        class.slots = 25;
+        let error = spec(&class).unwrap_err().to_string();
+        assert!(error.contains("--slots") && error.contains("24"), "{error}");
     }
 
     #[tokio::test]
-    async fn end_of_the_vmm_shows_its_last_words_and_the_console() {
-        let (_dir, path) = script("echo 'Kernel panic'; echo 'kiln-vmm: ended: Reset' >&2; exit 3");
-        let mut machine = resume(&path).await;
-        let error = machine.ended().await.to_string();
-        assert!(
-            error.contains("ended: Reset") && error.contains("Kernel panic"),
-            "{error}"
-        );
+    async fn end_of_the_vmm_shows_its_last_words() {
+        let (dir, path) = script("echo 'kiln-vmm: /dev/kvm is gone' >&2; exit 1");
+        let error = resume(dir.path(), &path, Duration::from_secs(20)).await;
+        let text = error.unwrap_err().to_string();
+        assert!(text.contains("ended: /dev/kvm is gone"), "{text}");
     }
 
     #[tokio::test]
     async fn silence_is_given_up_at_the_limit_and_the_vmm_killed() {
-        let (_dir, path) = script("sleep 60");
-        let mut machine = resume(&path).await;
-        let pid = machine.child.id().unwrap();
-        let error = machine
-            .save(Path::new("/x"), Duration::from_millis(50))
-            .await
-            .unwrap_err();
-        assert!(matches!(error, MachineError::Slow { .. }));
-        drop(machine);
-        let deadline = std::time::Instant::now() + LIMIT;
-        let state = || {
-            let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-            stat.rsplit(')')
-                .next()
-                .and_then(|rest| rest.trim().chars().next())
-        };
-        while !matches!(state(), None | Some('Z')) {
-            assert!(std::time::Instant::now() < deadline, "it is still alive");
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
+        let (dir, path) = script("echo $$ > \"${0%/*}/pid\"; exec sleep 60");
+        let error = resume(dir.path(), &path, Duration::from_millis(300)).await;
+        assert!(matches!(error.unwrap_err(), MachineError::Slow { .. }));
+        let pid = fs::read_to_string(dir.path().join("pid")).unwrap();
+        // Killed and reaped before the error came back.
+        assert!(!Path::new("/proc").join(pid.trim()).exists());
     }
 
     #[tokio::test]
     async fn missing_vmm_is_named() {
-        let error = Machine::resume(Path::new("/no/vmm"), Path::new("/d"), Path::new("/s"));
-        assert!(error.unwrap_err().to_string().contains("/no/vmm"));
+        let (dir, _) = script("");
+        let error = resume(dir.path(), Path::new("/no/vmm"), Duration::from_secs(1)).await;
+        let error = chain(&error.unwrap_err());
+        assert!(error.contains("/no/vmm"), "{error}");
+    }
+
+    fn chain(error: &dyn std::error::Error) -> String {
+        let mut text = error.to_string();
+        let mut next = error.source();
+        while let Some(cause) = next {
+            text += &format!(": {cause}");
+            next = cause.source();
+        }
+        text
     }
 }
