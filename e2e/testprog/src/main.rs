@@ -5,6 +5,7 @@
 //! its arguments and needs nothing from the image around it.
 
 mod files;
+mod guest;
 mod http;
 mod json;
 mod load;
@@ -38,7 +39,8 @@ testprog COMMAND [ARGUMENTS]
   tty                        print whether stdio is a terminal and its size; again after each resize
   spawn COUNT                start COUNT sleeping children, print their pids, pause
   orphan                     leave an orphaned child behind that ends at once
-  sleep SECONDS              sleep (fractions allowed)";
+  sleep SECONDS              sleep (fractions allowed)
+  guest PORT                 be a guest that runs the scripts that come over vsock";
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -85,6 +87,7 @@ fn run(arguments: &[String]) -> Result<ExitCode> {
         "tty" => return text::tty(),
         "spawn" => return process::spawn(number(rest, 0)?),
         "orphan" => process::orphan()?,
+        "guest" => guest::serve(number(rest, 0)?)?,
         "sleep" => std::thread::sleep(std::time::Duration::from_secs_f64(fraction(rest, 0)?)),
         "help" | "--help" | "-h" => text::say(USAGE)?,
         other => bail!("unknown command {other:?}\n{USAGE}"),

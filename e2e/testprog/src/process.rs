@@ -53,7 +53,10 @@ pub(crate) fn spawn(count: usize) -> Result<ExitCode> {
             }
         }
     }
-    let pids: Vec<String> = children.iter().map(|child| child.id().to_string()).collect();
+    let pids: Vec<String> = children
+        .iter()
+        .map(|child| child.id().to_string())
+        .collect();
     say(&format!("spawned {}", pids.join(" ")))?;
     pause()
 }

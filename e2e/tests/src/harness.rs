@@ -28,6 +28,8 @@ pub struct Case {
     name: &'static str,
     limit: Duration,
     alone: bool,
+    /// The only handler it runs for, and what stands in the handler's place in its name.
+    only: Option<(&'static str, &'static str)>,
     body: Arc<Body>,
 }
 
@@ -43,6 +45,7 @@ impl Case {
             name,
             limit: LIMIT,
             alone: false,
+            only: None,
             body,
         }
     }
@@ -51,6 +54,19 @@ impl Case {
     pub fn limit(mut self, seconds: u64) -> Self {
         self.limit = Duration::from_secs(seconds);
         self
+    }
+
+    /// Runs it for one handler only, once, under the name of a part: for tests that don't go through a runtime.
+    pub fn only_with(mut self, handler: &'static str, part: &'static str) -> Self {
+        self.only = Some((handler, part));
+        self
+    }
+
+    fn full_name(&self, handler: &str) -> Option<String> {
+        match self.only {
+            None => Some(format!("{handler}::{}", self.name)),
+            Some((only, part)) => (only == handler).then(|| format!("{part}::{}", self.name)),
+        }
     }
 
     /// Lets no other test run at the same time.
@@ -96,7 +112,9 @@ pub fn main(cases: &[Case]) -> std::process::ExitCode {
         for case in cases {
             let (case, handler) = (case.clone(), handler.clone());
             let (alone, retries) = (Arc::clone(&alone), Arc::clone(&retries));
-            let name = format!("{handler}::{}", case.name);
+            let Some(name) = case.full_name(&handler) else {
+                continue;
+            };
             trials.push(Trial::test(name, move || {
                 let _shared;
                 let _exclusive;

@@ -17,6 +17,7 @@ pub mod pod;
 pub mod setup;
 pub mod stream;
 mod test;
+pub mod uvm;
 pub mod wait;
 
 pub use cri::Cri;

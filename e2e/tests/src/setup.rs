@@ -40,7 +40,8 @@ impl Images {
     }
 }
 
-fn testprog_path() -> Result<PathBuf> {
+/// Where `kiln-testprog` is.
+pub(crate) fn testprog_path() -> Result<PathBuf> {
     if let Some(path) = std::env::var_os("KILN_TESTPROG") {
         return Ok(path.into());
     }

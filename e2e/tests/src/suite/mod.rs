@@ -9,6 +9,7 @@ mod pods;
 mod resources;
 mod streams;
 mod tasks;
+mod vmm;
 mod volumes;
 
 use kiln_e2e::harness::Case;
@@ -25,6 +26,7 @@ pub(crate) fn all() -> Vec<Case> {
         network::cases(),
         resources::cases(),
         tasks::cases(),
+        vmm::cases(),
     ]
     .into_iter()
     .flatten()
