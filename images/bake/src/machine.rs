@@ -155,6 +155,12 @@ fn spec(class: &Class) -> Result<MachineSpec, MachineError> {
                 mac: slots::PLACEHOLDER_MAC,
             },
         ),
+        device(
+            slots::FS,
+            DeviceKind::Fs {
+                tag: slots::FS_TAG.to_owned(),
+            },
+        ),
     ];
     let hotplug = u64::from(hotplug_mib(class)) << 20;
     if hotplug > 0 {
@@ -539,6 +545,7 @@ mod tests {
         assert!(matches!(of(slots::RNG), DeviceKind::Rng));
         assert!(matches!(of(slots::MEM), DeviceKind::Mem));
         assert!(matches!(of(slots::NET), DeviceKind::Net { pairs: 1, .. }));
+        assert!(matches!(of(slots::FS), DeviceKind::Fs { tag } if tag == slots::FS_TAG));
         let disk = |kind: &DeviceKind| matches!(kind, DeviceKind::Block { .. });
         let disks: Vec<u8> = spec
             .devices
