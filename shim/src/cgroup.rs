@@ -52,7 +52,29 @@ fn relative(cgroups_path: &str) -> Option<PathBuf> {
 /// Makes the cgroup and moves a process into it.
 pub fn enter(directory: &Path, pid: u32) -> io::Result<()> {
     fs::create_dir_all(directory)?;
+    hand_down(directory);
     fs::write(directory.join("cgroup.procs"), pid.to_string())
+}
+
+/// Has the ancestors account for the cgroup's memory, CPU time, I/O and processes. Whoever manages the
+/// node (kubelet, systemd) has usually done so; an ancestor that refuses keeps its figures to itself.
+fn hand_down(directory: &Path) {
+    let mut ancestors: Vec<_> = directory
+        .ancestors()
+        .skip(1)
+        .take_while(|d| d.starts_with(ROOT))
+        .collect();
+    ancestors.reverse();
+    for ancestor in ancestors {
+        let control = ancestor.join("cgroup.subtree_control");
+        let active = fs::read_to_string(&control).unwrap_or_default();
+        for controller in ["cpu", "memory", "io", "pids"] {
+            if !active.split_whitespace().any(|c| c == controller) {
+                // One at a time: a controller that isn't there must not cost the others.
+                let _ = fs::write(&control, format!("+{controller}"));
+            }
+        }
+    }
 }
 
 /// Removes the cgroup. Whoever removes the one it is in itself leaves it first.

@@ -9,7 +9,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::network;
 use crate::record::{PodDir, ProcessRef, Record};
-use crate::{bootstrap, cgroup};
+use crate::{bootstrap, cgroup, share};
 
 /// How long a killed process may take to be gone.
 const KILL_WAIT: Duration = Duration::from_secs(2);
@@ -25,6 +25,10 @@ pub fn pod(dir: &PodDir, address: &str) {
     if let Some(record) = dir.load() {
         resources(&record, &note);
     }
+    note(
+        "take away the shared directory",
+        share::remove(dir.shared()),
+    );
     note("remove the socket", bootstrap::remove(address));
     note("remove the pod's directory", dir.remove());
 }

@@ -35,6 +35,10 @@ pub struct Config {
     pub vmm: PathBuf,
     /// Images made from containers' root file systems.
     pub rootfs_cache: PathBuf,
+    /// How many bytes of them are kept when nobody uses them.
+    pub rootfs_cache_size: u64,
+    /// User and group ids from here on are the VMMs', one for each pod.
+    pub vmm_ids: u32,
     /// vCPUs of a pod that states nothing.
     pub default_cpus: u32,
     /// Memory of a pod that states nothing, without the guest's own share.
@@ -59,6 +63,8 @@ struct File {
     state_dir: Option<PathBuf>,
     vmm: Option<PathBuf>,
     rootfs_cache: Option<PathBuf>,
+    rootfs_cache_size: Option<String>,
+    vmm_ids: Option<u32>,
     debug: Option<bool>,
     answer: Option<AnswerForm>,
     uvm: FileUvm,
@@ -160,6 +166,8 @@ impl Default for Config {
             state_dir: "/run/kiln".into(),
             vmm: default_vmm(),
             rootfs_cache: "/var/lib/kiln/rootfs".into(),
+            rootfs_cache_size: 16 << 30,
+            vmm_ids: 0x7000_0000,
             default_cpus: 1,
             default_memory: 256 * MIB,
             guest_overhead: 64 * MIB,
@@ -211,6 +219,13 @@ impl Config {
             state_dir: file.state_dir.unwrap_or(d.state_dir),
             vmm: file.vmm.unwrap_or(d.vmm),
             rootfs_cache: file.rootfs_cache.unwrap_or(d.rootfs_cache),
+            rootfs_cache_size: size(
+                "rootfs_cache_size",
+                file.rootfs_cache_size,
+                d.rootfs_cache_size,
+            )?,
+            // 0 would be root.
+            vmm_ids: positive("vmm_ids", file.vmm_ids, d.vmm_ids)?,
             default_cpus: positive("uvm.cpus", file.uvm.cpus, d.default_cpus)?,
             default_memory: size("uvm.memory", file.uvm.memory, d.default_memory)?,
             guest_overhead: size("uvm.overhead", file.uvm.overhead, d.guest_overhead)?,

@@ -7,7 +7,9 @@ use std::sync::Arc;
 use kiln_shim::uvm::StoreLauncher;
 
 fn main() -> ExitCode {
-    match kiln_shim::program::main(|shim| Arc::new(StoreLauncher::new(&shim.config))) {
+    match kiln_shim::program::main(|shim| {
+        Arc::new(StoreLauncher::new(&shim.config, shim.pod_dir()))
+    }) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             // For `start` and `delete` that fail, containerd shows this to the user.

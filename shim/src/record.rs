@@ -40,33 +40,61 @@ pub struct Record {
     pub answer: Option<AnswerForm>,
 }
 
-/// Where a pod's record and sockets lie.
+/// Where a pod's record and sockets lie, and where its volumes are mounted.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct PodDir(PathBuf);
+pub struct PodDir {
+    dir: PathBuf,
+    shared: PathBuf,
+}
 
 impl PodDir {
     /// The directory of a pod; ids were checked to be file names.
     pub fn new(state_dir: &Path, namespace: &str, group: &str) -> Self {
-        Self(state_dir.join("pods").join(namespace).join(group))
+        let of = |kind: &str| state_dir.join(kind).join(namespace).join(group);
+        Self {
+            dir: of("pods"),
+            shared: of("shared"),
+        }
     }
 
     /// The directory.
     pub fn path(&self) -> &Path {
-        &self.0
+        &self.dir
+    }
+
+    /// The directory that is shared with the μVM. Not below the other one, which is removed with all
+    /// that is in it.
+    pub fn shared(&self) -> &Path {
+        &self.shared
+    }
+
+    /// The socket that leads to the guest.
+    pub fn vsock(&self) -> PathBuf {
+        self.dir.join("vsock.sock")
+    }
+
+    /// The VMM's root: an empty directory.
+    pub fn empty_root(&self) -> PathBuf {
+        self.dir.join("root")
+    }
+
+    /// Where the time of the start went.
+    pub fn trace(&self) -> PathBuf {
+        self.dir.join("trace.json")
     }
 
     fn record_path(&self) -> PathBuf {
-        self.0.join("record.json")
+        self.dir.join("record.json")
     }
 
     /// Makes the directory.
     pub fn create(&self) -> io::Result<()> {
-        fs::create_dir_all(&self.0)
+        fs::create_dir_all(&self.dir)
     }
 
     /// Writes the record, whole or not at all.
     pub fn save(&self, record: &Record) -> io::Result<()> {
-        let new = self.0.join("record.json.new");
+        let new = self.dir.join("record.json.new");
         fs::write(&new, serde_json::to_vec(record)?)?;
         fs::rename(new, self.record_path())
     }
@@ -78,11 +106,11 @@ impl PodDir {
 
     /// Removes the directory and, if it was the last one, its namespace's.
     pub fn remove(&self) -> io::Result<()> {
-        match fs::remove_dir_all(&self.0) {
+        match fs::remove_dir_all(&self.dir) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
             _ => {}
         }
-        if let Some(namespace) = self.0.parent() {
+        if let Some(namespace) = self.dir.parent() {
             // Fails while another pod is in it, as it should.
             let _ = fs::remove_dir(namespace);
         }

@@ -34,7 +34,6 @@ use crate::config::{Config, PodOverrides};
 use crate::error::{Error, Result};
 use crate::events::{Event, Exit};
 use crate::publisher::Publisher;
-use crate::rootfs::SharedVolumes;
 use crate::size::{Limits, size_of};
 use crate::spec::{Role, Spec};
 use crate::uvm::{GuestEvent, Launcher, PodSetup, Uvm};
@@ -53,7 +52,6 @@ pub struct Pod {
     setup: Mutex<Option<Launched>>,
     containers: Mutex<HashMap<String, Arc<Container>>>,
     sandbox: Mutex<Option<sandbox::Sandbox>>,
-    shared_volumes: SharedVolumes,
     /// Set when the μVM is gone for good.
     ended: watch::Sender<Option<Exit>>,
     shutdown: watch::Sender<bool>,
@@ -90,7 +88,6 @@ impl Pod {
             setup: Mutex::new(None),
             containers: Mutex::default(),
             sandbox: Mutex::new(None),
-            shared_volumes: SharedVolumes::default(),
             ended: watch::channel(None).0,
             shutdown: watch::channel(false).0,
         })

@@ -109,8 +109,7 @@ impl Pod {
             spec,
             rootfs,
         };
-        let (storage, guest) =
-            Storage::prepare(&wanted, &self.config, &self.shared_volumes, uvm).await?;
+        let (storage, guest) = Storage::prepare(&wanted, &self.config, uvm).await?;
         let (tty_width, tty_height) = spec.console_size();
         let request = proto::CreateContainerRequest {
             container_id: container.id.clone(),

@@ -2,6 +2,7 @@
 //! it was asked, so that tests choose the order in which things happen.
 
 use super::*;
+use crate::share::Volume;
 use crate::size::Size;
 use crate::time::UnixNanos;
 use crate::uvm::GuestDisk;
@@ -147,11 +148,13 @@ impl Uvm for Scripted {
             None => std::future::pending().await,
         }
     }
-    async fn write_file(&self, r: proto::WriteFileRequest) -> Result<()> {
-        self.call("write_file", &r.path)
+    fn share(&self, volume: &Volume) -> Result<String> {
+        self.call("share", &volume.source.display().to_string())?;
+        Ok("/run/kiln/shared/0".into())
     }
-    async fn add_mounts(&self, mounts: Vec<proto::Mount>) -> Result<()> {
-        self.call("add_mounts", &mounts[0].target)
+    fn unshare(&self, volume: &Volume) {
+        let call = format!("unshare {}", volume.source.display());
+        self.calls.lock().unwrap().push(call);
     }
     async fn attach_disk(&self, _: File, read_only: bool) -> Result<GuestDisk> {
         self.call("attach", if read_only { "ro" } else { "rw" })?;

@@ -1,29 +1,22 @@
-//! Finds out what containerd's mounts are made of, and turns directories into EROFS images.
-//!
-//! Images are kept by what they were made from: the layers' directories, by path, inode and change
-//! time. A layer's directory never changes once containerd has committed it, so an image is made
-//! once and used by every container of that image on the node.
+//! Finds out what containerd's mounts are made of, and has directories turned into EROFS images.
 
-use std::fs::{self, File};
-use std::io;
-use std::os::unix::fs::MetadataExt;
+use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 
 use containerd_shim_protos::api::Mount;
-use nix::fcntl::{Flock, FlockArg};
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use sha2::{Digest, Sha256};
+use kiln_cache::{Cache, ImageKey, Lease, Lowers, OverlayMount};
 
+use crate::config::Config;
 use crate::error::{Error, Result};
-
-const MKFS: &str = "mkfs.erofs";
+use crate::pod::random;
 
 /// What a root file system is made of.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Source {
-    /// Directories, the topmost first.
-    Directories(Vec<PathBuf>),
+    /// Layers that don't change any more.
+    Committed(Lowers),
+    /// Directories that may differ the next time they are looked at.
+    Fleeting(Lowers),
     /// A device or an image file with a file system in it.
     Image {
         /// It.
@@ -39,7 +32,7 @@ pub(super) enum Source {
 pub(super) fn find(mounts: &[Mount], bundle: &Path) -> Result<Source> {
     let [mount] = mounts else {
         if mounts.is_empty() {
-            return Ok(Source::Directories(vec![bundle.join("rootfs")]));
+            return Ok(Source::Fleeting(Lowers::plain(bundle.join("rootfs"))));
         }
         let kinds: Vec<_> = mounts.iter().map(|m| m.type_.as_str()).collect();
         return Err(Error::Unimplemented(format!(
@@ -48,35 +41,21 @@ pub(super) fn find(mounts: &[Mount], bundle: &Path) -> Result<Source> {
             kinds.join(", ")
         )));
     };
-    let option = |name: &str| {
-        mount
-            .options
-            .iter()
-            .find_map(|o| o.strip_prefix(name)?.strip_prefix('='))
-    };
+    let read_only = mount.options.iter().any(|o| o == "ro");
     match mount.type_.as_str() {
-        "overlay" => {
-            let lower = option("lowerdir").unwrap_or_default();
-            let mut directories: Vec<PathBuf> = split_lower(lower);
-            // The upper directory is where a container's own writes would go; what is in it
-            // already was put there by containerd and belongs to the root.
-            if let Some(upper) = option("upperdir").map(PathBuf::from)
-                && !is_empty(&upper)?
-            {
-                directories.insert(0, upper);
-            }
-            if directories.is_empty() {
-                return Err(Error::InvalidArgument(
-                    "containerd's overlay mount has no lowerdir".into(),
-                ));
-            }
-            Ok(Source::Directories(directories))
+        "overlay" => overlay(mount),
+        "bind" => {
+            let lowers = Lowers::plain(PathBuf::from(&mount.source));
+            Ok(if read_only {
+                Source::Committed(lowers)
+            } else {
+                Source::Fleeting(lowers)
+            })
         }
-        "bind" => Ok(Source::Directories(vec![PathBuf::from(&mount.source)])),
         "ext4" | "xfs" | "btrfs" | "erofs" => Ok(Source::Image {
             path: PathBuf::from(&mount.source),
             kind: mount.type_.clone(),
-            read_only: mount.type_ == "erofs" || mount.options.iter().any(|o| o == "ro"),
+            read_only: read_only || mount.type_ == "erofs",
         }),
         other => Err(Error::Unimplemented(format!(
             "a root file system of type {other:?} is not supported; use the overlayfs, native, \
@@ -85,162 +64,49 @@ pub(super) fn find(mounts: &[Mount], bundle: &Path) -> Result<Source> {
     }
 }
 
-/// Splits a `lowerdir`, in which a backslash escapes a colon.
-fn split_lower(text: &str) -> Vec<PathBuf> {
-    let mut parts = vec![String::new()];
-    let mut chars = text.chars();
-    while let Some(c) = chars.next() {
-        match c {
-            '\\' => parts
-                .last_mut()
-                .into_iter()
-                .for_each(|p| p.extend(chars.next())),
-            ':' => parts.push(String::new()),
-            c => parts.last_mut().into_iter().for_each(|p| p.push(c)),
-        }
-    }
-    parts
-        .into_iter()
-        .filter(|p| !p.is_empty())
-        .map(PathBuf::from)
-        .collect()
-}
-
-fn is_empty(dir: &Path) -> Result<bool> {
-    let mut entries = fs::read_dir(dir).map_err(|e| {
-        Error::failed(
-            format!("look into the upper directory {}", dir.display()),
-            e,
-        )
-    })?;
-    Ok(entries.next().is_none())
-}
-
-/// The image of these directories, made now if the cache hasn't got it. Blocks.
-pub(super) fn erofs(cache: &Path, directories: &[PathBuf]) -> Result<PathBuf> {
-    let key = key(directories)?;
-    let image = cache.join(format!("{key}.erofs"));
-    if image.exists() {
-        return Ok(image);
-    }
-    let io = |what: &str, e| Error::failed(format!("{what} {}", image.display()), e);
-    fs::create_dir_all(cache).map_err(|e| io("make the cache's directory for", e))?;
-    let lock = File::create(cache.join(format!("{key}.lock"))).map_err(|e| io("lock", e))?;
-    let lock = Flock::lock(lock, FlockArg::LockExclusive)
-        .map_err(|(_, e)| io("lock", io::Error::from(e)))?;
-    if !image.exists() {
-        // Under the lock the name is ours; what a killed predecessor left is overwritten.
-        let partial = cache.join(format!("{key}.partial"));
-        let made = match directories {
-            [one] => mkfs(one, &partial),
-            many => {
-                let view = MergedView::mount(cache, &key, many)?;
-                mkfs(&view.path, &partial)
-            }
-        };
-        let placed = made.and_then(|()| {
-            File::open(&partial)
-                .and_then(|f| f.sync_all())
-                .and_then(|()| fs::rename(&partial, &image))
-                .map_err(|e| io("keep", e))
-        });
-        if let Err(error) = placed {
-            // Best effort: the failure that counts is being reported.
-            let _ = fs::remove_file(&partial);
-            return Err(error);
-        }
-    }
-    // Removed under the lock: whoever waits for it finds the image, whoever comes later makes a
-    // new lock file.
-    let _ = fs::remove_file(cache.join(format!("{key}.lock")));
-    drop(lock);
-    Ok(image)
-}
-
-fn key(directories: &[PathBuf]) -> Result<String> {
-    let mut hash = Sha256::new();
-    for dir in directories {
-        let metadata = fs::metadata(dir)
-            .map_err(|e| Error::failed(format!("look at the layer {}", dir.display()), e))?;
-        hash.update(dir.as_os_str().as_encoded_bytes());
-        hash.update(
-            format!(
-                "\0{}:{}:{}.{}\0",
-                metadata.dev(),
-                metadata.ino(),
-                metadata.ctime(),
-                metadata.ctime_nsec()
-            )
-            .as_bytes(),
-        );
-    }
-    Ok(hash.finalize().iter().map(|b| format!("{b:02x}")).collect())
-}
-
-fn mkfs(from: &Path, to: &Path) -> Result<()> {
-    let output = Command::new(MKFS)
-        .arg("--quiet")
-        .arg(to)
-        .arg(from)
-        .stdin(Stdio::null())
-        .output()
-        .map_err(|e| match e.kind() {
-            io::ErrorKind::NotFound => Error::FailedPrecondition(format!(
-                "{MKFS} is not installed; install erofs-utils on the node"
-            )),
-            _ => Error::failed(format!("run {MKFS}"), e),
-        })?;
-    if output.status.success() {
-        return Ok(());
-    }
-    let said = String::from_utf8_lossy(&output.stderr);
-    Err(Error::failed(
-        format!("make an image of {}", from.display()),
-        format!("{MKFS} ended with {}: {}", output.status, said.trim()),
+fn overlay(mount: &Mount) -> Result<Source> {
+    let parsed = OverlayMount::parse(&mount.options)
+        .map_err(|e| Error::InvalidArgument(format!("containerd's mount: {e}")))?;
+    // The upper directory is where a container's own writes would go; what is in it already was put
+    // there by containerd and belongs to the root.
+    let Some(upper) = parsed.upper.filter(|u| !is_empty(u)) else {
+        return Ok(Source::Committed(parsed.lowers));
+    };
+    let layers = parsed.lowers.dirs().map(Path::to_owned);
+    let layers = std::iter::once(upper).chain(layers).collect();
+    Ok(Source::Fleeting(
+        if mount.options.iter().any(|o| o == "userxattr") {
+            Lowers::overlay_with_user_xattrs(layers)
+        } else {
+            Lowers::overlay(layers)
+        },
     ))
 }
 
-/// The directories as one, mounted for as long as this lives.
-struct MergedView {
-    path: PathBuf,
+/// One that isn't there, or can't be read, has nothing to give.
+fn is_empty(dir: &Path) -> bool {
+    fs::read_dir(dir).map_or(true, |mut entries| entries.next().is_none())
 }
 
-impl MergedView {
-    fn mount(cache: &Path, key: &str, directories: &[PathBuf]) -> Result<Self> {
-        let path = cache.join(format!("{key}.view"));
-        let failed = |e: io::Error| Error::failed("mount the container's layers", e);
-        fs::create_dir_all(&path).map_err(failed)?;
-        // A predecessor that was killed may have left its own.
-        let _ = umount2(&path, MntFlags::MNT_DETACH);
-        let lower: Vec<String> = directories
-            .iter()
-            .map(|d| {
-                d.display()
-                    .to_string()
-                    .replace('\\', "\\\\")
-                    .replace(':', "\\:")
-            })
-            .collect();
-        let options = format!("lowerdir={}", lower.join(":"));
-        mount(
-            Some("overlay"),
-            &path,
-            Some("overlay"),
-            MsFlags::MS_RDONLY,
-            Some(options.as_str()),
-        )
-        .map_err(|e| failed(e.into()))?;
-        Ok(Self { path })
-    }
-}
-
-impl Drop for MergedView {
-    fn drop(&mut self) {
-        if let Err(error) = umount2(&self.path, MntFlags::MNT_DETACH) {
-            tracing::warn!(path = %self.path.display(), %error, "a view of layers stays mounted");
-        }
-        let _ = fs::remove_dir(&self.path);
-    }
+/// The image of committed or fleeting layers, made now if the cache hasn't got it. The lease holds it
+/// for as long as its file is open anywhere. Blocks.
+pub(super) fn erofs(config: &Config, lowers: &Lowers, committed: bool) -> Result<Lease> {
+    let cache = Cache::open(&config.rootfs_cache, config.rootfs_cache_size)
+        .map_err(|e| Error::failed("open the cache of root file system images", e))?;
+    let key = if committed {
+        ImageKey::from_lowers(lowers)
+            .map_err(|e| Error::failed("look at the layers of the root file system", e))?
+    } else {
+        // For this container only: nothing tells whether another one's directory has the same in it.
+        let mut once = [0; 16];
+        random(&mut once)?;
+        ImageKey::from_identity([&b"once"[..], &once])
+    };
+    let lease = cache
+        .image_for(&key, lowers)
+        .map_err(|e| Error::failed("make an image of the root file system", e))?;
+    tracing::debug!(image = %lease.path.display(), made = lease.made, "root file system image");
+    Ok(lease)
 }
 
 #[cfg(test)]
@@ -266,13 +132,14 @@ mod tests {
             &["workdir=/w", &option, "lowerdir=/b:/a\\:x"],
         );
         let found = find(&mounts, Path::new("/bundle")).unwrap();
-        assert_eq!(found, Source::Directories(vec!["/b".into(), "/a:x".into()]));
+        let layers = vec!["/b".into(), "/a:x".into()];
+        assert_eq!(found, Source::Committed(Lowers::overlay(layers)));
 
         fs::write(upper.path().join("seeded"), "").unwrap();
-        let Source::Directories(layers) = find(&mounts, Path::new("/bundle")).unwrap() else {
-            panic!("not directories");
+        let Source::Fleeting(layers) = find(&mounts, Path::new("/bundle")).unwrap() else {
+            panic!("what is in the upper directory may change");
         };
-        assert_eq!(layers[0], upper.path());
+        assert_eq!(layers.dirs().next(), Some(upper.path()));
     }
 
     #[test]
@@ -290,7 +157,7 @@ mod tests {
     #[test]
     fn without_mounts_the_bundle_has_the_root() {
         let found = find(&[], Path::new("/b")).unwrap();
-        assert_eq!(found, Source::Directories(vec!["/b/rootfs".into()]));
+        assert_eq!(found, Source::Fleeting(Lowers::plain("/b/rootfs".into())));
     }
 
     #[test]
@@ -301,31 +168,23 @@ mod tests {
     }
 
     #[test]
-    fn image_is_made_once_and_remade_when_a_layer_changes() {
+    fn committed_layers_share_an_image_and_fleeting_ones_never_do() {
         let dir = tempfile::tempdir().unwrap();
-        let (layer, cache) = (dir.path().join("layer"), dir.path().join("cache"));
+        let layer = dir.path().join("layer");
         fs::create_dir(&layer).unwrap();
         fs::write(layer.join("hello"), "hello").unwrap();
-        let image = erofs(&cache, std::slice::from_ref(&layer)).unwrap();
+        let config = Config {
+            rootfs_cache: dir.path().join("cache"),
+            ..Config::default()
+        };
+        let lowers = Lowers::plain(layer);
+        let first = erofs(&config, &lowers, true).unwrap();
         // EROFS's magic number, 1024 bytes in.
-        let bytes = fs::read(&image).unwrap();
+        let bytes = fs::read(&first.path).unwrap();
         assert_eq!(bytes[1024..1028], 0xE0F5_E1E2_u32.to_le_bytes());
-        let made = fs::metadata(&image).unwrap().ino();
-        assert_eq!(erofs(&cache, std::slice::from_ref(&layer)).unwrap(), image);
-        assert_eq!(fs::metadata(&image).unwrap().ino(), made);
-
-        fs::write(layer.join("more"), "more").unwrap();
-        assert_ne!(erofs(&cache, &[layer]).unwrap(), image);
-        // Images, and nothing half-made.
-        let names: Vec<_> = fs::read_dir(&cache)
-            .unwrap()
-            .map(|e| e.unwrap().file_name())
-            .collect();
-        assert!(
-            names
-                .iter()
-                .all(|n| n.to_string_lossy().ends_with(".erofs")),
-            "{names:?}"
-        );
+        let again = erofs(&config, &lowers, true).unwrap();
+        assert!(!again.made && again.path == first.path);
+        let once = erofs(&config, &lowers, false).unwrap();
+        assert!(once.made && once.path != first.path);
     }
 }

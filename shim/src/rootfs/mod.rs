@@ -4,23 +4,25 @@
 //! The root is a read-only image on a virtio-blk slot with a tmpfs over it in the guest. From a
 //! snapshotter that gives directories (`overlayfs`, `native`) the image is an EROFS one, made once
 //! for each chain of layers and kept on the node; one that gives a device or image file
-//! (`blockfile`, `devmapper`) is used as it is.
+//! (`blockfile`, `devmapper`) is used as it is. Volumes stay where they are and are shown to the
+//! guest through the pod's shared directory.
 
 mod image;
 mod volumes;
 
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::path::Path;
 
 use containerd_shim_protos::api::Mount;
 use kiln_agent_api::proto;
+use kiln_cache::Lowers;
 
 use crate::config::Config;
 use crate::error::{Error, Result};
+use crate::share::Volume;
 use crate::spec::Spec;
 use crate::uvm::{GuestDisk, Uvm};
 use image::Source;
-pub use volumes::SharedVolumes;
 
 /// How long the guest waits for a disk whose slot was just filled.
 const DISK_WAIT_MS: u32 = 5000;
@@ -54,6 +56,7 @@ pub struct Wanted<'a> {
 #[must_use = "storage must be released"]
 pub struct Storage {
     disks: Vec<GuestDisk>,
+    volumes: Vec<Volume>,
 }
 
 impl Storage {
@@ -61,11 +64,10 @@ impl Storage {
     pub async fn prepare(
         wanted: &Wanted<'_>,
         config: &Config,
-        shared: &SharedVolumes,
         uvm: &dyn Uvm,
     ) -> Result<(Self, GuestFiles)> {
         let mut storage = Self::default();
-        match storage.fill(wanted, config, shared, uvm).await {
+        match storage.fill(wanted, config, uvm).await {
             Ok(files) => Ok((storage, files)),
             Err(error) => {
                 storage.release(Some(uvm)).await;
@@ -78,7 +80,6 @@ impl Storage {
         &mut self,
         wanted: &Wanted<'_>,
         config: &Config,
-        shared: &SharedVolumes,
         uvm: &dyn Uvm,
     ) -> Result<GuestFiles> {
         let Wanted {
@@ -88,27 +89,31 @@ impl Storage {
             rootfs,
         } = *wanted;
         // Volumes first: what can't be had is found out before a disk is attached.
-        let mounts = volumes::prepare(uvm, shared, spec.mounts()?).await?;
-        let source = image::find(rootfs, bundle)?;
-        let (image, read_only, kind) = match source {
-            Source::Directories(lower) => {
-                let cache = config.rootfs_cache.clone();
-                let path = tokio::task::spawn_blocking(move || image::erofs(&cache, &lower))
-                    .await
-                    .map_err(|e| Error::failed("make a root file system image", e))??;
-                (path, true, "erofs".to_owned())
-            }
+        let mounts = volumes::prepare(uvm, &mut self.volumes, spec.mounts()?)?;
+        let (file, read_only, kind) = match image::find(rootfs, bundle)? {
+            Source::Committed(lowers) => (
+                image_of(config, lowers, true).await?,
+                true,
+                "erofs".to_owned(),
+            ),
+            Source::Fleeting(lowers) => (
+                image_of(config, lowers, false).await?,
+                true,
+                "erofs".to_owned(),
+            ),
             Source::Image {
                 path,
                 kind,
                 read_only,
-            } => (path, read_only, kind),
+            } => {
+                let file = OpenOptions::new()
+                    .read(true)
+                    .write(!read_only)
+                    .open(&path)
+                    .map_err(|e| Error::failed(format!("open the image {}", path.display()), e))?;
+                (file, read_only, kind)
+            }
         };
-        let file = OpenOptions::new()
-            .read(true)
-            .write(!read_only)
-            .open(&image)
-            .map_err(|e| Error::failed(format!("open the image {}", image.display()), e))?;
         let disk = uvm.attach_disk(file, read_only).await?;
         let mounts_in_guest = guest_mounts(id, &disk, &kind, read_only);
         self.disks.push(disk);
@@ -122,6 +127,9 @@ impl Storage {
     /// Gives back what is held. Without a μVM there is nothing left to give back to.
     pub async fn release(self, uvm: Option<&dyn Uvm>) {
         let Some(uvm) = uvm else { return };
+        for volume in &self.volumes {
+            uvm.unshare(volume);
+        }
         for disk in &self.disks {
             match uvm.detach_disk(disk).await {
                 Ok(()) | Err(Error::Unavailable(_)) => {}
@@ -135,6 +143,16 @@ impl Storage {
             }
         }
     }
+}
+
+async fn image_of(config: &Config, lowers: Lowers, committed: bool) -> Result<File> {
+    let config = config.clone();
+    let making = tokio::task::spawn_blocking(move || image::erofs(&config, &lowers, committed));
+    let lease = making
+        .await
+        .map_err(|e| Error::failed("make an image of the root file system", e))??;
+    // The lock that keeps the image goes with the file, to the VMM.
+    Ok(lease.file)
 }
 
 fn rootfs_path(id: &str) -> String {

@@ -18,6 +18,8 @@ use crate::time::UnixNanos;
 
 /// No call but `Wait` may take longer; a guest that doesn't answer is broken.
 const CALL_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long the guest may take to bring online what was plugged.
+const GROW_TIMEOUT_MS: u32 = 30_000;
 /// Bytes of entropy given at resume: two of the kernel generator's keys.
 const ENTROPY: usize = 64;
 
@@ -80,6 +82,7 @@ impl Guest {
         &self,
         setup: &PodSetup,
         network: Option<proto::Network>,
+        mounts: Vec<proto::Mount>,
     ) -> Result<proto::SetIdentityResponse> {
         let mut entropy = vec![0; ENTROPY];
         random(&mut entropy)?;
@@ -90,11 +93,7 @@ impl Guest {
             hostname: setup.hostname.clone(),
             network: network.into(),
             sysctls: setup.sysctls.clone().into_iter().collect(),
-            resources: Some(proto::Resources {
-                cpus: setup.size.cpus,
-                ..Default::default()
-            })
-            .into(),
+            mounts,
             // Last, for it ages.
             wall_clock_ns: UnixNanos::now().0,
             ..Default::default()
@@ -118,6 +117,7 @@ impl Guest {
         let request = proto::Resources {
             cpus,
             memory_bytes,
+            timeout_ms: GROW_TIMEOUT_MS,
             ..Default::default()
         };
         let what = refused("bring plugged CPUs and memory online");
@@ -308,30 +308,6 @@ impl Guest {
     /// See [`Uvm::stream`](super::Uvm::stream).
     pub async fn stream(&self, header: &Header) -> Result<UnixStream> {
         self.vsock.stream(header).await.map_err(not_connected)
-    }
-
-    /// See [`Uvm::write_file`](super::Uvm::write_file).
-    pub async fn write_file(&self, request: proto::WriteFileRequest) -> Result<()> {
-        let what = refused(format!("write {}", request.path));
-        self.agent
-            .write_file(context(), &request)
-            .await
-            .map_err(what)
-            .map(|_| ())
-    }
-
-    /// See [`Uvm::add_mounts`](super::Uvm::add_mounts).
-    pub async fn add_mounts(&self, mounts: Vec<proto::Mount>) -> Result<()> {
-        let request = proto::AddMountsRequest {
-            mounts,
-            ..Default::default()
-        };
-        let what = refused("mount what the pod needs");
-        self.agent
-            .add_mounts(context(), &request)
-            .await
-            .map_err(what)
-            .map(|_| ())
     }
 
     /// Starts to listen to what happens unasked. The channel ends with the guest.

@@ -1,31 +1,93 @@
-//! Starting μVMs.
+//! Starting μVMs: one of the store is chosen, resumed in a `kiln-vmm` of the pod's own, and made the
+//! pod's.
 //!
-//! The first half is here: which μVM of the store a pod gets. The second half, resuming it in a
-//! `kiln-vmm` of the pod's own, needs the VMM's control API, which does not exist yet; until then
-//! every launch is refused, and says so.
+//! Three things run side by side, since none needs the others: the VMM's process comes up (which
+//! makes its VM meanwhile), the network is wired, and the store's files are opened. Growing to the
+//! pod's size is asked for with the resume and waited for only when a container starts.
 
+use std::fs::{self, File};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use async_trait::async_trait;
-use kiln_store::{Class, Lease, Store};
+use kiln_agent_api::client::Vsock;
+use kiln_agent_api::{proto, slots};
+use kiln_store::{Class, Kind, Lease, Store};
+use kiln_vmm_control::{End, Jail, Reply, Request, Spawn, Vmm, VmmError};
+use tokio::sync::watch;
 
-use super::{Launcher, PodSetup, Uvm};
+use super::log;
+use super::running::{Grown, Parts, RunningUvm, follow_end, resize_request, vmm_error};
+use super::{Guest, Launcher, PodSetup, Uvm};
+use crate::cgroup;
 use crate::config::Config;
 use crate::error::{Error, Result, chain};
+use crate::network::{self, PodNetwork, Tap};
+use crate::record::{PodDir, ProcessRef, Record};
+use crate::share::{self, Share};
 use crate::size::{MIB, Size};
+use crate::timeline::Timeline;
 
 /// Launches μVMs from the store.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct StoreLauncher {
     store: PathBuf,
+    vmm: PathBuf,
+    vmm_ids: u32,
+    dir: PodDir,
+    /// Changed by steps that run side by side.
+    record: Arc<Mutex<()>>,
+}
+
+/// What the network's half of a launch comes to.
+#[derive(Debug, Default)]
+struct Wired {
+    network: PodNetwork,
+    taps: Vec<Tap>,
+}
+
+/// Ends a VMM whose launch fails: the thread that follows its end keeps it otherwise.
+#[derive(Debug)]
+struct Launching(Option<Arc<Vmm>>);
+
+impl Launching {
+    fn launched(&mut self) {
+        self.0 = None;
+    }
+}
+
+impl Drop for Launching {
+    fn drop(&mut self) {
+        if let Some(vmm) = &self.0 {
+            vmm.kill();
+        }
+    }
+}
+
+/// What the VMM is to resume.
+#[derive(Debug)]
+struct Baked {
+    lease: Lease,
+    state: File,
+    memory: File,
+}
+
+fn joined<T>(result: std::result::Result<Result<T>, tokio::task::JoinError>) -> Result<T> {
+    result.map_err(|e| Error::failed("launch the μVM", e))?
 }
 
 impl StoreLauncher {
-    /// Uses the store that the configuration names.
-    pub fn new(config: &Config) -> Self {
+    /// Uses the store and the VMM that the configuration names, and the pod's directory.
+    pub fn new(config: &Config, dir: PodDir) -> Self {
         Self {
             store: config.store.clone(),
+            vmm: config.vmm.clone(),
+            vmm_ids: config.vmm_ids,
+            dir,
+            record: Arc::default(),
         }
     }
 
@@ -59,6 +121,312 @@ impl StoreLauncher {
             .lease(id)
             .map_err(|e| Error::failed("hold a μVM of the store", e))
     }
+
+    fn open(&self, size: Size) -> Result<Baked> {
+        let lease = self.pick(size)?;
+        let open = |kind| {
+            lease
+                .open(kind)
+                .map_err(|e| Error::failed("open a μVM of the store; bake it again: kiln bake", e))
+        };
+        let (state, memory) = (open(Kind::State)?, open(Kind::Memory)?);
+        Ok(Baked {
+            lease,
+            state,
+            memory,
+        })
+    }
+
+    /// Changes the pod's record.
+    fn note(&self, change: impl FnOnce(&mut Record)) -> Result<()> {
+        let _turn = self.record.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut record = self.dir.load().unwrap_or_default();
+        change(&mut record);
+        self.dir
+            .save(&record)
+            .map_err(|e| Error::failed("write the pod's record", e))
+    }
+
+    /// Enters the pod's cgroup and starts a VMM in it.
+    fn spawn(&self, setup: &PodSetup, log: File, timeline: &Timeline) -> Result<Arc<Vmm>> {
+        if let Some(directory) = setup.cgroup.as_deref().and_then(cgroup::directory) {
+            self.note(|r| r.cgroup = Some(directory.clone()))?;
+            timeline
+                .time("shim.cgroup", || {
+                    cgroup::enter(&directory, std::process::id())
+                })
+                .map_err(|e| {
+                    Error::failed(format!("enter the cgroup {}", directory.display()), e)
+                })?;
+        }
+        let root = self.dir.empty_root();
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o555)
+            .create(&root)
+            .map_err(|e| Error::failed("make the VMM's empty root", e))?;
+        // The shim lives as long as its VMM, so no other pod's VMM has this id.
+        let id = self.vmm_ids.saturating_add(std::process::id());
+        let vmm = timeline
+            .time("shim.spawn", || {
+                Vmm::spawn(Spawn {
+                    program: self.vmm.clone(),
+                    jail: Some(Jail {
+                        uid: id,
+                        gid: id,
+                        root,
+                    }),
+                    log: Some(log),
+                })
+            })
+            .map_err(|e| {
+                Error::failed("start the VMM; `vmm` in kiln's configuration names it", e)
+            })?;
+        let process = i32::try_from(vmm.pid()).ok().and_then(ProcessRef::of);
+        self.note(|r| r.vmm = process)?;
+        Ok(Arc::new(vmm))
+    }
+
+    /// Reads the pod's network and connects it to taps.
+    fn wire(&self, setup: &PodSetup, timeline: &Timeline) -> Result<Wired> {
+        let Some(path) = &setup.netns else {
+            return Ok(Wired::default());
+        };
+        let failed = |e| Error::failed("connect the pod's network", e);
+        let netns = File::open(path).map_err(|e| {
+            Error::failed(
+                format!("open the pod's network namespace {}", path.display()),
+                e,
+            )
+        })?;
+        let network = timeline
+            .time("shim.network.read", || network::inspect(&netns))
+            .map_err(failed)?;
+        if let [_, second, ..] = network.interfaces.as_slice() {
+            return Err(Error::Unimplemented(format!(
+                "the pod has more than one network interface ({} is the second), which kiln can't \
+                 connect yet; leave out the additional networks",
+                second.name
+            )));
+        }
+        self.note(|r| {
+            r.netns = Some(path.clone());
+            r.redirected = network.interfaces.iter().map(|i| i.name.clone()).collect();
+            r.taps = (0..network.interfaces.len())
+                .map(network::tap_name)
+                .collect();
+        })?;
+        let taps = timeline
+            .time("shim.network.wire", || network::connect(&netns, &network))
+            .map_err(failed)?;
+        Ok(Wired { network, taps })
+    }
+
+    fn listen(&self) -> Result<UnixListener> {
+        let path = self.dir.vsock();
+        // What an earlier attempt left.
+        let _ = fs::remove_file(&path);
+        UnixListener::bind(&path).map_err(|e| {
+            let what = format!(
+                "listen on {} for the guest; a shorter `state_dir` may help",
+                path.display()
+            );
+            Error::failed(what, e)
+        })
+    }
+
+    async fn try_launch(&self, setup: &PodSetup, timeline: &Timeline) -> Result<RunningUvm> {
+        let (log, last) =
+            log::pipe().map_err(|e| Error::failed("make a pipe for the VMM's log", e))?;
+        let spawning = {
+            let (this, setup, timeline) = (self.clone(), setup.clone(), timeline.clone());
+            tokio::task::spawn_blocking(move || this.spawn(&setup, log, &timeline))
+        };
+        let wiring = {
+            let (this, setup, timeline) = (self.clone(), setup.clone(), timeline.clone());
+            tokio::task::spawn_blocking(move || this.wire(&setup, &timeline))
+        };
+        let prepared = timeline.time("shim.files", || {
+            let baked = self.open(setup.size)?;
+            let share = Share::create(self.dir.shared())?;
+            Ok::<_, Error>((baked, Arc::new(share), self.listen()?))
+        });
+        // Both are waited for, whatever becomes of the others: nothing may go on behind an error.
+        let (vmm, wired) = (joined(spawning.await), joined(wiring.await));
+        let (baked, share, listener) = prepared?;
+        let (vmm, wired) = (vmm?, wired?);
+        let mut launching = Launching(Some(Arc::clone(&vmm)));
+
+        let class = &baked.lease.manifest().about.class;
+        let base = Size {
+            cpus: class.cpus,
+            memory: u64::from(class.memory_mib) * MIB,
+        };
+        let size = Size {
+            cpus: setup.size.cpus.max(base.cpus),
+            memory: setup.size.memory.max(base.memory),
+        };
+        let directory = share.open()?;
+        let ended = follow_end(&vmm, last).map_err(|e| Error::failed("watch the VMM", e))?;
+        let resuming = {
+            let (vmm, timeline, taps) = (vmm.clone(), timeline.clone(), wired.taps);
+            let Baked {
+                lease,
+                state,
+                memory,
+            } = baked;
+            let grow = (size != base).then_some(size);
+            tokio::task::spawn_blocking(move || {
+                let ends = Ends {
+                    listener: &listener,
+                    taps: &taps,
+                    directory: &directory,
+                };
+                timeline.time("vmm.resume", || {
+                    resume(&vmm, &state, &memory, &ends, &timeline)
+                })?;
+                if let Some(size) = grow {
+                    timeline
+                        .time("vmm.grow", || vmm.call(&resize_request(size, 0), &[]))
+                        .map_err(vmm_error("grow the μVM to the pod's size"))?;
+                }
+                Ok(lease)
+            })
+        };
+        let lease = joined(resuming.await)?;
+
+        let vsock = Vsock::new(self.dir.vsock());
+        let guest = timeline.of("guest.connect", Guest::connect(vsock)).await?;
+        let network = setup.netns.as_ref().map(|_| wired.network.for_agent());
+        let asked = timeline.now();
+        let identity = guest.set_identity(setup, network, vec![shared_mount()]);
+        let identity = timeline.of("guest.identity", identity).await?;
+        for span in identity.spans {
+            let name = format!("guest.identity.{}", span.name);
+            timeline.add(name, asked + span.start_us, span.duration_us);
+        }
+        let events = timeline.of("guest.events", guest.events()).await?;
+        let grown = follow_growth(guest.clone(), size, timeline.clone());
+        launching.launched();
+        Ok(RunningUvm::new(Parts {
+            vmm,
+            guest,
+            events,
+            grown,
+            share,
+            ended,
+            baked: base,
+            lease,
+        }))
+    }
+
+    /// Takes back what a failed launch did, so that the next one finds nothing in its way.
+    fn undo(&self) {
+        let Some(record) = self.dir.load() else {
+            return;
+        };
+        if let Some(Ok(netns)) = record.netns.as_ref().map(File::open)
+            && let Err(error) = network::remove(&netns, &record.redirected, &record.taps)
+        {
+            tracing::warn!(
+                error = chain(&error),
+                "network devices of a failed start stay"
+            );
+        }
+        if let Err(error) = share::remove(self.dir.shared()) {
+            tracing::warn!(%error, "the shared directory of a failed start stays");
+        }
+    }
+}
+
+/// The host's sides of the devices.
+#[derive(Debug)]
+struct Ends<'a> {
+    listener: &'a UnixListener,
+    taps: &'a [Tap],
+    directory: &'a File,
+}
+
+/// Resumes the μVM in a VMM that waits for it.
+fn resume(
+    vmm: &Vmm,
+    state: &File,
+    memory: &File,
+    ends: &Ends<'_>,
+    timeline: &Timeline,
+) -> Result<()> {
+    let mut fds: Vec<BorrowedFd<'_>> = vec![
+        state.as_fd(),
+        memory.as_fd(),
+        ends.listener.as_fd(),
+        ends.directory.as_fd(),
+    ];
+    let mut by_slot = vec![
+        (slots::VSOCK, End::Listener(2)),
+        (slots::FS, End::Directory(3)),
+    ];
+    if let [tap] = ends.taps {
+        fds.push(tap.fd.as_fd());
+        by_slot.push((slots::NET, End::Tap(vec![4])));
+    }
+    let asked = timeline.now();
+    let reply = vmm
+        .call(
+            &Request::Resume {
+                state: 0,
+                memory: 1,
+                console: None,
+                ends: by_slot,
+            },
+            &fds,
+        )
+        .map_err(|e| match e {
+            VmmError::Refused(why) => Error::FailedPrecondition(format!(
+                "the VMM can't resume the baked μVM ({why}); if kiln or the node's CPU has changed, \
+                 bake again: kiln bake"
+            )),
+            e => vmm_error("resume the μVM")(e),
+        })?;
+    let Reply::Started { steps, .. } = reply else {
+        return Err(vmm_error("resume the μVM")(VmmError::Protocol));
+    };
+    // The VMM counts from its own start; only the lengths of its steps can be told exactly.
+    let first = steps.first().map_or(0, |s| s.start_ns);
+    for step in steps {
+        let start = asked + (step.start_ns - first) / 1000;
+        timeline.add(step.name, start, step.duration_ns / 1000);
+    }
+    Ok(())
+}
+
+/// The shared directory's mount, for the life of the pod.
+fn shared_mount() -> proto::Mount {
+    proto::Mount {
+        source: slots::FS_TAG.to_owned(),
+        target: share::guest_mount_point(),
+        type_: "virtiofs".into(),
+        make_target: true,
+        target_mode: 0o700,
+        ..Default::default()
+    }
+}
+
+/// Waits, in the background, until the guest has what was plugged.
+fn follow_growth(guest: Guest, size: Size, timeline: Timeline) -> watch::Receiver<Grown> {
+    let (tell, grown) = watch::channel(None);
+    tokio::spawn(async move {
+        let online = guest.set_resources(size.cpus, size.memory);
+        let result = timeline.of("guest.grow", online).await.map_err(|e| {
+            format!(
+                "the μVM could not grow to {} vCPUs and {} MiB: {}",
+                size.cpus,
+                size.memory / MIB,
+                e.chain()
+            )
+        });
+        tell.send_replace(Some(result));
+    });
+    grown
 }
 
 /// Whether a μVM of this class can become this big.
@@ -69,13 +437,29 @@ fn fits(class: &Class, size: Size) -> bool {
 #[async_trait]
 impl Launcher for StoreLauncher {
     async fn launch(&self, setup: &PodSetup) -> Result<Arc<dyn Uvm>> {
-        let lease = self.pick(setup.size)?;
-        Err(Error::Unimplemented(format!(
-            "μVM {} fits pod {}, but this version of kiln can't resume it: kiln-vmm has no \
-             control API yet",
-            lease.id().short(),
-            setup.id
-        )))
+        let timeline = Timeline::default();
+        let launched = timeline
+            .of("launch", self.try_launch(setup, &timeline))
+            .await;
+        let uvm = match launched {
+            Ok(uvm) => uvm,
+            Err(error) => {
+                let this = self.clone();
+                // A failure to clean up is told to the log; the launch's own is the one to report.
+                let _ = tokio::task::spawn_blocking(move || this.undo()).await;
+                return Err(error);
+            }
+        };
+        tracing::info!(
+            pod = setup.id,
+            pid = uvm.pid(),
+            us = timeline.now(),
+            "the μVM runs"
+        );
+        if let Err(error) = timeline.save(&self.dir.trace()) {
+            tracing::warn!(%error, "the start's timeline can't be kept");
+        }
+        Ok(Arc::new(uvm))
     }
 }
 
@@ -100,6 +484,14 @@ mod tests {
         }
     }
 
+    fn launcher(store: PathBuf) -> StoreLauncher {
+        let config = Config {
+            store,
+            ..Config::default()
+        };
+        StoreLauncher::new(&config, PodDir::new(&config.state_dir, "n", "p"))
+    }
+
     #[test]
     fn a_class_fits_what_it_can_grow_to() {
         assert!(fits(&class(), size(4, 1024)));
@@ -110,10 +502,9 @@ mod tests {
     #[test]
     fn without_a_store_the_error_names_the_command_that_bakes() {
         let dir = tempfile::tempdir().unwrap();
-        let launcher = StoreLauncher {
-            store: dir.path().join("none"),
-        };
-        let error = launcher.pick(size(2, 320)).unwrap_err();
+        let error = launcher(dir.path().join("none"))
+            .pick(size(2, 320))
+            .unwrap_err();
         let text = error.to_string();
         assert!(
             text.contains("kiln bake") && text.contains("320 MiB"),
@@ -126,7 +517,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let store = dir.path().join("store");
         Store::open_or_create(&store).unwrap();
-        let error = StoreLauncher { store }.pick(size(1, 64)).unwrap_err();
+        let error = launcher(store).pick(size(1, 64)).unwrap_err();
         assert!(matches!(error, Error::FailedPrecondition(_)), "{error:?}");
     }
 }

@@ -3,6 +3,8 @@
 
 mod guest;
 mod launch;
+mod log;
+mod running;
 
 pub use guest::Guest;
 pub use launch::StoreLauncher;
@@ -19,6 +21,7 @@ use tokio::net::UnixStream;
 
 use crate::error::Result;
 use crate::events::Exit;
+use crate::share::Volume;
 use crate::size::Size;
 
 /// What a μVM is launched with.
@@ -102,10 +105,11 @@ pub trait Uvm: Send + Sync {
     /// The next thing that happened unasked; `None` when the guest is gone.
     async fn next_event(&self) -> Option<GuestEvent>;
 
-    /// Writes a file in the guest.
-    async fn write_file(&self, request: proto::WriteFileRequest) -> Result<()>;
-    /// Mounts things in the guest, for the whole pod.
-    async fn add_mounts(&self, mounts: Vec<proto::Mount>) -> Result<()>;
+    /// Shows the guest a volume; returns the path it has there. Containers that ask for the same one
+    /// share it.
+    fn share(&self, volume: &Volume) -> Result<String>;
+    /// A container that asked for the volume needs it no longer.
+    fn unshare(&self, volume: &Volume);
     /// Gives the guest a disk.
     async fn attach_disk(&self, image: File, read_only: bool) -> Result<GuestDisk>;
     /// Takes it away.

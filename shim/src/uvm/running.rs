@@ -1,0 +1,387 @@
+//! A running μVM: the VMM's control client and the guest agent's, as one.
+
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use async_trait::async_trait;
+use kiln_agent_api::stream::Header;
+use kiln_agent_api::{proto, slots};
+use kiln_store::Lease;
+use kiln_vmm_control::{Reply, Request, Vmm, VmmError, exit};
+use tokio::net::UnixStream;
+use tokio::sync::{mpsc, watch};
+
+use super::log::LastLine;
+use super::{Guest, GuestDisk, GuestEvent, Uvm};
+use crate::error::{Error, Result};
+use crate::events::Exit;
+use crate::share::{Share, Volume};
+use crate::size::{MIB, Size};
+
+/// How long the guest may take to give memory and vCPUs back.
+const SHRINK_TIMEOUT_MS: u32 = 10_000;
+
+/// How the growth to the pod's size went; `None` while it is under way.
+pub(super) type Grown = Option<std::result::Result<(), String>>;
+
+/// A μVM.
+pub(super) struct RunningUvm {
+    vmm: Arc<Vmm>,
+    guest: Guest,
+    events: tokio::sync::Mutex<mpsc::UnboundedReceiver<GuestEvent>>,
+    grown: watch::Receiver<Grown>,
+    disks: Mutex<DiskSlots>,
+    share: Arc<Share>,
+    ended: watch::Receiver<Option<String>>,
+    /// What the μVM was baked with: it can't become smaller.
+    baked: Size,
+    /// Held as long as the VMM maps the store's files.
+    _lease: Lease,
+}
+
+/// What makes one.
+pub(super) struct Parts {
+    pub(super) vmm: Arc<Vmm>,
+    pub(super) guest: Guest,
+    pub(super) events: mpsc::UnboundedReceiver<GuestEvent>,
+    pub(super) grown: watch::Receiver<Grown>,
+    pub(super) share: Arc<Share>,
+    pub(super) ended: watch::Receiver<Option<String>>,
+    pub(super) baked: Size,
+    pub(super) lease: Lease,
+}
+
+/// The disk slots that are free.
+#[derive(Debug)]
+struct DiskSlots(BTreeSet<u8>);
+
+impl DiskSlots {
+    fn new(count: u32) -> Self {
+        let count = u8::try_from(count).unwrap_or(u8::MAX).min(slots::MAX_DISKS);
+        Self((slots::FIRST_DISK..slots::FIRST_DISK + count).collect())
+    }
+
+    fn take(&mut self) -> Option<u8> {
+        self.0.pop_first()
+    }
+
+    fn put_back(&mut self, slot: u8) {
+        self.0.insert(slot);
+    }
+}
+
+pub(super) fn vmm_error(action: &str) -> impl FnOnce(VmmError) -> Error {
+    let action = action.to_owned();
+    move |error| match error {
+        VmmError::Gone => Error::Unavailable(format!("the VMM has ended, it can't {action}")),
+        error => Error::failed(action, error),
+    }
+}
+
+/// Follows a VMM to its end, on a thread of its own, which waits for nothing else.
+pub(super) fn follow_end(
+    vmm: &Arc<Vmm>,
+    last: LastLine,
+) -> std::io::Result<watch::Receiver<Option<String>>> {
+    let (tell, ended) = watch::channel(None);
+    let vmm = Arc::clone(vmm);
+    std::thread::Builder::new()
+        .name("vmm-end".into())
+        .spawn(move || {
+            let how = match vmm.wait() {
+                Ok(exit::ENDED) => "it was powered off or stopped".to_owned(),
+                Ok(exit::RESET) => "the guest asked for a reset".to_owned(),
+                Ok(exit::PANICKED) => "the guest's kernel panicked".to_owned(),
+                Ok(-1) => "kiln-vmm was killed".to_owned(),
+                Ok(code) => format!("kiln-vmm failed with status {code}"),
+                Err(error) => format!("kiln-vmm can't be waited for: {error}"),
+            };
+            let said = last.get();
+            let reason = if said.is_empty() {
+                how
+            } else {
+                format!("{how}; its last words: {said}")
+            };
+            tell.send_replace(Some(reason));
+        })?;
+    Ok(ended)
+}
+
+impl RunningUvm {
+    pub(super) fn new(parts: Parts) -> Self {
+        let disks = DiskSlots::new(parts.lease.manifest().about.class.slots);
+        Self {
+            vmm: parts.vmm,
+            guest: parts.guest,
+            events: tokio::sync::Mutex::new(parts.events),
+            grown: parts.grown,
+            disks: Mutex::new(disks),
+            share: parts.share,
+            ended: parts.ended,
+            baked: parts.baked,
+            _lease: parts.lease,
+        }
+    }
+
+    fn disks(&self) -> MutexGuard<'_, DiskSlots> {
+        self.disks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Runs a blocking call of the VMM's client.
+    async fn call<T, F>(&self, action: &str, call: F) -> Result<T>
+    where
+        T: Send + 'static,
+        F: FnOnce(&Vmm) -> std::result::Result<T, VmmError> + Send + 'static,
+    {
+        let vmm = Arc::clone(&self.vmm);
+        tokio::task::spawn_blocking(move || call(&vmm))
+            .await
+            .map_err(|e| Error::failed(action, e))?
+            .map_err(vmm_error(action))
+    }
+
+    /// Waits until the μVM has the pod's size.
+    async fn grown(&self) -> Result<()> {
+        let mut grown = self.grown.clone();
+        let gone = || Error::Unavailable("the μVM ended before it had the pod's size".into());
+        let result = grown.wait_for(Option::is_some).await.map_err(|_| gone())?;
+        match &*result {
+            Some(Err(why)) => Err(Error::ResourceExhausted(why.clone())),
+            _ => Ok(()),
+        }
+    }
+
+    async fn plugged(&self) -> Result<Size> {
+        let action = "read the μVM's size";
+        match self
+            .call(action, |vmm| vmm.call(&Request::Stats, &[]))
+            .await?
+        {
+            Reply::Stats { cpus, memory, .. } => Ok(Size {
+                cpus: u32::from(cpus),
+                memory,
+            }),
+            _ => Err(vmm_error(action)(VmmError::Protocol)),
+        }
+    }
+}
+
+/// The request for a size. With no time it returns at once, and the guest follows in its own time.
+pub(super) fn resize_request(size: Size, timeout_ms: u32) -> Request {
+    Request::Resize {
+        cpus: u8::try_from(size.cpus).unwrap_or(u8::MAX),
+        memory: size.memory,
+        timeout_ms,
+    }
+}
+
+#[async_trait]
+impl Uvm for RunningUvm {
+    fn pid(&self) -> u32 {
+        self.vmm.pid()
+    }
+
+    async fn create(&self, request: proto::CreateContainerRequest) -> Result<()> {
+        self.guest.create(request).await
+    }
+
+    async fn start(&self, container: &str) -> Result<()> {
+        // The first thing many programs do is to count CPUs and memory.
+        self.grown().await?;
+        self.guest.start(container).await
+    }
+
+    async fn exec(&self, request: proto::ExecRequest) -> Result<()> {
+        self.guest.exec(request).await
+    }
+
+    async fn kill(&self, container: &str, exec: &str, signal: u32, all: bool) -> Result<()> {
+        self.guest.kill(container, exec, signal, all).await
+    }
+
+    async fn wait(&self, container: &str, exec: &str) -> Result<Exit> {
+        self.guest.wait(container, exec).await
+    }
+
+    async fn pause(&self, container: &str) -> Result<()> {
+        self.guest.pause(container).await
+    }
+
+    async fn unpause(&self, container: &str) -> Result<()> {
+        self.guest.unpause(container).await
+    }
+
+    async fn update(&self, container: &str, resources: Vec<u8>) -> Result<()> {
+        self.guest.update(container, resources).await
+    }
+
+    async fn stats(&self, container: &str) -> Result<proto::StatsResponse> {
+        self.guest.stats(container).await
+    }
+
+    async fn network(&self) -> Result<proto::NetworkState> {
+        self.guest.network().await
+    }
+
+    async fn resize_tty(&self, container: &str, exec: &str, w: u32, h: u32) -> Result<()> {
+        self.guest.resize_tty(container, exec, w, h).await
+    }
+
+    async fn delete(&self, container: &str, exec: &str) -> Result<()> {
+        self.guest.delete(container, exec).await
+    }
+
+    async fn stream(&self, header: &Header) -> Result<UnixStream> {
+        self.guest.stream(header).await
+    }
+
+    async fn next_event(&self) -> Option<GuestEvent> {
+        self.events.lock().await.recv().await
+    }
+
+    fn share(&self, volume: &Volume) -> Result<String> {
+        self.share.add(volume)
+    }
+
+    fn unshare(&self, volume: &Volume) {
+        self.share.release(volume);
+    }
+
+    async fn attach_disk(&self, image: File, read_only: bool) -> Result<GuestDisk> {
+        let size = image
+            .metadata()
+            .map_err(|e| Error::failed("read the size of a disk image", e))?
+            .len();
+        let slot = self.disks().take().ok_or_else(|| {
+            Error::ResourceExhausted(
+                "all disk slots of the pod's μVM are in use, one for each container and block \
+                 volume; bake one with more: kiln bake --slots"
+                    .into(),
+            )
+        })?;
+        let attached = self
+            .call("attach a disk", move |vmm| {
+                vmm.attach_block(Some(slot), &image, read_only)
+            })
+            .await;
+        match (attached, slots::disk_name(slot)) {
+            (Ok(_), Some(path)) => Ok(GuestDisk {
+                slot: slot.into(),
+                path,
+                size,
+            }),
+            (result, _) => {
+                self.disks().put_back(slot);
+                Err(result.err().unwrap_or_else(|| {
+                    Error::failed("attach a disk", format!("slot {slot} is no disk's"))
+                }))
+            }
+        }
+    }
+
+    async fn detach_disk(&self, disk: &GuestDisk) -> Result<()> {
+        let slot = u8::try_from(disk.slot)
+            .map_err(|e| Error::InvalidArgument(format!("slot {}: {e}", disk.slot)))?;
+        self.call("detach a disk", move |vmm| {
+            vmm.order(&Request::DetachBlock { slot }, &[])
+        })
+        .await?;
+        self.disks().put_back(slot);
+        Ok(())
+    }
+
+    async fn resize(&self, size: Size) -> Result<()> {
+        // Two resizes at once would undo one another.
+        self.grown().await.or_else(|error| match error {
+            // A pod that could not have its first size may still get another one.
+            Error::ResourceExhausted(_) => Ok(()),
+            error => Err(error),
+        })?;
+        let size = Size {
+            cpus: size.cpus.max(self.baked.cpus),
+            memory: size.memory.max(self.baked.memory),
+        };
+        let now = self.plugged().await?;
+        let most = Size {
+            cpus: size.cpus.max(now.cpus),
+            memory: size.memory.max(now.memory),
+        };
+        if most != now {
+            let request = resize_request(most, 0);
+            self.call("grow the μVM", move |vmm| {
+                vmm.call(&request, &[]).map(drop)
+            })
+            .await?;
+            self.guest.set_resources(most.cpus, most.memory).await?;
+        }
+        if most == size {
+            return Ok(());
+        }
+        // The guest lets go of CPUs before they are taken.
+        self.guest.set_resources(size.cpus, 0).await?;
+        let request = resize_request(size, SHRINK_TIMEOUT_MS);
+        let shrunk = self
+            .call("shrink the μVM", move |vmm| {
+                vmm.call(&request, &[]).map(drop)
+            })
+            .await;
+        let left = self.plugged().await?;
+        match shrunk {
+            // Memory the guest can't move stays with it. The containers' limits hold all the same.
+            Err(error @ Error::Failed { .. }) if left.cpus <= size.cpus => {
+                tracing::warn!(
+                    wanted_mib = size.memory / MIB,
+                    left_mib = left.memory / MIB,
+                    error = error.chain(),
+                    "the μVM did not give back all of its memory"
+                );
+                Ok(())
+            }
+            other => other,
+        }
+    }
+
+    async fn stop(&self) {
+        let (vmm, share) = (Arc::clone(&self.vmm), Arc::clone(&self.share));
+        let stopping = tokio::task::spawn_blocking(move || {
+            vmm.kill();
+            share.close();
+        });
+        if let Err(error) = stopping.await {
+            tracing::error!(%error, "stopping the VMM failed");
+        }
+    }
+
+    async fn ended(&self) -> String {
+        let mut ended = self.ended.clone();
+        match ended.wait_for(Option::is_some).await {
+            Ok(reason) => reason.clone().unwrap_or_default(),
+            Err(_) => "nobody waits for it any more".into(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn disk_slots_are_used_lowest_first_and_again() {
+        let mut disks = DiskSlots::new(2);
+        let (a, b) = (disks.take().unwrap(), disks.take().unwrap());
+        assert_eq!((a, b), (slots::FIRST_DISK, slots::FIRST_DISK + 1));
+        assert_eq!(disks.take(), None);
+        disks.put_back(a);
+        assert_eq!(disks.take(), Some(a));
+        assert_eq!(DiskSlots::new(1000).0.len(), usize::from(slots::MAX_DISKS));
+    }
+
+    #[test]
+    fn an_ended_vmm_means_that_the_guest_is_gone() {
+        assert!(matches!(
+            vmm_error("x")(VmmError::Gone),
+            Error::Unavailable(_)
+        ));
+    }
+}
