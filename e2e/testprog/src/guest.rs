@@ -1,0 +1,94 @@
+//! First process of a guest, for tests of the virtual machine monitor: whoever connects over vsock sends a
+//! shell script and gets back what it prints, and `exit=CODE` as the last line.
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::net::Shutdown;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, ensure};
+
+/// Answers scripts on this port until the guest ends.
+pub(crate) fn serve(port: u32) -> Result<()> {
+    let listener = listen(port).context("listening on vsock")?;
+    // For whoever reads the console.
+    println!("guest: ready");
+    loop {
+        // SAFETY: a descriptor of ours; no address is asked for.
+        let fd = unsafe {
+            libc::accept4(
+                listener.as_raw_fd(),
+                std::ptr::null_mut(),
+                std::ptr::null_mut(),
+                libc::SOCK_CLOEXEC,
+            )
+        };
+        if fd < 0 {
+            // A connection that went away, or one that a snapshot has cut.
+            eprintln!("guest: accepting: {}", io::Error::last_os_error());
+            std::thread::sleep(std::time::Duration::from_millis(10));
+            continue;
+        }
+        // SAFETY: just accepted, and nobody else's.
+        let connection = File::from(unsafe { OwnedFd::from_raw_fd(fd) });
+        std::thread::spawn(move || {
+            if let Err(e) = answer(connection) {
+                eprintln!("guest: {e:#}");
+            }
+        });
+    }
+}
+
+fn listen(port: u32) -> io::Result<OwnedFd> {
+    let check = |result: libc::c_int| match result {
+        r if r < 0 => Err(io::Error::last_os_error()),
+        r => Ok(r),
+    };
+    // SAFETY: plain numbers.
+    let fd =
+        check(unsafe { libc::socket(libc::AF_VSOCK, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0) })?;
+    // SAFETY: just made, and nobody else's.
+    let socket = unsafe { OwnedFd::from_raw_fd(fd) };
+    // SAFETY: all-zero is a valid address.
+    let mut address: libc::sockaddr_vm = unsafe { std::mem::zeroed() };
+    address.svm_family = libc::AF_VSOCK as libc::sa_family_t;
+    address.svm_port = port;
+    address.svm_cid = libc::VMADDR_CID_ANY;
+    let length = size_of::<libc::sockaddr_vm>() as libc::socklen_t;
+    // SAFETY: an address of the length that is said, and a descriptor of ours.
+    unsafe {
+        check(libc::bind(
+            socket.as_raw_fd(),
+            (&raw const address).cast(),
+            length,
+        ))?;
+        check(libc::listen(socket.as_raw_fd(), 128))?;
+    }
+    Ok(socket)
+}
+
+/// The script comes with its length in front, as a line.
+fn answer(mut connection: File) -> Result<()> {
+    let mut length = Vec::new();
+    let mut byte = [0];
+    while connection.read(&mut byte)? == 1 && byte != *b"\n" {
+        length.push(byte[0]);
+        ensure!(length.len() < 10, "no length in front of the script");
+    }
+    let length: usize = String::from_utf8(length)?.parse()?;
+    let mut script = vec![0; length];
+    connection.read_exact(&mut script)?;
+    let script = String::from_utf8(script)?;
+    let status = Command::new("/bin/sh")
+        .args(["-c", &script])
+        .stdin(Stdio::null())
+        .stdout(connection.try_clone()?)
+        .stderr(connection.try_clone()?)
+        .status()?;
+    let code = status.code().unwrap_or(-1);
+    connection.write_all(format!("\nexit={code}\n").as_bytes())?;
+    let socket = std::os::unix::net::UnixStream::from(OwnedFd::from(connection));
+    // It is a vsock socket; for shutting down, that makes no difference.
+    Ok(socket.shutdown(Shutdown::Write)?)
+}

@@ -1,0 +1,439 @@
+//! μVMs without containerd: a VMM started and driven through its control API, with a guest that runs shell
+//! scripts. For tests and benches of the VMM alone.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use kiln_bake::cpio::Archive;
+use kiln_bake::kernel::{self, GuestKernel};
+use kiln_bake::modules::{GUEST, Modules};
+use kiln_vmm_control::{
+    DeviceKind, DeviceSpec, End, Jail, MachineSpec, Reply, Request, Spawn, Vmm,
+};
+
+/// Where a node has the VMM.
+const PROGRAM: &str = "/usr/local/bin/kiln-vmm";
+const BUSYBOX: &str = "/bin/busybox";
+/// The guest's scripts come in here.
+const PORT: u32 = 1024;
+/// How long a guest may take to boot, on an emulated machine with other work.
+const BOOT_LIMIT: Duration = Duration::from_secs(90);
+/// How long one answer may take.
+const ANSWER_LIMIT: Duration = Duration::from_secs(60);
+/// `nobody`, whom the VMM becomes.
+const NOBODY: u32 = 65534;
+
+/// Slots of the machines made here.
+pub mod slots {
+    /// vsock.
+    pub const VSOCK: u8 = 1;
+    /// Entropy.
+    pub const RNG: u8 = 2;
+    /// Memory hot-plug.
+    pub const MEM: u8 = 3;
+    /// The network card.
+    pub const NET: u8 = 4;
+    /// The shared folder, tag `kiln`.
+    pub const FS: u8 = 5;
+    /// The first of the disks.
+    pub const DISK: u8 = 8;
+    /// How many disks.
+    pub const DISKS: u8 = 4;
+}
+
+/// What a guest boots from.
+#[derive(Debug, Clone)]
+pub struct Kit {
+    /// The kernel.
+    pub kernel: PathBuf,
+    /// The initramfs.
+    pub initrd: PathBuf,
+}
+
+impl Kit {
+    /// Makes an initramfs for the installed kernel whose release starts with `release` (the best one for an
+    /// empty string) in a folder.
+    pub fn make(release: &str, dir: &Path) -> Result<Self> {
+        let kernel = kernel::installed(Path::new("/"))
+            .into_iter()
+            .find(|k| k.release.starts_with(release))
+            .with_context(|| format!("no kernel {release}* in /boot with its modules"))?;
+        std::fs::create_dir_all(dir)?;
+        let initrd = dir.join(format!("initrd-{}", kernel.release));
+        std::fs::write(&initrd, initramfs(&kernel)?)?;
+        Ok(Self {
+            kernel: kernel.image,
+            initrd,
+        })
+    }
+}
+
+fn initramfs(kernel: &GuestKernel) -> Result<Vec<u8>> {
+    let testprog = crate::setup::testprog_path()?;
+    let read = |path: &Path| std::fs::read(path).with_context(|| format!("{}", path.display()));
+    let mut archive = Archive::new();
+    for dir in ["bin", "dev", "lib", "mnt", "proc", "run", "sys", "tmp"] {
+        archive.dir(dir, 0o755);
+    }
+    archive.char_device("dev/console", 0o600, 5, 1);
+    archive.file("bin/busybox", 0o755, &read(Path::new(BUSYBOX))?);
+    archive.link("bin/sh", "busybox");
+    archive.file("bin/testprog", 0o755, &read(&testprog)?);
+    let mut init = String::from(
+        "#!/bin/sh\n/bin/busybox --install -s /bin\nexport PATH=/bin\n\
+         mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t devtmpfs dev /dev; mount -t tmpfs tmp /tmp\n",
+    );
+    for module in Modules::open(&kernel.modules)?.resolve(&GUEST)? {
+        let path = format!("lib/{}.ko", module.name);
+        archive.file(&path, 0o644, &module.content);
+        init += &format!(
+            "insmod /{path} || echo 'guest: {} is missing'\n",
+            module.name
+        );
+    }
+    init += &format!("exec testprog guest {PORT}\n");
+    archive.file("init", 0o755, init.as_bytes());
+    Ok(archive.finish())
+}
+
+/// A machine's size; its devices are those of [`slots`].
+#[derive(Debug, Clone, Copy)]
+pub struct Shape {
+    /// vCPUs at boot.
+    pub cpus: u8,
+    /// vCPUs at most.
+    pub max_cpus: u8,
+    /// Base RAM in MiB.
+    pub memory: u64,
+    /// Hot-plug room in GiB.
+    pub hotplug: u64,
+    /// Whether it has the devices besides vsock and entropy.
+    pub devices: bool,
+}
+
+impl Default for Shape {
+    fn default() -> Self {
+        Self {
+            cpus: 1,
+            max_cpus: 4,
+            memory: 256,
+            hotplug: 2,
+            devices: true,
+        }
+    }
+}
+
+impl Shape {
+    fn spec(self) -> MachineSpec {
+        let mut devices = vec![
+            (slots::VSOCK, DeviceKind::Vsock { cid: 3 }),
+            (slots::RNG, DeviceKind::Rng),
+        ];
+        if self.devices {
+            devices.extend([
+                (slots::MEM, DeviceKind::Mem),
+                (
+                    slots::NET,
+                    DeviceKind::Net {
+                        pairs: 1,
+                        mac: [2, 0, 0, 0, 0, 1],
+                    },
+                ),
+                (
+                    slots::FS,
+                    DeviceKind::Fs {
+                        tag: "kiln".to_owned(),
+                    },
+                ),
+            ]);
+            devices.extend((0..slots::DISKS).map(|i| {
+                let id = format!("slot{i}");
+                (slots::DISK + i, DeviceKind::Block { id, queues: 1 })
+            }));
+        }
+        MachineSpec {
+            cpus: self.cpus,
+            max_cpus: self.max_cpus,
+            memory: self.memory << 20,
+            hotplug: self.hotplug << 30,
+            serial: true,
+            devices: devices
+                .into_iter()
+                .map(|(slot, kind)| DeviceSpec { slot, kind })
+                .collect(),
+        }
+    }
+}
+
+/// A saved machine's files.
+#[derive(Debug, Clone)]
+pub struct Baked {
+    /// The state file.
+    pub state: PathBuf,
+    /// The memory file.
+    pub memory: PathBuf,
+}
+
+impl Baked {
+    /// In a folder.
+    pub fn in_dir(dir: &Path) -> Self {
+        Self {
+            state: dir.join("state"),
+            memory: dir.join("memory"),
+        }
+    }
+}
+
+/// A running μVM. Dropping it ends it.
+#[derive(Debug)]
+pub struct Uvm {
+    vmm: Vmm,
+    dir: PathBuf,
+    /// What the VMM said when it had started.
+    pub steps: Vec<kiln_vmm_control::Step>,
+}
+
+impl Uvm {
+    /// Starts a VMM, in its jail, whose files (log, console, sockets) are in `dir`.
+    pub fn spawn(dir: &Path) -> Result<Vmm> {
+        let root = dir.join("empty");
+        std::fs::create_dir_all(&root)?;
+        let jail = Jail {
+            uid: NOBODY,
+            gid: NOBODY,
+            root,
+        };
+        let spawn = Spawn {
+            program: PROGRAM.into(),
+            jail: Some(jail),
+            log: Some(File::create(dir.join("vmm.log"))?),
+        };
+        Ok(Vmm::spawn(spawn)?)
+    }
+
+    /// Boots a machine and waits until its guest takes scripts.
+    pub fn boot(dir: &Path, kit: &Kit, shape: Shape) -> Result<Self> {
+        let vmm = Self::spawn(dir)?;
+        let mut uvm = Self {
+            vmm,
+            dir: dir.to_owned(),
+            steps: Vec::new(),
+        };
+        let started = uvm.try_boot(kit, shape);
+        started.map_err(|e| uvm.explain(&e))?;
+        Ok(uvm)
+    }
+
+    fn try_boot(&mut self, kit: &Kit, shape: Shape) -> Result<()> {
+        let kernel = File::open(&kit.kernel)?;
+        let initrd = File::open(&kit.initrd)?;
+        let console = File::create(self.dir.join("console"))?;
+        let listener = self.listen()?;
+        let request = Request::Boot {
+            machine: shape.spec(),
+            kernel: 0,
+            initrd: Some(1),
+            cmdline: "console=ttyS0 panic=-1 no_timer_check memhp_default_state=online".to_owned(),
+            console: Some(2),
+            ends: vec![(slots::VSOCK, End::Listener(3))],
+        };
+        let fds = [
+            kernel.as_fd(),
+            initrd.as_fd(),
+            console.as_fd(),
+            listener.as_fd(),
+        ];
+        self.vmm.call(&request, &fds)?;
+        let deadline = Instant::now() + BOOT_LIMIT;
+        loop {
+            match self.sh("true") {
+                Ok(_) => return Ok(()),
+                Err(e) if Instant::now() > deadline => return Err(e.context("the guest is not up")),
+                Err(_) => std::thread::sleep(Duration::from_millis(200)),
+            }
+        }
+    }
+
+    /// Resumes a machine. `ends` are further host sides with their descriptors, which are counted from the first
+    /// of `fds`.
+    pub fn resume(
+        dir: &Path,
+        baked: &Baked,
+        ends: Vec<(u8, End)>,
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<Self> {
+        Self::resume_in(Self::spawn(dir)?, dir, baked, ends, fds)
+    }
+
+    /// Resumes a machine in a VMM that was started before.
+    pub fn resume_in(
+        vmm: Vmm,
+        dir: &Path,
+        baked: &Baked,
+        ends: Vec<(u8, End)>,
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<Self> {
+        /// Descriptors of ours before the caller's.
+        const OURS: u8 = 4;
+        let mut uvm = Self {
+            vmm,
+            dir: dir.to_owned(),
+            steps: Vec::new(),
+        };
+        let state = File::open(&baked.state)?;
+        let memory = File::open(&baked.memory)?;
+        let console = File::create(dir.join("console"))?;
+        let listener = uvm.listen()?;
+        let mut all = vec![
+            state.as_fd(),
+            memory.as_fd(),
+            console.as_fd(),
+            listener.as_fd(),
+        ];
+        all.extend_from_slice(fds);
+        let shifted = ends.into_iter().map(|(slot, end)| {
+            let end = match end {
+                End::Disk { fd, read_only } => End::Disk {
+                    fd: fd + OURS,
+                    read_only,
+                },
+                End::Listener(fd) => End::Listener(fd + OURS),
+                End::Tap(queues) => End::Tap(queues.into_iter().map(|fd| fd + OURS).collect()),
+                End::Directory(fd) => End::Directory(fd + OURS),
+            };
+            (slot, end)
+        });
+        let request = Request::Resume {
+            state: 0,
+            memory: 1,
+            console: Some(2),
+            ends: [(slots::VSOCK, End::Listener(3))]
+                .into_iter()
+                .chain(shifted)
+                .collect(),
+        };
+        match uvm.vmm.call(&request, &all) {
+            Ok(Reply::Started { steps, .. }) => {
+                uvm.steps = steps;
+                Ok(uvm)
+            }
+            Ok(other) => Err(uvm.explain(&anyhow!("the VMM answered {other:?}"))),
+            Err(e) => Err(uvm.explain(&e.into())),
+        }
+    }
+
+    fn listen(&self) -> Result<UnixListener> {
+        let path = self.dir.join("vsock");
+        // Of an earlier machine in the same folder, if any.
+        let _ = std::fs::remove_file(&path);
+        UnixListener::bind(&path).with_context(|| format!("{}", path.display()))
+    }
+
+    /// The VMM, for requests that have no shorter form here.
+    pub fn vmm(&self) -> &Vmm {
+        &self.vmm
+    }
+
+    /// Runs a script in the guest; what it prints, without the line's end. A code other than 0 is an error.
+    pub fn sh(&self, script: &str) -> Result<String> {
+        let (code, text) = self.run(script)?;
+        ensure!(code == 0, "{script:?} ended with {code}: {text}");
+        Ok(text)
+    }
+
+    /// Runs a script in the guest: its exit code and what it prints.
+    pub fn run(&self, script: &str) -> Result<(i32, String)> {
+        let mut socket = self.connect()?;
+        socket.write_all(format!("{}\n{script}", script.len()).as_bytes())?;
+        let mut text = String::new();
+        socket
+            .read_to_string(&mut text)
+            .with_context(|| format!("the answer to {script:?}"))?;
+        let (text, code) = text
+            .rsplit_once("\nexit=")
+            .with_context(|| format!("{script:?} was cut off: {text:?}"))?;
+        Ok((code.trim().parse()?, text.trim_end().to_owned()))
+    }
+
+    /// A connection to the guest's port for scripts.
+    pub fn connect(&self) -> Result<UnixStream> {
+        let mut socket = UnixStream::connect(self.dir.join("vsock"))?;
+        socket.set_read_timeout(Some(ANSWER_LIMIT))?;
+        socket.write_all(format!("CONNECT {PORT}\n").as_bytes())?;
+        let mut line = Vec::new();
+        let mut byte = [0];
+        while socket.read(&mut byte)? == 1 && byte != *b"\n" {
+            line.push(byte[0]);
+        }
+        ensure!(
+            line.starts_with(b"OK "),
+            "the guest took no connection: {:?}",
+            String::from_utf8_lossy(&line)
+        );
+        Ok(socket)
+    }
+
+    /// Saves the machine into a folder.
+    pub fn snapshot(&self, into: &Path, go_on: bool) -> Result<Baked> {
+        std::fs::create_dir_all(into)?;
+        let baked = Baked::in_dir(into);
+        let (state, memory) = (File::create(&baked.state)?, File::create(&baked.memory)?);
+        let request = Request::Snapshot {
+            state: 0,
+            memory: 1,
+            digest: [1; 32],
+            go_on,
+        };
+        match self.vmm.call(&request, &[state.as_fd(), memory.as_fd()])? {
+            Reply::Saved { .. } => Ok(baked),
+            other => bail!("the VMM answered {other:?}"),
+        }
+    }
+
+    /// Waits for the VMM's end, but not for ever: its exit code.
+    pub fn wait(&self, limit: Duration) -> Result<i32> {
+        let deadline = Instant::now() + limit;
+        // A zombie until it is waited for; gone if something else has.
+        let stat = format!("/proc/{}/stat", self.vmm.pid());
+        loop {
+            let over = std::fs::read_to_string(&stat).map_or(true, |s| s.contains(") Z "));
+            if over {
+                return Ok(self.vmm.wait()?);
+            }
+            if Instant::now() > deadline {
+                return Err(self.explain(&anyhow!("the VMM has not ended in {limit:?}")));
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// What the VMM logged.
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(self.dir.join("vmm.log")).unwrap_or_default()
+    }
+
+    /// What the guest wrote to its console.
+    pub fn console(&self) -> String {
+        let bytes = std::fs::read(self.dir.join("console")).unwrap_or_default();
+        String::from_utf8_lossy(&bytes).into_owned()
+    }
+
+    /// An error with the last lines of log and console.
+    pub fn explain(&self, error: &anyhow::Error) -> anyhow::Error {
+        let console = self.console();
+        let lines: Vec<&str> = console.lines().collect();
+        let last = lines
+            .get(lines.len().saturating_sub(15)..)
+            .unwrap_or_default();
+        anyhow!(
+            "{error:#}\nthe VMM's log:\n{}\nthe console's end:\n{}",
+            self.log(),
+            last.join("\n")
+        )
+    }
+}
