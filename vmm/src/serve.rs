@@ -76,10 +76,10 @@ impl Observer for Watcher {
                 HotplugAction::EjectCpu(i) | HotplugAction::CpuStatus(i, 0) => {
                     pending.cpus.remove(&i);
                 }
-                HotplugAction::CpuStatus(i, status) if !IN_PROGRESS.contains(&status) => {
-                    if pending.cpus.remove(&i) {
-                        pending.refused.insert(i, status);
-                    }
+                HotplugAction::CpuStatus(i, status)
+                    if !IN_PROGRESS.contains(&status) && pending.cpus.remove(&i) =>
+                {
+                    pending.refused.insert(i, status);
                 }
                 _ => {}
             }
@@ -447,7 +447,11 @@ fn attach(machine: &Machine, slot: Option<u8>, file: File, read_only: bool) -> R
     }
 }
 
-/// Asks the guest for a size and waits until it has followed.
+/// A guest that has given nothing back for so long tries again only much later: Linux' driver waits most of a
+/// minute after a block that was busy.
+const SHRINK_PATIENCE: Duration = Duration::from_secs(3);
+
+/// Asks the guest for a size and waits until it has followed, or has given back what memory it can.
 fn resize(server: &Server, cpus: u8, memory: u64, timeout: Duration) -> Result<()> {
     let (machine, watcher) = (&server.machine, &server.watcher);
     let deadline = Instant::now() + timeout;
@@ -474,6 +478,18 @@ fn resize(server: &Server, cpus: u8, memory: u64, timeout: Duration) -> Result<(
         }
         let plugged = machine.plugged();
         if pending.cpus.is_empty() && plugged.plugged == plugged.requested {
+            return Ok(());
+        }
+        if plugged.plugged != last.0 {
+            last = (plugged.plugged, Instant::now());
+        }
+        let stuck = last.1.elapsed() >= SHRINK_PATIENCE || Instant::now() >= deadline;
+        if pending.cpus.is_empty() && plugged.plugged > plugged.requested && stuck {
+            tracing::info!(
+                plugged = plugged.plugged,
+                requested = plugged.requested,
+                "the guest keeps memory that it can't free now"
+            );
             return Ok(());
         }
         let left = deadline.saturating_duration_since(Instant::now());

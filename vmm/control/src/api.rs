@@ -152,7 +152,9 @@ pub enum Request {
         /// A new address for drivers that still have to probe.
         mac: Option<[u8; 6]>,
     },
-    /// Changes size; answered when the guest has followed, or by an error after the time is up.
+    /// Changes size; answered by `Stats` when the guest has followed, or by an error after the time is up. A guest
+    /// that gave back what memory it could, and not all of it, has followed too: the figures say how far it came,
+    /// and it goes on trying by itself.
     Resize {
         /// vCPUs.
         cpus: u8,

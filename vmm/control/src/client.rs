@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::{Mutex, PoisonError};
@@ -89,7 +90,9 @@ impl Vmm {
         }
         command
             .stdin(Stdio::from(OwnedFd::from(theirs)))
-            .stdout(Stdio::null());
+            .stdout(Stdio::null())
+            // A terminal's signals are for the client: the VMM ends when the socket closes.
+            .process_group(0);
         if let Some(log) = spawn.log {
             command.stderr(Stdio::from(log));
         }
