@@ -472,6 +472,7 @@ fn resize(server: &Server, cpus: u8, memory: u64, timeout: Duration) -> Result<(
         return Ok(());
     }
     let mut pending = lock(&watcher.pending);
+    let mut last = (machine.plugged().plugged, Instant::now());
     loop {
         if let Some((cpu, status)) = pending.refused.first_key_value() {
             bail!("the guest refused to change vCPU {cpu} (ACPI status {status:#x})");
