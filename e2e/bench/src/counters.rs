@@ -5,19 +5,54 @@ use std::fs;
 
 use anyhow::{Context, Result};
 
+use crate::tracepoints::Tracepoint;
+
+/// What is counted while it lives.
+#[derive(Debug)]
+pub(crate) struct Counting(Vec<Tracepoint>);
+
+impl Counting {
+    /// Begins to count what the kernel counts only if asked.
+    pub(crate) fn begin() -> Result<Self> {
+        let events = [
+            ("system calls", "raw_syscalls/sys_enter"),
+            ("VM exits", "kvm/kvm_exit"),
+        ];
+        let mut counted = Vec::new();
+        for (name, event) in events {
+            counted.extend(Tracepoint::count(name, event)?);
+        }
+        Ok(Counting(counted))
+    }
+
+    /// All counters now.
+    pub(crate) fn now(&self) -> Result<Counters> {
+        let mut counters = Counters::read()?;
+        for tracepoint in &self.0 {
+            // Counts of one bench stay far below what an f64 holds exactly.
+            #[allow(clippy::cast_precision_loss)]
+            let value = tracepoint.read()? as f64;
+            counters.0.push((tracepoint.name, "count", value));
+        }
+        Ok(counters)
+    }
+}
+
 /// The node's counters at one moment.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Counters(Vec<(&'static str, &'static str, f64)>);
 
 impl Counters {
     /// Now.
-    pub(crate) fn read() -> Result<Self> {
+    fn read() -> Result<Self> {
         let stat = fs::read_to_string("/proc/stat").context("cannot read /proc/stat")?;
         let memory = fs::read_to_string("/proc/vmstat").context("cannot read /proc/vmstat")?;
-        Self::parse(&stat, &memory)
+        let schedule =
+            fs::read_to_string("/proc/schedstat").context("cannot read /proc/schedstat")?;
+        Self::parse(&stat, &memory, &schedule)
     }
 
-    fn parse(stat: &str, memory: &str) -> Result<Self> {
+    fn parse(stat: &str, memory: &str, schedule: &str) -> Result<Self> {
         let value = |text: &str, name: &str| -> Result<f64> {
             text.lines()
                 .find_map(|line| {
@@ -30,6 +65,8 @@ impl Counters {
                 .with_context(|| format!("the kernel does not count {name}"))
         };
         Ok(Counters(vec![
+            // On the counted clock a nanosecond of this is an instruction.
+            ("CPU time", "ms", cpu_nanoseconds(schedule)? / 1e6),
             ("context switches", "count", value(stat, "ctxt")?),
             ("processes and threads", "count", value(stat, "processes")?),
             ("page faults", "count", value(memory, "pgfault")?),
@@ -45,6 +82,19 @@ impl Counters {
             .map(|((name, unit, now), (_, _, then))| (*name, *unit, now - then))
             .collect()
     }
+}
+
+/// How long tasks ran, on all CPUs together.
+fn cpu_nanoseconds(schedule: &str) -> Result<f64> {
+    let mut sum = 0.0;
+    for line in schedule.lines().filter(|line| line.starts_with("cpu")) {
+        let field = line.split_whitespace().nth(7);
+        let field: f64 = field
+            .and_then(|field| field.parse().ok())
+            .with_context(|| format!("/proc/schedstat: {line:?}"))?;
+        sum += field;
+    }
+    Ok(sum)
 }
 
 /// Private memory in KiB of all processes that belong to a pod: its id is in their arguments, or
@@ -74,15 +124,24 @@ fn private(memory: &str) -> f64 {
 mod tests {
     use super::*;
 
+    const SCHEDULE: &str = "version 15\ntimestamp 4\n\
+        cpu0 0 0 0 0 0 0 3000000 9 9\ndomain0 3 1 2\ncpu1 0 0 0 0 0 0 500000 9 9\n";
+
+    #[test]
+    fn cpu_time_is_the_sum_over_cpus() {
+        assert_eq!(cpu_nanoseconds(SCHEDULE).unwrap(), 3_500_000.0);
+        assert!(cpu_nanoseconds("cpu0 1 2\n").is_err());
+    }
+
     #[test]
     fn counters_are_found_by_their_whole_name_and_subtracted() {
         let memory = "pgpgin 8\npgfault 100\npgmajfault 3\n";
-        let before = Counters::parse("cpu 1 2\nctxt 10\nprocesses 5\n", memory).unwrap();
-        let after = Counters::parse("ctxt 25\nprocesses 6\n", memory).unwrap();
+        let before = Counters::parse("cpu 1 2\nctxt 10\nprocesses 5\n", memory, SCHEDULE).unwrap();
+        let after = Counters::parse("ctxt 25\nprocesses 6\n", memory, SCHEDULE).unwrap();
         let since = after.since(&before);
-        assert_eq!(since[0], ("context switches", "count", 15.0));
-        assert_eq!(since[3], ("major page faults", "count", 0.0));
-        assert!(Counters::parse("ctxt 1\n", memory).is_err());
+        assert_eq!(since[1], ("context switches", "count", 15.0));
+        assert_eq!(since[4], ("major page faults", "count", 0.0));
+        assert!(Counters::parse("ctxt 1\n", memory, SCHEDULE).is_err());
     }
 
     #[test]

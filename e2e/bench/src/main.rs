@@ -6,6 +6,7 @@ mod counters;
 mod picture;
 mod report;
 mod result;
+mod tracepoints;
 
 use std::path::PathBuf;
 use std::process::ExitCode;

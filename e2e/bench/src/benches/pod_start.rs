@@ -11,7 +11,7 @@ use anyhow::{Context, Result, bail};
 use kiln_e2e::{ContainerSpec, Pod, PodSpec, Test, setup};
 
 use super::Settings;
-use crate::counters::{Counters, private_memory};
+use crate::counters::{Counting, private_memory};
 use crate::result::Measured;
 
 /// A start takes no longer, not even on a busy emulated machine.
@@ -27,10 +27,11 @@ pub(crate) async fn run(settings: Settings) -> Result<Measured> {
     }
     let first = tests.first().context("no runtime to measure")?;
     setup::import(first.client(), &setup::Images::make()?).await?;
+    let counting = Counting::begin()?;
     // Run 0 reads programs from the disk and the like: it is not counted.
     for run in 0..=settings.runs {
         for test in &tests {
-            let outcome = start(test, (run > 0).then_some(&mut measured)).await;
+            let outcome = start(test, &counting, (run > 0).then_some(&mut measured)).await;
             outcome.with_context(|| format!("run {run} with {}", test.handler()))?;
             tokio::time::sleep(PAUSE).await;
         }
@@ -48,13 +49,13 @@ pub(crate) async fn run(settings: Settings) -> Result<Measured> {
     Ok(measured)
 }
 
-async fn start(test: &Test, measured: Option<&mut Measured>) -> Result<()> {
+async fn start(test: &Test, counting: &Counting, measured: Option<&mut Measured>) -> Result<()> {
     let config = test.pod_config(&PodSpec::new())?;
     // kubelet makes a container's log directory, too.
     let logs = Path::new(&config.log_directory).join("main");
     std::fs::create_dir_all(&logs).with_context(|| format!("{}", logs.display()))?;
     let log = Log::watch(logs.join("0.log"))?;
-    let counters = Counters::read()?;
+    let counters = counting.now()?;
 
     let begin = Instant::now();
     let pod = Pod::run(test.cri().clone(), config, test.handler()).await?;
@@ -69,7 +70,7 @@ async fn start(test: &Test, measured: Option<&mut Measured>) -> Result<()> {
     let started = Instant::now();
     let output = output.await.context("the thread that watches the log")??;
 
-    let counted = Counters::read()?.since(&counters);
+    let counted = counting.now()?.since(&counters);
     let memory = private_memory(pod.id(), test.id())?;
     let begin_removal = Instant::now();
     pod.remove().await?;
