@@ -114,26 +114,28 @@ fn parse(args: impl Iterator<Item = String>) -> Result<Options> {
     Ok(o)
 }
 
+/// Puts a machine together: the machine and its kernel's version.
+type Start = fn(&Options, VmSeed, EventLoop, Arc<Notify>) -> Result<(Arc<Machine>, String)>;
+
 /// Runs what the arguments say.
 pub(crate) fn run() -> Result<ExitCode> {
     let mut args = std::env::args().skip(1);
     let command = args.next().unwrap_or_default();
-    let start: fn(Options, VmSeed, EventLoop, Arc<Notify>) -> Result<(Arc<Machine>, String)> =
-        match command.as_str() {
-            "boot" => boot,
-            "resume" => resume,
-            _ => {
-                eprintln!("{USAGE}");
-                return Ok(ExitCode::from(2));
-            }
-        };
+    let start: Start = match command.as_str() {
+        "boot" => boot,
+        "resume" => resume,
+        _ => {
+            eprintln!("{USAGE}");
+            return Ok(ExitCode::from(2));
+        }
+    };
     let options = parse(args)?;
     kiln_vmm::cpu::thread::install_kick_handler()?;
     let seed = VmSeed::create(None)?;
     let events = EventLoop::new()?;
     let (sender, receiver) = channel();
     let notify = Arc::new(Notify(sender.clone().into()));
-    let (machine, kernel) = start(options, seed, events.clone(), notify)?;
+    let (machine, kernel) = start(&options, seed, events.clone(), notify)?;
     std::thread::Builder::new()
         .name("devices".to_owned())
         .spawn(move || events.run())?;
@@ -191,8 +193,11 @@ fn command(machine: &Arc<Machine>, kernel: &str, line: &str) -> Result<String> {
             Ok(format!("asked for {n} vCPUs"))
         }
         ["attach", slot, file] => {
-            let disk = open_disk(Path::new(file))?;
-            machine.attach_block(slot.parse()?, disk, false)?;
+            let disk = HostEnd::Disk {
+                file: open_disk(Path::new(file))?,
+                read_only: false,
+            };
+            machine.attach_block(slot.parse()?, disk)?;
             Ok("attached".to_owned())
         }
         ["detach", slot] => {
@@ -256,7 +261,7 @@ const RNG_SLOT: u8 = 2;
 const FIRST_DISK_SLOT: u8 = 3;
 
 fn boot(
-    o: Options,
+    o: &Options,
     seed: VmSeed,
     events: EventLoop,
     notify: Arc<Notify>,
@@ -311,7 +316,7 @@ fn boot(
         kernel: open(&kernel)?,
         initrd: o.initrd.as_deref().map(open).transpose()?,
         cmdline: o.cmdline.clone(),
-        console: console(&o)?,
+        console: console(o)?,
         ends,
     };
     Ok(Machine::boot(
@@ -324,7 +329,7 @@ fn boot(
 }
 
 fn resume(
-    o: Options,
+    o: &Options,
     seed: VmSeed,
     events: EventLoop,
     notify: Arc<Notify>,
@@ -346,7 +351,7 @@ fn resume(
     let spec = ResumeSpec {
         state,
         memory,
-        console: console(&o)?,
+        console: console(o)?,
         ends,
     };
     let enter = Arc::new(|| Ok(()));

@@ -4,6 +4,7 @@
 //! and `resume` run a machine in the foreground, with the guest's console on standard output and commands
 //! on standard input (`help` lists them).
 
+mod ends;
 mod frontend;
 mod jail;
 mod serve;

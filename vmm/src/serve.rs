@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::os::fd::{FromRawFd, OwnedFd};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixStream;
 use std::process::ExitCode;
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -16,7 +16,6 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 use kiln_vmm::cpu::thread::install_kick_handler;
-use kiln_vmm::devices::fs::FsServer;
 use kiln_vmm::event::EventLoop;
 use kiln_vmm::machine::{
     BootSpec, DeviceKind, DeviceSpec, HostEnd, HostEnds, Machine, MachineConfig, Observer,
@@ -32,6 +31,7 @@ use kiln_vmm_control::api::{self, End, Reply, Request, exit};
 use kiln_vmm_control::wire;
 use kiln_vmm_fs::Prepared;
 
+use crate::ends::{Fds, Overlays};
 use crate::jail::{self, Jail};
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -94,6 +94,7 @@ struct Server {
     machine: Arc<Machine>,
     watcher: Arc<Watcher>,
     kernel: String,
+    overlays: Overlays,
 }
 
 /// Serves one machine.
@@ -124,13 +125,14 @@ pub(crate) fn run(args: impl Iterator<Item = String>, mut timeline: Timeline) ->
     };
     timeline.skip();
     let mut fds = Fds::new(fds);
+    let overlays = Overlays::default();
     let started = fds
-        .ends(take_ends(&mut request), Some(files))
+        .ends(take_ends(&mut request), Some(files), &overlays)
         .and_then(|ends| {
             // From here on nothing has rights but the file server's thread, and that only if there is one.
             jail::become_user(&jail).context("changing user")?;
             timeline.mark("vmm.jail");
-            start(request, ends, fds, seed, &events, &mut timeline)
+            start(request, ends, fds, overlays, seed, &events, &mut timeline)
         });
     match started {
         Ok(server) => {
@@ -173,58 +175,6 @@ fn parse(mut args: impl Iterator<Item = String>) -> Result<Jail> {
     Ok(jail)
 }
 
-/// Descriptors of a frame, each taken at most once.
-struct Fds(Vec<Option<OwnedFd>>);
-
-impl Fds {
-    fn new(fds: Vec<OwnedFd>) -> Self {
-        Self(fds.into_iter().map(Some).collect())
-    }
-
-    fn take(&mut self, index: u8) -> Result<OwnedFd> {
-        self.0
-            .get_mut(usize::from(index))
-            .and_then(Option::take)
-            .with_context(|| format!("descriptor {index} did not come with the request"))
-    }
-
-    fn file(&mut self, index: u8) -> Result<File> {
-        self.take(index).map(File::from)
-    }
-
-    /// Host sides from the client's list. A folder's server is started at once, on the rights that this thread has.
-    fn ends(&mut self, ends: Vec<(u8, End)>, mut prepared: Option<Prepared>) -> Result<HostEnds> {
-        let mut all = HostEnds::new();
-        for (slot, end) in ends {
-            let end = match end {
-                End::Disk { fd, read_only } => HostEnd::Disk {
-                    file: self.file(fd)?,
-                    read_only,
-                },
-                End::Listener(fd) => {
-                    let listener = UnixListener::from(self.take(fd)?);
-                    listener.set_nonblocking(true)?;
-                    HostEnd::Listener(listener)
-                }
-                End::Tap(queues) => HostEnd::Tap(
-                    queues
-                        .into_iter()
-                        .map(|fd| self.take(fd))
-                        .collect::<Result<_>>()?,
-                ),
-                End::Directory(fd) => {
-                    let folder = self.take(fd)?;
-                    let prepared = prepared.take().context("there can be one folder only")?;
-                    let server = FsServer::start(move || prepared.enter(&folder))??;
-                    HostEnd::Files(server)
-                }
-            };
-            all.insert(slot, end);
-        }
-        Ok(all)
-    }
-}
-
 fn take_ends(request: &mut Request) -> Vec<(u8, End)> {
     match request {
         Request::Boot { ends, .. } | Request::Resume { ends, .. } => std::mem::take(ends),
@@ -236,6 +186,7 @@ fn start(
     request: Request,
     ends: HostEnds,
     mut fds: Fds,
+    overlays: Overlays,
     seed: JoinHandle<Result<VmSeed, VmError>>,
     events: &EventLoop,
     timeline: &mut Timeline,
@@ -331,6 +282,7 @@ fn start(
         machine,
         watcher,
         kernel,
+        overlays,
     })
 }
 
@@ -376,8 +328,13 @@ fn answer(server: &Server, request: Request, mut fds: Fds) -> Result<Reply> {
             read_only,
         } => {
             let file = fds.file(fd)?;
-            return attach(machine, slot, file, read_only).map(Reply::Slot);
+            return attach(machine, slot, HostEnd::Disk { file, read_only }).map(Reply::Slot);
         }
+        Request::AttachOverlay { slot, overlay } => {
+            let overlay = server.overlays.make(&mut fds, &overlay)?;
+            return attach(machine, slot, HostEnd::Overlay(overlay)).map(Reply::Slot);
+        }
+        Request::LimitOverlays { ram, spill_limit } => server.overlays.limit(ram, spill_limit)?,
         Request::DetachBlock { slot } => machine.detach_block(slot)?,
         Request::SetNet { slot, taps, mac } => {
             let taps = taps
@@ -397,9 +354,9 @@ fn answer(server: &Server, request: Request, mut fds: Fds) -> Result<Reply> {
                 memory,
                 Duration::from_millis(timeout_ms.into()),
             )?;
-            return Ok(stats(machine));
+            return Ok(stats(server));
         }
-        Request::Stats => return Ok(stats(machine)),
+        Request::Stats => return Ok(stats(server)),
         Request::Stop => {}
     }
     Ok(Reply::Done)
@@ -424,7 +381,7 @@ fn save(server: &Server, state: &mut File, memory: &File, digest: [u8; 32]) -> R
     })
 }
 
-fn attach(machine: &Machine, slot: Option<u8>, file: File, read_only: bool) -> Result<u8> {
+fn attach(machine: &Machine, slot: Option<u8>, disk: HostEnd) -> Result<u8> {
     let empty = || {
         let specs = machine.device_specs();
         specs
@@ -434,7 +391,7 @@ fn attach(machine: &Machine, slot: Option<u8>, file: File, read_only: bool) -> R
     };
     match slot.or_else(empty) {
         Some(slot) => {
-            machine.attach_block(slot, file, read_only)?;
+            machine.attach_block(slot, disk)?;
             Ok(slot)
         }
         None => {
@@ -442,7 +399,7 @@ fn attach(machine: &Machine, slot: Option<u8>, file: File, read_only: bool) -> R
                 id: "plugged".to_owned(),
                 queues: 1,
             };
-            Ok(machine.plug_device(kind, Some(HostEnd::Disk { file, read_only }))?)
+            Ok(machine.plug_device(kind, Some(disk))?)
         }
     }
 }
@@ -511,7 +468,8 @@ fn resize(server: &Server, cpus: u8, memory: u64, timeout: Duration) -> Result<(
     }
 }
 
-fn stats(machine: &Machine) -> Reply {
+fn stats(server: &Server) -> Reply {
+    let machine = &server.machine;
     let s = machine.stats();
     let devices = machine
         .device_specs()
@@ -526,6 +484,7 @@ fn stats(machine: &Machine) -> Reply {
         memory: s.memory,
         paused: s.paused,
         devices,
+        overlays: server.overlays.figures(),
     }
 }
 

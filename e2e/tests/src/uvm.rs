@@ -13,7 +13,8 @@ use kiln_bake::cpio::Archive;
 use kiln_bake::kernel::{self, GuestKernel};
 use kiln_bake::modules::{GUEST, Modules};
 use kiln_vmm_control::{
-    DeviceKind, DeviceSpec, End, Jail, MachineSpec, Reply, Request, Spawn, Vmm,
+    DeviceKind, DeviceSpec, End, Jail, MachineSpec, Overlay, OverlayPool, Reply, Request, Spawn,
+    Vmm,
 };
 
 /// Where a node has the VMM.
@@ -305,6 +306,18 @@ impl Uvm {
                 End::Listener(fd) => End::Listener(fd + OURS),
                 End::Tap(queues) => End::Tap(queues.into_iter().map(|fd| fd + OURS).collect()),
                 End::Directory(fd) => End::Directory(fd + OURS),
+                End::Overlay(overlay) => {
+                    let pool = overlay.pool.map(|pool| OverlayPool {
+                        spill: pool.spill.map(|fd| fd + OURS),
+                        budget: pool.budget.map(|fd| fd + OURS),
+                        ..pool
+                    });
+                    End::Overlay(Overlay {
+                        base: overlay.base.map(|fd| fd + OURS),
+                        pool,
+                        ..overlay
+                    })
+                }
             };
             (slot, end)
         });

@@ -83,6 +83,35 @@ pub enum End {
     /// a jailed VMM then keeps the rights to act for all users on one thread, which sees nothing but this folder.
     /// Unmount with `MNT_DETACH`: what the guest looked up stays open in the VMM until it forgets it.
     Directory(FdIndex),
+    /// A writable disk whose writes live in the VMM's memory.
+    Overlay(Overlay),
+}
+
+/// A disk whose writes live in RAM and spill to a file. Its content lasts as long as the process: it is not part of a
+/// snapshot. A write for which there is neither RAM nor spill room is an I/O error to the guest; nothing else is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Overlay {
+    /// What reads find where nothing was written: a file or block device that never changes, such as a template
+    /// with an empty file system. With none, or beyond its end, zeroes.
+    pub base: Option<FdIndex>,
+    /// The disk's size in bytes, whole sectors.
+    pub size: u64,
+    /// What all overlays of this μVM draw on. The first one brings it; later ones bring none.
+    pub pool: Option<OverlayPool>,
+}
+
+/// RAM and spill file of a μVM's overlays.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OverlayPool {
+    /// Most bytes of RAM, at least 1 MiB.
+    pub ram: u64,
+    /// Where what has no room in RAM goes: an empty file, opened for this VMM alone (`O_TMPFILE`). With none, full
+    /// RAM is a full disk.
+    pub spill: Option<FdIndex>,
+    /// Most bytes of the spill file.
+    pub spill_limit: u64,
+    /// The node's budget: an opening of its own of the file that `kiln_overlay::Budget::open_or_make` makes.
+    pub budget: Option<FdIndex>,
 }
 
 /// What the client asks.
@@ -167,6 +196,43 @@ pub enum Request {
     Stats,
     /// Ends machine and process.
     Stop,
+    /// Puts an overlay into an empty slot, or into a new one by PCI hot-plug. Answered by `Slot`.
+    AttachOverlay {
+        /// Which slot; `None` takes the first empty one, or plugs one.
+        slot: Option<u8>,
+        /// The disk.
+        overlay: Overlay,
+    },
+    /// Changes how much the overlays may take. RAM above its new limit is spilled as fast as the file takes it.
+    LimitOverlays {
+        /// Most bytes of RAM.
+        ram: u64,
+        /// Most bytes of the spill file.
+        spill_limit: u64,
+    },
+}
+
+/// What a μVM's overlays take.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OverlayFigures {
+    /// Bytes of RAM with data.
+    pub ram: u64,
+    /// Bytes of RAM they may take now: their own limit, or their share of the node's budget.
+    pub ram_limit: u64,
+    /// Bytes of the spill file.
+    pub spill: u64,
+    /// Most bytes of it.
+    pub spill_limit: u64,
+    /// Bytes written to it so far.
+    pub spilled: u64,
+    /// Chunks brought back from it so far.
+    pub returned_chunks: u64,
+    /// Writes that had to wait for room so far, and for how long together.
+    pub stalls: u64,
+    /// In nanoseconds.
+    pub stall_ns: u64,
+    /// Times the spill file failed.
+    pub spill_errors: u64,
 }
 
 /// One step of a start.
@@ -234,6 +300,8 @@ pub enum Reply {
         paused: bool,
         /// Devices.
         devices: Vec<DeviceInfo>,
+        /// Overlays, if there are any.
+        overlays: Option<OverlayFigures>,
     },
     /// Not done, and why: the whole chain of causes.
     Error(String),

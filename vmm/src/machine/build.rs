@@ -6,6 +6,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
 use std::sync::{Arc, Mutex, OnceLock};
 
+use kiln_overlay::Overlay;
 use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
 
 use super::config::{DeviceKind, DeviceSpec, MachineConfig};
@@ -16,7 +17,7 @@ use crate::acpi::{self, AcpiConfig, Event};
 use crate::boot::{self, BootFiles};
 use crate::cpu::thread::{ExitHandler, Vcpus};
 use crate::cpu::{CpuError, cpuid};
-use crate::devices::block::{Block, BlockConfig, FileBackend};
+use crate::devices::block::{Block, BlockConfig, FileBackend, OverlayBackend};
 use crate::devices::fs::{Fs, FsConfig, FsServer};
 use crate::devices::mem::Mem;
 use crate::devices::net::{Net, NetBackend, NetConfig, Tap};
@@ -44,6 +45,8 @@ pub enum HostEnd {
         /// Whether the guest may not write.
         read_only: bool,
     },
+    /// A disk whose writes live in this process.
+    Overlay(Overlay),
     /// A socket that host programs connect to.
     Listener(UnixListener),
     /// Tap queues.
@@ -346,7 +349,12 @@ pub(super) fn make_device(
                         .attach(Box::new(open_disk(slot, file, read_only)?))
                         .map_err(device)?;
                 }
-                Some(_) => return Err(wrong("a disk wants a file")),
+                Some(HostEnd::Overlay(overlay)) => {
+                    block
+                        .attach(Box::new(OverlayBackend::new(overlay)))
+                        .map_err(device)?;
+                }
+                Some(_) => return Err(wrong("a disk wants a file or an overlay")),
                 None => {}
             }
             Ok(Box::new(block))

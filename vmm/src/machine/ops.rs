@@ -1,6 +1,5 @@
 //! What can be done with a machine that exists: run, stop, save, swap disks.
 
-use std::fs::File;
 use std::sync::Arc;
 
 use kvm_bindings::kvm_irqchip;
@@ -11,7 +10,7 @@ use super::exits::lock;
 use super::state::{IRQCHIPS, MachineState};
 use super::{Machine, MachineError};
 use crate::cpu::VcpuState;
-use crate::devices::block::Block;
+use crate::devices::block::{Block, BlockBackend, OverlayBackend};
 use crate::devices::mem::{Mem, MemStatus};
 use crate::devices::net::Net;
 use crate::layout;
@@ -142,8 +141,16 @@ impl Machine {
     }
 
     /// Puts a disk into an empty block slot.
-    pub fn attach_block(&self, slot: u8, file: File, read_only: bool) -> Result<(), MachineError> {
-        let backend = Box::new(open_disk(slot, file, read_only)?);
+    pub fn attach_block(&self, slot: u8, disk: HostEnd) -> Result<(), MachineError> {
+        let backend: Box<dyn BlockBackend> = match disk {
+            HostEnd::Disk { file, read_only } => Box::new(open_disk(slot, file, read_only)?),
+            HostEnd::Overlay(overlay) => Box::new(OverlayBackend::new(overlay)),
+            _ => {
+                return Err(MachineError::Refused(
+                    "a disk wants a file or an overlay".to_owned(),
+                ));
+            }
+        };
         match self.device(slot)?.with(|b: &mut Block| b.attach(backend)) {
             Some(result) => result.map_err(|source| MachineError::Device { slot, source }),
             None => Err(MachineError::Refused(format!(

@@ -9,7 +9,7 @@ use thiserror::Error;
 
 use super::backend::{BlockBackend, BlockOp, BlockRequest, Completion, SECTOR_SIZE, Submitted};
 use super::uring::Uring;
-use super::worker::Worker;
+use super::worker::{Worker, execute};
 
 /// Vectors the kernel takes in one call (`UIO_MAXIOV`); the rest follows in the next.
 pub(super) const MAX_IOVECS: usize = 1024;
@@ -121,7 +121,7 @@ impl FileBackend {
                 Err(e) => tracing::debug!("no io_uring, using a thread: {e}"),
             }
         }
-        self.engine = Engine::Worker(Worker::new(fd)?);
+        self.engine = Engine::Worker(Worker::new(move |request| execute(fd, request))?);
         Ok(())
     }
 }

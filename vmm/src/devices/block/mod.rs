@@ -10,6 +10,7 @@
 mod backend;
 mod device;
 mod file;
+mod overlay;
 mod request;
 mod uring;
 mod worker;
@@ -22,3 +23,4 @@ pub use backend::{
 };
 pub use device::{Block, BlockConfig};
 pub use file::{FileBackend, FileError};
+pub use overlay::OverlayBackend;

@@ -11,6 +11,8 @@ use super::*;
 use crate::devices::testing::{BUFFERS_BASE, Bench, Desc, INDIRECT, NEXT, WRITE};
 use crate::virtio::{DeviceError, VirtioDevice};
 
+mod overlay;
+
 const MEMORY: usize = 4 << 20;
 const HEADER: u64 = BUFFERS_BASE;
 const STATUS: u64 = BUFFERS_BASE + 0x800;

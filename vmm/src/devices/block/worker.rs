@@ -34,8 +34,10 @@ pub(super) struct Worker {
 }
 
 impl Worker {
-    /// Starts the thread. `file` must stay open until the worker is dropped.
-    pub(super) fn new(file: RawFd) -> io::Result<Self> {
+    /// Starts a thread that does each request by `execute`.
+    pub(super) fn new(
+        execute: impl FnMut(&BlockRequest) -> io::Result<()> + Send + 'static,
+    ) -> io::Result<Self> {
         let shared = Arc::new(Shared {
             finished: Mutex::default(),
             changed: Condvar::new(),
@@ -44,7 +46,7 @@ impl Worker {
         let (requests, incoming) = channel();
         let thread = std::thread::Builder::new().name("disk".to_owned()).spawn({
             let shared = shared.clone();
-            move || work(file, &incoming, &shared)
+            move || work(execute, &incoming, &shared)
         })?;
         Ok(Worker {
             requests: Some(requests),
@@ -112,11 +114,15 @@ impl Drop for Worker {
     }
 }
 
-fn work(file: RawFd, incoming: &Receiver<BlockRequest>, shared: &Shared) {
+fn work(
+    mut execute: impl FnMut(&BlockRequest) -> io::Result<()>,
+    incoming: &Receiver<BlockRequest>,
+    shared: &Shared,
+) {
     while let Ok(request) = incoming.recv() {
         let completion = Completion {
             tag: request.tag,
-            result: execute(file, &request),
+            result: execute(&request),
         };
         drop(request);
         shared.finished().push(completion);
@@ -126,8 +132,8 @@ fn work(file: RawFd, incoming: &Receiver<BlockRequest>, shared: &Shared) {
     }
 }
 
-/// Does a request from start to end.
-fn execute(file: RawFd, request: &BlockRequest) -> io::Result<()> {
+/// Does a request on a file from start to end. The file must be open.
+pub(super) fn execute(file: RawFd, request: &BlockRequest) -> io::Result<()> {
     match request.op {
         BlockOp::Read | BlockOp::Write => transfer(file, request, false),
         // SAFETY: a system call on a descriptor, without pointers.

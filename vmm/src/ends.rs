@@ -1,0 +1,134 @@
+//! What comes with a request: descriptors, and the host sides of devices that are made of them.
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixListener;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use anyhow::{Context, Result, bail};
+use kiln_overlay::{Caching, DiskFile, FileBase, Membership, Overlay, Pool, PoolConfig};
+use kiln_vmm::devices::fs::FsServer;
+use kiln_vmm::machine::{HostEnd, HostEnds};
+use kiln_vmm_control::api::{self, End, OverlayFigures};
+use kiln_vmm_fs::Prepared;
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Descriptors of a frame, each taken at most once.
+pub(crate) struct Fds(Vec<Option<OwnedFd>>);
+
+impl Fds {
+    pub(crate) fn new(fds: Vec<OwnedFd>) -> Self {
+        Self(fds.into_iter().map(Some).collect())
+    }
+
+    pub(crate) fn take(&mut self, index: u8) -> Result<OwnedFd> {
+        self.0
+            .get_mut(usize::from(index))
+            .and_then(Option::take)
+            .with_context(|| format!("descriptor {index} did not come with the request"))
+    }
+
+    pub(crate) fn file(&mut self, index: u8) -> Result<File> {
+        self.take(index).map(File::from)
+    }
+
+    /// Host sides from the client's list. A folder's server is started at once, on the rights that this thread has.
+    pub(crate) fn ends(
+        &mut self,
+        ends: Vec<(u8, End)>,
+        mut prepared: Option<Prepared>,
+        overlays: &Overlays,
+    ) -> Result<HostEnds> {
+        let mut all = HostEnds::new();
+        for (slot, end) in ends {
+            let end = match end {
+                End::Disk { fd, read_only } => HostEnd::Disk {
+                    file: self.file(fd)?,
+                    read_only,
+                },
+                End::Listener(fd) => {
+                    let listener = UnixListener::from(self.take(fd)?);
+                    listener.set_nonblocking(true)?;
+                    HostEnd::Listener(listener)
+                }
+                End::Tap(queues) => HostEnd::Tap(
+                    queues
+                        .into_iter()
+                        .map(|fd| self.take(fd))
+                        .collect::<Result<_>>()?,
+                ),
+                End::Overlay(overlay) => HostEnd::Overlay(overlays.make(self, &overlay)?),
+                End::Directory(fd) => {
+                    let folder = self.take(fd)?;
+                    let prepared = prepared.take().context("there can be one folder only")?;
+                    let server = FsServer::start(move || prepared.enter(&folder))??;
+                    HostEnd::Files(server)
+                }
+            };
+            all.insert(slot, end);
+        }
+        Ok(all)
+    }
+}
+
+/// The pool that all overlays draw on, once there is one.
+#[derive(Default)]
+pub(crate) struct Overlays(Mutex<Option<Pool>>);
+
+impl Overlays {
+    pub(crate) fn make(&self, fds: &mut Fds, spec: &api::Overlay) -> Result<Overlay> {
+        let mut known = lock(&self.0);
+        let pool = match (&*known, &spec.pool) {
+            (Some(pool), None) => pool.clone(),
+            (None, Some(spec)) => known.insert(pool(fds, spec)?).clone(),
+            (None, None) => bail!("the first overlay has to bring the pool"),
+            (Some(_), Some(_)) => bail!("there is a pool already; use LimitOverlays to change it"),
+        };
+        let base = match spec.base {
+            Some(fd) => {
+                let base = FileBase::new(fds.file(fd)?).context("the disk below the overlay")?;
+                Some(Box::new(base) as Box<dyn kiln_overlay::Base>)
+            }
+            None => None,
+        };
+        Ok(Overlay::new(&pool, spec.size, base)?)
+    }
+
+    pub(crate) fn limit(&self, ram: u64, spill: u64) -> Result<()> {
+        lock(&self.0)
+            .as_ref()
+            .context("there is no overlay")?
+            .set_limits(ram, spill);
+        Ok(())
+    }
+
+    pub(crate) fn figures(&self) -> Option<OverlayFigures> {
+        let s = lock(&self.0).as_ref()?.stats();
+        Some(OverlayFigures {
+            ram: s.ram_bytes,
+            ram_limit: s.ram_limit,
+            spill: s.spill_bytes,
+            spill_limit: s.spill_limit,
+            spilled: s.spilled_bytes,
+            returned_chunks: s.returned_chunks,
+            stalls: s.stalls,
+            stall_ns: s.stall_nanos,
+            spill_errors: s.spill_errors,
+        })
+    }
+}
+
+fn pool(fds: &mut Fds, spec: &api::OverlayPool) -> Result<Pool> {
+    let mut config = PoolConfig::new(spec.ram);
+    config.spill_limit = spec.spill_limit;
+    if let Some(fd) = spec.spill {
+        config.spill = Some(Box::new(DiskFile::new(fds.file(fd)?, Caching::Direct)));
+    }
+    if let Some(fd) = spec.budget {
+        config.budget = Some(Membership::join(fds.file(fd)?)?);
+    }
+    Ok(Pool::new(config))
+}
