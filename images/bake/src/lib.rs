@@ -13,6 +13,6 @@ mod machine;
 pub mod modules;
 mod recipe;
 
-pub use bake::{BakeError, Baked, COMMAND_LINE, Order, Progress, bake, identity};
-pub use machine::{Boot, Machine, MachineError, jail, spawn_apart};
+pub use bake::{BakeError, Baked, COMMAND_LINE, Order, Progress, bake, identity, random};
+pub use machine::{Boot, Machine, MachineError, jail};
 pub use recipe::Recipe;

@@ -336,7 +336,7 @@ impl Machine {
             jail: jail()?,
             log: Some(log.collect("vmm-log", None)?),
         };
-        let vmm = spawn_apart(spawn).map_err(|source| MachineError::Vmm { action, source })?;
+        let vmm = Vmm::spawn(spawn).map_err(|source| MachineError::Vmm { action, source })?;
         let vmm = Arc::new(vmm);
         let (tell_exit, exit) = watch::channel(None);
         let waiting = vmm.clone();
@@ -464,29 +464,6 @@ impl Drop for Machine {
         // Threads that wait for the VMM hold it too: it has to be ended by name.
         self.vmm.kill();
     }
-}
-
-/// Starts a VMM that the terminal's signals don't reach: Ctrl-C is for its client to handle, and for
-/// the container.
-pub fn spawn_apart(spawn: Spawn) -> Result<Vmm, VmmError> {
-    // SAFETY: all-zero is a valid signal set, and the calls fill the ones they are given. Only this
-    // thread's mask changes, and is put back; the new process inherits it, as every thread of it will.
-    let before = unsafe {
-        let mut block: libc::sigset_t = std::mem::zeroed();
-        let mut before: libc::sigset_t = std::mem::zeroed();
-        libc::sigemptyset(&raw mut block);
-        for signal in [libc::SIGINT, libc::SIGQUIT, libc::SIGTSTP, libc::SIGHUP] {
-            libc::sigaddset(&raw mut block, signal);
-        }
-        libc::pthread_sigmask(libc::SIG_BLOCK, &raw const block, &raw mut before);
-        before
-    };
-    let vmm = Vmm::spawn(spawn);
-    // SAFETY: the mask is the one this thread had.
-    unsafe {
-        libc::pthread_sigmask(libc::SIG_SETMASK, &raw const before, std::ptr::null_mut());
-    }
-    vmm
 }
 
 #[cfg(test)]

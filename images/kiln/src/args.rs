@@ -11,7 +11,19 @@ const EXIT_CODES: &str = "Exit codes:
   2  the command line makes no sense
   3  no such μVM, or no store
   4  the μVM is in use or pinned
-  5  the store's budget or the disk has no room";
+  5  the store's budget or the disk has no room
+For run and exec: the command's own code (128 and the signal's number, if a signal ended it), or
+  125  kiln failed    126  the command cannot be run    127  there is no such command";
+
+const RUN_EXAMPLES: &str = "Examples:
+  kiln run busybox.tar                          the image's own command
+  kiln run busybox.tar -- uname -a              another one
+  kiln run -it --cpus 2 --memory 1G busybox.tar sh
+  tar c . | kiln run -i busybox.tar tar t       streams pass through
+
+The archive is what `docker save`, `podman save` and `ctr image export` write. Its root file system is
+made into a read-only image once and kept; what the container writes lies in its memory and goes with
+it. A container has no network. Needs root and a baked μVM (`kiln bake`).";
 
 /// Runs containers in μVMs that were baked beforehand.
 ///
@@ -57,6 +69,25 @@ pub(crate) enum Command {
     /// try it out, and enters it in the store. Baking the same inputs again does nothing. Needs
     /// root and a usable KVM (see `kiln doctor`).
     Bake(Bake),
+
+    /// Run a container from an image archive in a μVM of its own, without containerd.
+    ///
+    /// Resumes a baked μVM, grows it to the size asked for, and runs the command in it. Standard
+    /// input, output and errors, signals and the exit code are the command's; when it ends, all is
+    /// removed. Ctrl-C goes to the command; the fourth one kills it.
+    #[command(after_help = RUN_EXAMPLES)]
+    Run(Run),
+
+    /// Run another command in a container that `kiln run` started.
+    Exec(Exec),
+
+    /// List what `kiln run` runs.
+    Ps,
+
+    /// Show what a running guest's kernel and agent have written to its serial console.
+    ///
+    /// Nothing is there if nothing went wrong: a resumed guest has no reason to write.
+    Console(Console),
 
     /// List the baked μVMs, the newest first.
     #[command(visible_alias = "ls")]
@@ -120,6 +151,122 @@ pub(crate) enum Command {
         #[arg(value_hint = ValueHint::DirPath)]
         dir: PathBuf,
     },
+}
+
+/// What `kiln run` runs.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Run {
+    /// Pass standard input on to the command.
+    #[arg(long, short)]
+    pub(crate) interactive: bool,
+
+    /// Give the command a terminal: the one on standard input.
+    #[arg(long, short)]
+    pub(crate) tty: bool,
+
+    /// vCPUs; a μVM never has fewer than it was baked with.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) cpus: u32,
+
+    /// Memory of the μVM, its kernel's share included, such as 512M; by default what it was baked with.
+    /// Less than that limits the container in it.
+    #[arg(long, short, value_name = "SIZE", value_parser = parse_size)]
+    pub(crate) memory: Option<u64>,
+
+    /// A name for `exec`, `ps` and `console`; by default a random one.
+    #[arg(long)]
+    pub(crate) name: Option<String>,
+
+    /// The guest's host name; by default its name.
+    #[arg(long)]
+    pub(crate) hostname: Option<String>,
+
+    /// Set a variable: NAME=VALUE, or NAME for the value it has here.
+    #[arg(long, short, value_name = "NAME[=VALUE]")]
+    pub(crate) env: Vec<String>,
+
+    /// The directory to run in.
+    #[arg(long, short, value_name = "DIR")]
+    pub(crate) workdir: Option<String>,
+
+    /// Whom to run as: a name in the image, or a number.
+    #[arg(long, short, value_name = "USER[:GROUP]")]
+    pub(crate) user: Option<String>,
+
+    /// Run this in place of the image's entry point.
+    #[arg(long, value_name = "PROGRAM")]
+    pub(crate) entrypoint: Option<String>,
+
+    /// Show a file or directory of this machine to the container.
+    #[arg(long = "volume", short = 'v', value_name = "SOURCE:TARGET[:ro]")]
+    pub(crate) volumes: Vec<String>,
+
+    /// Print to standard error where the time until the command's start went.
+    #[arg(long)]
+    pub(crate) timings: bool,
+
+    /// The VMM; by default kiln-vmm beside this program or on the PATH.
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub(crate) vmm: Option<PathBuf>,
+
+    /// Where root file systems are kept.
+    #[arg(
+        long,
+        value_name = "DIR",
+        default_value = "/var/lib/kiln/images",
+        value_hint = ValueHint::DirPath
+    )]
+    pub(crate) cache: PathBuf,
+
+    /// The image archive.
+    #[arg(value_name = "IMAGE.tar", value_hint = ValueHint::FilePath)]
+    pub(crate) image: PathBuf,
+
+    /// The command and its arguments; by default the image's.
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    pub(crate) command: Vec<String>,
+}
+
+/// What `kiln exec` runs.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Exec {
+    /// Pass standard input on to the command.
+    #[arg(long, short)]
+    pub(crate) interactive: bool,
+
+    /// Give the command a terminal: the one on standard input.
+    #[arg(long, short)]
+    pub(crate) tty: bool,
+
+    /// Set a variable: NAME=VALUE, or NAME for the value it has here.
+    #[arg(long, short, value_name = "NAME[=VALUE]")]
+    pub(crate) env: Vec<String>,
+
+    /// The directory to run in; by default the container's.
+    #[arg(long, short, value_name = "DIR")]
+    pub(crate) workdir: Option<String>,
+
+    /// Whom to run as, in numbers; by default as the container's first process.
+    #[arg(long, short, value_name = "UID[:GID]")]
+    pub(crate) user: Option<String>,
+
+    /// The name that `kiln ps` shows.
+    pub(crate) name: String,
+
+    /// The command and its arguments.
+    #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+    pub(crate) command: Vec<String>,
+}
+
+/// Whose console `kiln console` shows.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Console {
+    /// Go on as long as the guest runs.
+    #[arg(long, short)]
+    pub(crate) follow: bool,
+
+    /// The name that `kiln ps` shows.
+    pub(crate) name: String,
 }
 
 /// What `kiln bake` bakes.

@@ -84,7 +84,7 @@ fn mib(bytes: u64) -> anyhow::Result<u32> {
 }
 
 /// A program of kiln's: the one that is named, or the one beside this program, or on the PATH.
-fn program(named: Option<&Path>, name: &str, option: &str) -> anyhow::Result<PathBuf> {
+pub(crate) fn program(named: Option<&Path>, name: &str, option: &str) -> anyhow::Result<PathBuf> {
     if let Some(path) = named {
         return Ok(path.to_owned());
     }

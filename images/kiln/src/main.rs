@@ -1,10 +1,13 @@
-//! The `kiln` command: looks after baked μVMs, and says whether this machine can run them.
+//! The `kiln` command: bakes μVMs and looks after them, runs containers in them without containerd,
+//! and says whether this machine can do that.
 
 mod args;
 mod bake;
 mod doctor;
 mod failure;
+mod image;
 mod output;
+mod run;
 mod store;
 
 use std::process::ExitCode;
@@ -31,6 +34,10 @@ fn run(args: &Args, output: &Output) -> Result<ExitCode, Failure> {
     match &args.command {
         Command::Doctor => doctor::run(&args.store, output),
         Command::Bake(options) => bake::run(&args.store, options, output),
+        Command::Run(options) => Ok(run::run(&args.store, options)),
+        Command::Exec(options) => Ok(run::exec(options)),
+        Command::Ps => run::ps(output),
+        Command::Console(options) => run::console(options),
         Command::List => store::list(&args.store, output),
         Command::Inspect { uvm } => store::inspect(&args.store, uvm, output),
         Command::Verify { uvms } => store::verify(&args.store, uvms, output),

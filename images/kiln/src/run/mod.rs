@@ -1,0 +1,434 @@
+//! `kiln run`, and what one does with what it started: `exec`, `ps`, `console`.
+//!
+//! The process that runs a μVM owns it: the VMM ends with it, whatever ends it. There is no daemon.
+
+mod guest;
+mod place;
+mod session;
+mod spec;
+mod terminal;
+mod uvm;
+
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, Result, bail, ensure};
+use kiln_agent_api::stream::TOKEN_LEN;
+
+use crate::args;
+use crate::failure::Failure;
+use crate::image::{self, Image};
+use crate::output::{Output, size};
+use guest::{Guest, NotStarted, Process};
+use place::{Facts, PLACES, Place};
+use session::{Session, Signals};
+use spec::{Bind, Wanted};
+use uvm::{Ends, Size, Uvm, in_time};
+
+/// Exit code of `kiln run` and `kiln exec` when it is kiln that failed, not the command.
+const OWN_FAILURE: u8 = 125;
+/// How long a resumed guest may take for what a person waits for.
+const START_LIMIT: Duration = Duration::from_secs(60);
+/// Where the guest has the directories that `-v` names.
+const SHARE: &str = "/run/kiln/share";
+/// How often a console that is followed is looked at.
+const FOLLOW: Duration = Duration::from_millis(200);
+
+/// The command's own exit code, or one that says that it never ran.
+fn exit(result: Result<u8>) -> ExitCode {
+    match result {
+        Ok(code) => ExitCode::from(code),
+        Err(error) => {
+            eprintln!("kiln: {error:#}");
+            let not_started = error.downcast_ref::<NotStarted>();
+            ExitCode::from(not_started.map_or(OWN_FAILURE, |error| error.code))
+        }
+    }
+}
+
+fn runtime() -> Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("starting the runtime")
+}
+
+fn token() -> Result<[u8; TOKEN_LEN]> {
+    Ok(kiln_bake::random("making a token")?)
+}
+
+/// Runs `work`, and gives up its threads: one of them may wait for a key for ever.
+fn finish(work: impl Future<Output = Result<u8>>) -> Result<u8> {
+    let runtime = runtime()?;
+    let result = runtime.block_on(work);
+    runtime.shutdown_background();
+    result
+}
+
+/// `kiln run`.
+pub(crate) fn run(store: &Path, options: &args::Run) -> ExitCode {
+    exit(start(store, options))
+}
+
+fn start(store: &Path, options: &args::Run) -> Result<u8> {
+    check_terminal(options.tty)?;
+    let image = Image::open(&options.image)?;
+    let user = options.user.as_deref().unwrap_or(&image.defaults.user);
+    let wanted = Wanted {
+        command: &options.command,
+        entrypoint: options.entrypoint.as_deref(),
+        environment: &options.env,
+        directory: options.workdir.as_deref(),
+        owner: image::user(user, &image)?,
+        terminal: options.tty,
+    };
+    let process = spec::process(&wanted, &image.defaults)?;
+    let volumes = options
+        .volumes
+        .iter()
+        .map(|text| Volume::parse(text))
+        .collect::<Result<Vec<_>>>()?;
+    let share = Share::make(&volumes)?;
+    let vmm = crate::bake::program(options.vmm.as_deref(), "kiln-vmm", "--vmm")?;
+    finish(resume_and_run(Start {
+        store,
+        options,
+        image,
+        process,
+        share,
+        vmm,
+    }))
+}
+
+/// A terminal that is asked for has to be one.
+fn check_terminal(wanted: bool) -> Result<()> {
+    ensure!(
+        !wanted || terminal::is_terminal(0),
+        "-t needs a terminal on standard input: leave it out"
+    );
+    Ok(())
+}
+
+/// All that is known before anything is resumed.
+struct Start<'a> {
+    store: &'a Path,
+    options: &'a args::Run,
+    image: Image,
+    process: serde_json::Value,
+    share: Option<Share>,
+    vmm: PathBuf,
+}
+
+async fn resume_and_run(start: Start<'_>) -> Result<u8> {
+    let mut signals = Signals::listen()?;
+    let begun = Instant::now();
+    let options = start.options;
+    let want = Size {
+        cpus: options.cpus,
+        memory: options.memory,
+    };
+    let lease = uvm::lease(start.store, want)?;
+    let id = lease.id();
+    let name = match &options.name {
+        Some(name) => name.clone(),
+        None => {
+            let random: [u8; 4] = kiln_bake::random("making a name")?;
+            random.map(|byte| format!("{byte:02x}")).concat()
+        }
+    };
+    let hostname = options.hostname.as_deref().unwrap_or(&name);
+    let place = Place::make(Path::new(PLACES), &name)?;
+    let root = start.image.root(&options.cache)?;
+    let image_bytes = root.file.metadata()?.len();
+    let ends = Ends {
+        root: root.file,
+        share: start.share.as_ref().map(Share::open).transpose()?,
+    };
+    let uvm = Uvm::resume(&start.vmm, lease, &place, ends).await?;
+    let resumed = begun.elapsed();
+
+    let process = Process {
+        exec: String::new(),
+        token: token()?,
+        stdin: options.interactive,
+        terminal: options.tty,
+    };
+    let set_up = in_time("start the command", START_LIMIT, async {
+        let guest = Guest::connect(&place.path("vsock")).await?;
+        let identity = guest.set_identity(hostname).await?;
+        uvm.resize(want).await?;
+        let state = guest.set_cpus(want.cpus.max(uvm.class().cpus)).await?;
+        place.tell(&Facts {
+            name: name.clone(),
+            pid: std::process::id(),
+            vmm: uvm.pid(),
+            uvm: id.to_string(),
+            image: fs::canonicalize(&options.image)?,
+            command: serde_json::from_value(start.process["args"].clone())?,
+            started: SystemTime::now()
+                .duration_since(UNIX_EPOCH)
+                .unwrap_or_default()
+                .as_secs(),
+            cpus: state.cpus_online,
+            memory: state.memory_online_bytes,
+            process: start.process.clone(),
+        })?;
+        guest.write_files(hostname).await?;
+        let binds: Vec<Bind> = start.share.iter().flat_map(Share::binds).collect();
+        let base = u64::from(uvm.class().memory_mib) << 20;
+        // A guest cannot be smaller than it was baked; its container can.
+        let limit = options.memory.filter(|memory| *memory < base);
+        let spec = spec::container(&start.process, hostname, limit, &binds);
+        let mounts = guest::mounts(image_bytes, start.share.as_ref().map(|_| SHARE));
+        let made = guest
+            .start(&spec, &process, mounts, terminal::size())
+            .await?;
+        Ok((guest, identity, made))
+    });
+    let (guest, identity, made) = tokio::select! {
+        result = set_up => result?,
+        error = uvm.ended() => return Err(error),
+        number = signals.end() => return Ok(128 + number.unsigned_abs() as u8),
+    };
+    if options.timings {
+        timings(&uvm, resumed, begun.elapsed(), &identity.spans, &made.spans);
+    }
+    let session = Session::attach(&guest, &process).await;
+    let code = tokio::select! {
+        code = async { session?.run(&mut signals).await } => code,
+        error = uvm.ended() => Err(error),
+    };
+    uvm.end();
+    code
+}
+
+/// Where the time went, on standard error.
+fn timings(
+    uvm: &Uvm,
+    resumed: Duration,
+    started: Duration,
+    identity: &[kiln_agent_api::proto::Span],
+    container: &[kiln_agent_api::proto::Span],
+) {
+    let line = |step: &str, micros: u128| eprintln!("{step:<28} {micros:>9} µs");
+    for step in &uvm.steps {
+        line(&step.name, u128::from(step.duration_ns / 1000));
+    }
+    line("resumed", resumed.as_micros());
+    for span in identity.iter().chain(container) {
+        line(&format!("guest.{}", span.name), span.duration_us.into());
+    }
+    line("command started", started.as_micros());
+}
+
+/// A directory or file of the host for the container: `SOURCE:TARGET[:ro]`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Volume {
+    source: PathBuf,
+    target: String,
+    read_only: bool,
+}
+
+impl Volume {
+    fn parse(text: &str) -> Result<Volume> {
+        let wrong = || {
+            format!(
+                "{text:?} is no volume: write it like /SOURCE:/TARGET or /SOURCE:/TARGET:ro (-v)"
+            )
+        };
+        let mut parts = text.split(':');
+        let (source, target) = parts.next().zip(parts.next()).with_context(wrong)?;
+        let read_only = match parts.next() {
+            None | Some("rw") => false,
+            Some("ro") => true,
+            Some(_) => bail!(wrong()),
+        };
+        if parts.next().is_some() || !target.starts_with('/') || target == "/" {
+            bail!(wrong());
+        }
+        let source = fs::canonicalize(source)
+            .with_context(|| format!("the volume's source {source} cannot be used"))?;
+        Ok(Volume {
+            source,
+            target: target.to_owned(),
+            read_only,
+        })
+    }
+}
+
+/// The directory that the guest sees, with the volumes bound into it. It exists in a mount namespace of
+/// this process's own, so that nothing of it is left, however the process ends.
+struct Share {
+    dir: PathBuf,
+    volumes: Vec<Volume>,
+}
+
+impl Share {
+    /// To be called while the process has one thread: a namespace is a thread's, and later threads get
+    /// that of the first.
+    fn make(volumes: &[Volume]) -> Result<Option<Share>> {
+        use rustix::mount::{
+            MountFlags, MountPropagationFlags, mount, mount_bind_recursive, mount_change,
+        };
+
+        if volumes.is_empty() {
+            return Ok(None);
+        }
+        // SAFETY: what follows in this thread sees the new namespace; nothing relies on the old one.
+        unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNS) }
+            .context("making a mount namespace for the volumes (are you root?)")?;
+        let propagation = MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC;
+        mount_change("/", propagation).context("keeping the volumes' mounts to this process")?;
+        let dir = PathBuf::from(PLACES).with_file_name("share");
+        fs::create_dir_all(&dir).with_context(|| format!("making {}", dir.display()))?;
+        mount("kiln", &dir, "tmpfs", MountFlags::empty(), c"mode=755")
+            .with_context(|| format!("mounting {}", dir.display()))?;
+        for (number, volume) in volumes.iter().enumerate() {
+            let target = dir.join(number.to_string());
+            if volume.source.is_dir() {
+                fs::create_dir(&target)?;
+            } else {
+                File::create(&target)?;
+            }
+            mount_bind_recursive(&volume.source, &target)
+                .with_context(|| format!("binding the volume {}", volume.source.display()))?;
+        }
+        Ok(Some(Share {
+            dir,
+            volumes: volumes.to_vec(),
+        }))
+    }
+
+    fn open(&self) -> Result<File> {
+        File::open(&self.dir).with_context(|| format!("opening {}", self.dir.display()))
+    }
+
+    fn binds(&self) -> Vec<Bind> {
+        let volumes = self.volumes.iter().enumerate();
+        volumes
+            .map(|(number, volume)| Bind {
+                source: format!("{SHARE}/{number}"),
+                target: volume.target.clone(),
+                read_only: volume.read_only,
+            })
+            .collect()
+    }
+}
+
+/// `kiln exec`.
+pub(crate) fn exec(options: &args::Exec) -> ExitCode {
+    exit(exec_in(options))
+}
+
+fn exec_in(options: &args::Exec) -> Result<u8> {
+    check_terminal(options.tty)?;
+    let (facts, socket) = place::find(Path::new(PLACES), &options.name, "vsock")?;
+    let wanted = Wanted {
+        command: &options.command,
+        environment: &options.env,
+        directory: options.workdir.as_deref(),
+        terminal: options.tty,
+        ..Wanted::default()
+    };
+    let spec = spec::exec_process(&facts.process, &wanted, options.user.as_deref())?;
+    let random: [u8; 8] = kiln_bake::random("making an id")?;
+    let process = Process {
+        exec: random.map(|byte| format!("{byte:02x}")).concat(),
+        token: token()?,
+        stdin: options.interactive,
+        terminal: options.tty,
+    };
+    finish(async {
+        let mut signals = Signals::listen()?;
+        let guest = Guest::connect(&socket).await?;
+        guest.exec(&spec, &process, terminal::size()).await?;
+        let session = Session::attach(&guest, &process).await;
+        let code = async { session?.run(&mut signals).await }.await;
+        // The container may have ended meanwhile, and with it the books.
+        drop(guest.delete(&process).await);
+        code
+    })
+}
+
+/// `kiln ps`.
+pub(crate) fn ps(output: &Output) -> Result<ExitCode, Failure> {
+    let all = place::all(Path::new(PLACES))?;
+    if output.is_json() {
+        output.json(&all)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    if all.is_empty() {
+        output.text("Nothing runs: `kiln run IMAGE.tar` starts a container.\n")?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let now = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default()
+        .as_secs();
+    let mut rows = vec![
+        ["NAME", "PID", "VMM", "UP", "CPUS", "MEMORY", "COMMAND"]
+            .map(str::to_owned)
+            .to_vec(),
+    ];
+    rows.extend(all.iter().map(|one| {
+        vec![
+            one.name.clone(),
+            one.pid.to_string(),
+            one.vmm.to_string(),
+            format!("{} s", now.saturating_sub(one.started)),
+            one.cpus.to_string(),
+            size(one.memory),
+            one.command.join(" "),
+        ]
+    }));
+    output.text(&crate::output::table(&rows))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// `kiln console`.
+pub(crate) fn console(options: &args::Console) -> Result<ExitCode, Failure> {
+    let (_, path) = place::find(Path::new(PLACES), &options.name, "console")?;
+    let mut file = File::open(&path).with_context(|| format!("opening {}", path.display()))?;
+    let mut stdout = io::stdout().lock();
+    loop {
+        let mut text = Vec::new();
+        file.read_to_end(&mut text)
+            .with_context(|| format!("reading {}", path.display()))?;
+        stdout.write_all(&text).and_then(|()| stdout.flush())?;
+        // Removed with the μVM.
+        if !options.follow || !path.exists() {
+            return Ok(ExitCode::SUCCESS);
+        }
+        std::thread::sleep(FOLLOW);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn volumes_are_read_and_wrong_ones_refused_with_the_form() {
+        let volume = Volume::parse("/tmp:/data:ro").unwrap();
+        assert_eq!((volume.target.as_str(), volume.read_only), ("/data", true));
+        for wrong in ["/tmp", "/tmp:data", "/tmp:/", "/tmp:/a:x", "/tmp:/a:ro:x"] {
+            let error = Volume::parse(wrong).unwrap_err().to_string();
+            assert!(error.contains("/SOURCE:/TARGET"), "{error}");
+        }
+        let error = Volume::parse("/nowhere-at-all:/x").unwrap_err().to_string();
+        assert!(error.contains("/nowhere-at-all"), "{error}");
+    }
+
+    #[test]
+    fn command_that_never_ran_has_its_own_exit_codes() {
+        let same = |result, code: u8| {
+            let (found, wanted) = (exit(result), ExitCode::from(code));
+            assert_eq!(format!("{found:?}"), format!("{wanted:?}"));
+        };
+        same(Ok(7), 7);
+        same(Err(anyhow::anyhow!("x")), OWN_FAILURE);
+    }
+}

@@ -1,0 +1,287 @@
+//! A μVM of the store, resumed for a person: the lease on it, its VMM, its size.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read, Seek, SeekFrom};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow};
+use kiln_agent_api::slots;
+use kiln_store::{Class, Kind, Lease, Store};
+use kiln_vmm_control::{End, Reply, Request, Spawn, Step, Vmm, VmmError};
+use tokio::sync::watch;
+
+use super::place::Place;
+
+/// A guest that has not grown by then has trouble.
+const RESIZE_LIMIT_MS: u32 = 30_000;
+/// How much of the VMM's log a message shows.
+const LAST_WORDS: u64 = 4096;
+
+/// How big a μVM is to be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Size {
+    pub(crate) cpus: u32,
+    /// Bytes; `None` leaves what it was baked with.
+    pub(crate) memory: Option<u64>,
+}
+
+impl Size {
+    /// Whether a μVM of this class can become this big.
+    fn fits(self, class: &Class) -> bool {
+        let most = u64::from(class.max_memory_mib) << 20;
+        self.cpus <= class.max_cpus && self.memory.is_none_or(|memory| memory <= most)
+    }
+}
+
+/// Holds a baked μVM that can become this big.
+pub(crate) fn lease(root: &Path, size: Size) -> Result<Lease> {
+    let store = Store::open(root)?;
+    let cpu = kiln_bake::cpu::this(Path::new("/"));
+    let here = |found: &Class, features| size.fits(found) && features == cpu.features;
+    let found = store.find(|uvm| here(&uvm.about.class, uvm.about.cpu.features))?;
+    let id = found.with_context(|| {
+        let memory = size.memory.map_or_else(String::new, |bytes| {
+            format!(" --max-memory {}M", bytes.div_ceil(1 << 20))
+        });
+        format!(
+            "no μVM in {} was baked on a CPU like this one and can grow to that size: bake one \
+             (kiln bake --max-cpus {}{memory})",
+            root.display(),
+            size.cpus
+        )
+    })?;
+    Ok(store.lease(id)?)
+}
+
+/// A running μVM. Dropping it ends it.
+#[derive(Debug)]
+pub(crate) struct Uvm {
+    vmm: Arc<Vmm>,
+    log: PathBuf,
+    exit: watch::Receiver<Option<i32>>,
+    class: Class,
+    /// Where the time of the resume went, as the VMM saw it.
+    pub(crate) steps: Vec<Step>,
+    _lease: Lease,
+}
+
+/// Descriptors of a request and their numbers.
+#[derive(Default)]
+struct Descriptors(Vec<OwnedFd>);
+
+impl Descriptors {
+    fn add(&mut self, fd: impl Into<OwnedFd>) -> u8 {
+        self.0.push(fd.into());
+        // A request has a handful.
+        (self.0.len() - 1) as u8
+    }
+}
+
+/// What a resumed μVM is given by its host.
+#[derive(Debug)]
+pub(crate) struct Ends {
+    /// The root file system's image.
+    pub(crate) root: File,
+    /// The directory that the guest sees by virtio-fs.
+    pub(crate) share: Option<File>,
+}
+
+impl Uvm {
+    /// Resumes the leased μVM; its socket, console and log are in `place`.
+    pub(crate) async fn resume(
+        program: &Path,
+        lease: Lease,
+        place: &Place,
+        ends: Ends,
+    ) -> Result<Uvm> {
+        let log = place.path("vmm.log");
+        let make = |path: &Path| {
+            OpenOptions::new()
+                .append(true)
+                .create(true)
+                .mode(0o600)
+                .open(path)
+                .with_context(|| format!("making {}", path.display()))
+        };
+        let spawn = Spawn {
+            program: program.to_owned(),
+            jail: kiln_bake::jail()?,
+            log: Some(make(&log)?),
+        };
+        let socket = place.path("vsock");
+        let listener = UnixListener::bind(&socket)
+            .with_context(|| format!("listening on {}", socket.display()))?;
+        let mut fds = Descriptors::default();
+        let mut host = vec![(slots::VSOCK, End::Listener(fds.add(listener)))];
+        if let Some(share) = ends.share {
+            host.push((slots::FS, End::Directory(fds.add(share))));
+        }
+        let request = Request::Resume {
+            state: fds.add(lease.open(Kind::State)?),
+            memory: fds.add(lease.open(Kind::Memory)?),
+            console: Some(fds.add(make(&place.path("console"))?)),
+            ends: host,
+        };
+        let vmm = Arc::new(Vmm::spawn(spawn)?);
+        let (tell, exit) = watch::channel(None);
+        let waiting = vmm.clone();
+        std::thread::Builder::new()
+            .name("vmm-exit".to_owned())
+            .spawn(move || tell.send_replace(Some(waiting.wait().unwrap_or(-1))))
+            .context("starting a thread")?;
+        let mut uvm = Uvm {
+            vmm,
+            log,
+            exit,
+            class: lease.manifest().about.class.clone(),
+            steps: Vec::new(),
+            _lease: lease,
+        };
+        let started = uvm.call(request, fds).await;
+        match started.with_context(|| {
+            format!(
+                "μVM {} cannot be resumed; if it was baked by another version of kiln, bake again \
+                 (kiln bake)",
+                uvm._lease.id().short()
+            )
+        })? {
+            Reply::Started { steps, .. } => uvm.steps = steps,
+            other => return Err(anyhow!("the VMM answered {other:?} to a resume")),
+        }
+        let mut fds = Descriptors::default();
+        let disk = Request::AttachBlock {
+            slot: Some(slots::FIRST_DISK),
+            fd: fds.add(ends.root),
+            read_only: true,
+        };
+        uvm.call(disk, fds)
+            .await
+            .context("the root file system cannot be attached")?;
+        Ok(uvm)
+    }
+
+    async fn call(&self, request: Request, fds: Descriptors) -> Result<Reply> {
+        let vmm = self.vmm.clone();
+        let call = tokio::task::spawn_blocking(move || {
+            let fds: Vec<BorrowedFd<'_>> = fds.0.iter().map(AsFd::as_fd).collect();
+            vmm.call(&request, &fds)
+        });
+        match call.await.context("a thread died")? {
+            Err(VmmError::Gone | VmmError::Socket(_)) => Err(self.ended().await),
+            other => Ok(other?),
+        }
+    }
+
+    /// Grows to `size` and returns when the guest has taken it. What was baked in stays in any case.
+    pub(crate) async fn resize(&self, size: Size) -> Result<()> {
+        let base = u64::from(self.class.memory_mib) << 20;
+        let memory = size
+            .memory
+            .unwrap_or(base)
+            .max(base)
+            .next_multiple_of(2 << 20);
+        let cpus = size.cpus.max(self.class.cpus);
+        if memory == base && cpus == self.class.cpus {
+            return Ok(());
+        }
+        let request = Request::Resize {
+            cpus: u8::try_from(cpus).context("so many CPUs are impossible")?,
+            memory,
+            timeout_ms: RESIZE_LIMIT_MS,
+        };
+        self.call(request, Descriptors::default())
+            .await
+            .context("the μVM cannot grow to the size asked for")?;
+        Ok(())
+    }
+
+    /// What it was baked as.
+    pub(crate) fn class(&self) -> &Class {
+        &self.class
+    }
+
+    /// The VMM's process id.
+    pub(crate) fn pid(&self) -> u32 {
+        self.vmm.pid()
+    }
+
+    /// Comes back only if the machine ends by itself, and says why.
+    pub(crate) async fn ended(&self) -> anyhow::Error {
+        let mut exit = self.exit.clone();
+        let code = match exit.wait_for(Option::is_some).await {
+            Ok(code) => code.unwrap_or(-1),
+            Err(_) => -1,
+        };
+        let said = last_words(&self.log).unwrap_or_default();
+        let line = said.lines().rfind(|line| !line.trim().is_empty());
+        match line {
+            Some(line) => anyhow!("the μVM ended: {line}"),
+            None => anyhow!("the μVM ended: its VMM was killed, or ended with code {code}"),
+        }
+    }
+
+    /// Ends it now.
+    pub(crate) fn end(&self) {
+        self.vmm.kill();
+    }
+}
+
+impl Drop for Uvm {
+    fn drop(&mut self) {
+        // A thread waits for the VMM and holds it too.
+        self.end();
+    }
+}
+
+fn last_words(log: &Path) -> io::Result<String> {
+    let mut file = File::open(log)?;
+    let length = file.metadata()?.len();
+    file.seek(SeekFrom::Start(length.saturating_sub(LAST_WORDS)))?;
+    let mut bytes = Vec::new();
+    file.take(LAST_WORDS).read_to_end(&mut bytes)?;
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
+}
+
+/// Waits no longer than a guest that works may take.
+pub(crate) async fn in_time<T>(
+    what: &str,
+    limit: Duration,
+    work: impl Future<Output = Result<T>>,
+) -> Result<T> {
+    match tokio::time::timeout(limit, work).await {
+        Ok(result) => result,
+        Err(_) => Err(anyhow!(
+            "the guest did not {what} within {} s",
+            limit.as_secs()
+        )),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn size_fits_a_class_that_can_grow_to_it() {
+        let class = Class {
+            cpus: 1,
+            max_cpus: 4,
+            memory_mib: 256,
+            max_memory_mib: 1024,
+            slots: 8,
+        };
+        let size = |cpus, mib: Option<u64>| Size {
+            cpus,
+            memory: mib.map(|mib| mib << 20),
+        };
+        assert!(size(4, Some(1024)).fits(&class));
+        assert!(size(1, None).fits(&class));
+        assert!(!size(5, None).fits(&class));
+        assert!(!size(1, Some(1025)).fits(&class));
+    }
+}
