@@ -5,10 +5,13 @@
 //! interface has the same MAC address, addresses, routes and MTU, so that CNI, its network policies
 //! and the neighbours see what they set up.
 
+mod bpf;
+mod forward;
 mod inspect;
 mod namespace;
 mod tap;
 
+pub use forward::{Forwarder, catch};
 pub use inspect::{Interface, PodNetwork};
 pub use tap::Tap;
 
@@ -45,6 +48,9 @@ pub enum NetworkError {
         #[source]
         source: io::Error,
     },
+    /// Connections inside the namespace can't be caught.
+    #[error("catch the connections made in the pod's network namespace")]
+    Forward(#[source] io::Error),
     /// The thread died.
     #[error("the thread in the pod's network namespace died")]
     Thread,

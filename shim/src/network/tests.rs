@@ -169,3 +169,31 @@ fn namespace_without_cni_is_a_pod_without_interfaces() {
     ip(&format!("netns del {name}"));
     assert_eq!(network.unwrap(), PodNetwork::default());
 }
+
+#[test]
+fn every_connection_in_the_namespace_is_caught_with_its_port() {
+    let Some(bed) = Bed::new("catch") else { return };
+    let (listener, link) = match catch(&bed.file) {
+        Ok(caught) => caught,
+        Err(NetworkError::Forward(error)) => {
+            eprintln!("skipped: no sk_lookup programs here ({error})");
+            return;
+        }
+        Err(error) => panic!("{}", crate::error::chain(&error)),
+    };
+    listener.set_nonblocking(false).unwrap();
+    for (address, port) in [("127.0.0.1", 80), ("127.0.0.1", 65000), ("[::1]", 8080)] {
+        let to = format!("{address}:{port}");
+        namespace::enter(&bed.file, || {
+            std::net::TcpStream::connect(&to).map_err(NetworkError::Forward)
+        })
+        .unwrap();
+        let (caught, _) = listener.accept().unwrap();
+        assert_eq!(caught.local_addr().unwrap().port(), port, "{to}");
+    }
+    drop((listener, link));
+    let after = namespace::enter(&bed.file, || {
+        std::net::TcpStream::connect("127.0.0.1:80").map_err(NetworkError::Forward)
+    });
+    assert!(after.is_err(), "nothing may be caught after the end");
+}

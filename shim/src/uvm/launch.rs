@@ -25,7 +25,7 @@ use super::{Guest, Launcher, PodSetup, Uvm};
 use crate::cgroup;
 use crate::config::Config;
 use crate::error::{Error, Result, chain};
-use crate::network::{self, PodNetwork, Tap};
+use crate::network::{self, Forwarder, NetworkError, PodNetwork, Tap};
 use crate::record::{PodDir, ProcessRef, Record};
 use crate::share::{self, Share};
 use crate::size::{MIB, Size};
@@ -307,6 +307,7 @@ impl StoreLauncher {
         }
         let events = timeline.of("guest.events", guest.events()).await?;
         let grown = follow_growth(guest.clone(), size, timeline.clone());
+        let forwarder = self.forward(setup, guest.clone());
         launching.launched();
         Ok(RunningUvm::new(Parts {
             vmm,
@@ -317,7 +318,41 @@ impl StoreLauncher {
             ended,
             baked: base,
             lease,
+            forwarder,
         }))
+    }
+
+    /// Opens the way for port forwarding, in the background: no pod waits for it.
+    fn forward(&self, setup: &PodSetup, guest: Guest) -> Arc<Mutex<Option<Forwarder>>> {
+        let slot = Arc::new(Mutex::new(None));
+        let Some(path) = setup.netns.clone() else {
+            return slot;
+        };
+        let filled = Arc::downgrade(&slot);
+        tokio::spawn(async move {
+            let catching = tokio::task::spawn_blocking(move || {
+                let netns = File::open(&path).map_err(NetworkError::Enter)?;
+                network::catch(&netns)
+            });
+            let forwarder = match catching.await {
+                Ok(Ok((listener, link))) => {
+                    Forwarder::start(listener, link, guest).map_err(NetworkError::Forward)
+                }
+                Ok(Err(error)) => Err(error),
+                Err(_) => Err(NetworkError::Thread),
+            };
+            match (forwarder, filled.upgrade()) {
+                (Ok(forwarder), Some(slot)) => {
+                    *slot.lock().unwrap_or_else(PoisonError::into_inner) = Some(forwarder);
+                }
+                (Ok(_), None) => {}
+                (Err(error), _) => tracing::warn!(
+                    error = chain(&error),
+                    "port forwarding to this pod will not work; it needs sk_lookup programs (BPF)"
+                ),
+            }
+        });
+        slot
     }
 
     /// Takes back what a failed launch did, so that the next one finds nothing in its way.

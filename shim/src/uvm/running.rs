@@ -16,6 +16,7 @@ use super::log::LastLine;
 use super::{Guest, GuestDisk, GuestEvent, Uvm};
 use crate::error::{Error, Result};
 use crate::events::Exit;
+use crate::network::Forwarder;
 use crate::share::{Share, Volume};
 use crate::size::{MIB, Size};
 
@@ -38,6 +39,8 @@ pub(super) struct RunningUvm {
     baked: Size,
     /// Held as long as the VMM maps the store's files.
     _lease: Lease,
+    /// The way from the pod's namespace on the host, once it is open.
+    forwarder: Arc<Mutex<Option<Forwarder>>>,
 }
 
 /// What makes one.
@@ -50,6 +53,7 @@ pub(super) struct Parts {
     pub(super) ended: watch::Receiver<Option<String>>,
     pub(super) baked: Size,
     pub(super) lease: Lease,
+    pub(super) forwarder: Arc<Mutex<Option<Forwarder>>>,
 }
 
 /// The disk slots that are free.
@@ -121,6 +125,7 @@ impl RunningUvm {
             ended: parts.ended,
             baked: parts.baked,
             _lease: parts.lease,
+            forwarder: parts.forwarder,
         }
     }
 
@@ -343,6 +348,12 @@ impl Uvm for RunningUvm {
     }
 
     async fn stop(&self) {
+        drop(
+            self.forwarder
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .take(),
+        );
         let (vmm, share) = (Arc::clone(&self.vmm), Arc::clone(&self.share));
         let stopping = tokio::task::spawn_blocking(move || {
             vmm.kill();
