@@ -40,6 +40,10 @@ async fn run() -> Result<()> {
     if runtimes.is_empty() {
         runtimes.push("runc".to_owned());
     }
+    if runtimes.iter().any(|runtime| setup::needs_bake(runtime)) {
+        println!("baking a μVM: booting Debian's kernel once, so that no pod has to ...");
+        setup::bake()?;
+    }
     for runtime in &runtimes {
         let test = Test::new("demo", runtime).await?;
         // What a node does once per runtime (reading programs from its disk) is not a pod's start.

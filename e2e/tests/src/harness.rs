@@ -161,8 +161,14 @@ fn prepare() -> Result<()> {
             handlers().join(" "),
             start.elapsed().as_secs_f64()
         );
-        Ok(())
-    })
+        anyhow::Ok(())
+    })?;
+    if handlers().iter().any(|handler| setup::needs_bake(handler)) {
+        let start = Instant::now();
+        setup::bake()?;
+        println!("baked a μVM in {:.1} s", start.elapsed().as_secs_f64());
+    }
+    Ok(())
 }
 
 fn runtime() -> Result<Runtime> {

@@ -71,6 +71,27 @@ pub async fn import(client: &Client, images: &Images) -> Result<()> {
     Ok(())
 }
 
+/// Bakes the μVM that pods of the handler `kiln` are resumed from, as its user would. Says nothing and
+/// takes no time if it is there.
+pub fn bake() -> Result<()> {
+    let output = std::process::Command::new("kiln")
+        .arg("bake")
+        .output()
+        .context("cannot run kiln, which must be on the node to test it")?;
+    anyhow::ensure!(
+        output.status.success(),
+        "kiln bake: {}: {}",
+        output.status,
+        String::from_utf8_lossy(&output.stderr).trim()
+    );
+    Ok(())
+}
+
+/// Whether pods of this handler are resumed from baked μVMs.
+pub fn needs_bake(handler: &str) -> bool {
+    handler.starts_with("kiln")
+}
+
 /// CRI keeps its own list of images, which follows containerd's events.
 async fn wait_for_image(cri: &Cri, name: &str, image: &Image) -> Result<()> {
     let what = format!("CRI's knowledge of image {name}");

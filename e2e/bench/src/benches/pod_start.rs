@@ -27,6 +27,9 @@ pub(crate) async fn run(settings: Settings) -> Result<Measured> {
     }
     let first = tests.first().context("no runtime to measure")?;
     setup::import(first.client(), &setup::Images::make()?).await?;
+    if settings.runtimes.iter().any(|name| setup::needs_bake(name)) {
+        setup::bake()?;
+    }
     let counting = Counting::begin()?;
     // Run 0 reads programs from the disk and the like: it is not counted.
     for run in 0..=settings.runs {
