@@ -390,10 +390,18 @@ impl Pod {
         })
     }
 
-    /// The process ids on the host that stand for a container: the VMM's.
-    pub fn pids(&self, id: &str) -> Result<Vec<u32>> {
-        self.container(id)?;
-        Ok(vec![self.pid()])
+    /// The processes of a container. They have no ids on the host; the first one goes by the VMM's, as in every other answer, the others by the guest's.
+    pub async fn pids(&self, id: &str) -> Result<Vec<u32>> {
+        let container = self.container(id)?;
+        let first = self.pid();
+        let mut processes = vec![first];
+        if container.kind == Kind::Guest && container.init.phase() != Phase::Stopped {
+            let mut inside = self.uvm()?.pids(id).await?;
+            inside.sort_unstable();
+            // The oldest is the first process.
+            processes.extend(inside.into_iter().skip(1));
+        }
+        Ok(processes)
     }
 
     /// Changes a terminal's size.

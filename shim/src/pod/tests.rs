@@ -121,6 +121,9 @@ impl Uvm for Scripted {
         self.call("stats", container)
             .map(|()| proto::StatsResponse::new())
     }
+    async fn pids(&self, _: &str) -> Result<Vec<u32>> {
+        Ok(vec![12, 7])
+    }
     async fn network(&self) -> Result<proto::NetworkState> {
         Ok(proto::NetworkState::new())
     }
@@ -706,4 +709,16 @@ async fn launch_ahead_is_the_launch_that_create_waits_for() {
     bed.pod.launch_ahead(&spec);
     bed.create("c", None).await.unwrap();
     assert_eq!(bed.launcher.setups.lock().unwrap().len(), 1);
+}
+
+#[tokio::test]
+async fn processes_are_the_guests_with_the_first_under_the_pids_that_all_answers_have() {
+    let bed = Bed::new("c").await;
+    bed.create("c", None).await.unwrap();
+    bed.pod.start("c", "").await.unwrap();
+    let expected = [4242, 12];
+    assert_eq!(bed.pod.pids("c").await.unwrap(), expected);
+    bed.uvm.end("c", "", 0);
+    bed.pod.wait("c", "").await.unwrap();
+    assert_eq!(bed.pod.pids("c").await.unwrap(), expected[..1]);
 }

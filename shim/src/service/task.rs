@@ -128,7 +128,7 @@ impl Task for TaskService {
     }
 
     async fn pids(&self, _: &TtrpcContext, r: api::PidsRequest) -> Result<api::PidsResponse> {
-        let processes = self.pod.pids(&r.id)?;
+        let processes = self.pod.pids(&r.id).await.inspect_err(log("pids"))?;
         Ok(api::PidsResponse {
             processes: processes
                 .into_iter()

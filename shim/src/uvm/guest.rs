@@ -263,6 +263,17 @@ impl Guest {
         self.agent.stats(context(), &request).await.map_err(what)
     }
 
+    /// See [`Uvm::pids`](super::Uvm::pids).
+    pub async fn pids(&self, container: &str) -> Result<Vec<u32>> {
+        let request = proto::PidsRequest {
+            container_id: container.into(),
+            ..Default::default()
+        };
+        let what = refused(format!("list the processes of container {container}"));
+        let response = self.agent.pids(context(), &request).await.map_err(what)?;
+        Ok(response.processes.into_iter().map(|p| p.pid).collect())
+    }
+
     /// See [`Uvm::network`](super::Uvm::network).
     pub async fn network(&self) -> Result<proto::NetworkState> {
         let what = refused("read its network counters");

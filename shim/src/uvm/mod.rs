@@ -94,6 +94,8 @@ pub trait Uvm: Send + Sync {
     async fn update(&self, container: &str, resources: Vec<u8>) -> Result<()>;
     /// Usage of a container, or of all together for an empty id.
     async fn stats(&self, container: &str) -> Result<proto::StatsResponse>;
+    /// The guest's process ids of a container's processes.
+    async fn pids(&self, container: &str) -> Result<Vec<u32>>;
     /// The guest's network counters.
     async fn network(&self) -> Result<proto::NetworkState>;
     /// Changes a terminal's size.

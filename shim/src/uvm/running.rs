@@ -225,6 +225,10 @@ impl Uvm for RunningUvm {
         self.guest.stats(container).await
     }
 
+    async fn pids(&self, container: &str) -> Result<Vec<u32>> {
+        self.guest.pids(container).await
+    }
+
     async fn network(&self) -> Result<proto::NetworkState> {
         self.guest.network().await
     }
