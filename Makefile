@@ -11,6 +11,8 @@ RUNTIMES ?= runc
 T ?=
 # Only these benches.
 BENCH ?=
+# How long each fuzz target runs.
+SECONDS ?= 60
 
 BIN := target/x86_64-unknown-linux-gnu/release
 # What a node gets in /usr/local/bin, and what the tests bring along.
@@ -25,7 +27,7 @@ comma := ,
 space := $() $()
 quote = '$(subst ','\'',$(1))'
 
-.PHONY: help setup build node demo test test-unit test-e2e bench doctor lint fmt clean-node
+.PHONY: help setup build node demo test test-unit test-e2e bench doctor fuzz lint fmt clean-node
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -66,6 +68,9 @@ bench: build ## Run the benches on the counted clock (BENCH=… selects); writes
 
 doctor: build ## Say what this machine can do
 	@$(BIN)/kiln doctor
+
+fuzz: setup ## Fuzz what reads a guest's words, each target for SECONDS (60)
+	@vmm/fuzz/run $(SECONDS)
 
 lint: setup ## Formatting and lints, as strict as they are meant
 	@cargo fmt --all --check
