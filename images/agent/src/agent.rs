@@ -88,6 +88,8 @@ impl Agent {
             if compact {
                 fs::write("/proc/sys/vm/compact_memory", "1").action("compact memory")?;
             }
+            // Pages that were in use once would be part of every snapshot otherwise.
+            resources::zero_free_memory().action("clear free memory")?;
             Ok(())
         })
         .await?;

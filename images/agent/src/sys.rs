@@ -35,6 +35,45 @@ pub(crate) fn c_path(path: &Path) -> io::Result<CString> {
         .map_err(|_| io::Error::new(io::ErrorKind::InvalidInput, "a path contains a NUL byte"))
 }
 
+/// Pages of memory of this process's own, all of them there. Dropping it gives them back.
+#[derive(Debug)]
+pub(crate) struct Pages {
+    start: *mut libc::c_void,
+    length: usize,
+}
+
+impl Pages {
+    /// Takes pages from the kernel, which clears them.
+    pub(crate) fn take(length: usize) -> io::Result<Self> {
+        // SAFETY: a new anonymous mapping at an address that the kernel chooses touches nothing that is
+        // there.
+        let start = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                length,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+                -1,
+                0,
+            )
+        };
+        if start == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let pages = Self { start, length };
+        // SAFETY: the mapping is this value's; populating it writes nothing but the zeros it reads as.
+        check(unsafe { libc::madvise(start, length, libc::MADV_POPULATE_WRITE) }.into())?;
+        Ok(pages)
+    }
+}
+
+impl Drop for Pages {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is this value's, and nobody has a reference into it.
+        unsafe { libc::munmap(self.start, self.length) };
+    }
+}
+
 /// Sends bytes and descriptors as one message.
 pub(crate) fn send_with_fds(socket: BorrowedFd<'_>, bytes: &[u8], fds: &[RawFd]) -> io::Result<()> {
     let rights = [ControlMessage::ScmRights(fds)];

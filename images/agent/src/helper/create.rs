@@ -41,7 +41,8 @@ pub(super) fn run(job: &CreateJob, fds: Vec<OwnedFd>) -> anyhow::Result<Made> {
         .as_init(&job.bundle)
         .with_systemd(false)
         .with_detach(true)
-        .build()?;
+        .build()
+        .map_err(|error| cause(&error.to_string()))?;
     let Some(pid) = container.pid() else {
         bail!("libcontainer made a container without a process")
     };
@@ -55,9 +56,31 @@ pub(super) fn run(job: &CreateJob, fds: Vec<OwnedFd>) -> anyhow::Result<Made> {
     })
 }
 
+/// What the first process said of itself, if it was that which failed, else all of `error`.
+/// libcontainer has it as text only, behind what its own layers say.
+fn cause(error: &str) -> anyhow::Error {
+    const BEFORE: &str = "error in executing process : ";
+    let own = error
+        .rfind(BEFORE)
+        .and_then(|at| error.get(at + BEFORE.len()..));
+    anyhow::anyhow!("{}", own.unwrap_or(error))
+}
+
 fn receive_terminal(listener: &UnixListener) -> anyhow::Result<OwnedFd> {
     let (socket, _) = listener.accept().context("accept on the console socket")?;
     let mut name = [0; 64];
     let (_, mut fds) = sys::receive_with_fds(socket.as_fd(), &mut name)?;
     fds.pop().context("the container sent no terminal")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failing_program_is_all_that_is_told() {
+        let whole = "exec process failed with error error in executing process : exec: \"x\": gone";
+        assert_eq!(cause(whole).to_string(), "exec: \"x\": gone");
+        assert_eq!(cause("no cgroup").to_string(), "no cgroup");
+    }
 }

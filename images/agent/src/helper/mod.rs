@@ -184,7 +184,10 @@ impl Helper {
                 pid,
                 terminal: fds.pop(),
             }),
-            Err(error) if reply.log.is_empty() => Err(HelperError::Failed(error)),
+            // Most of what is logged is the error again, once for each layer it went through.
+            Err(error) if reply.log.is_empty() || reply.log.contains(&error) => {
+                Err(HelperError::Failed(error))
+            }
             Err(error) => Err(HelperError::Failed(format!(
                 "{error} ({})",
                 reply.log.trim_end()
