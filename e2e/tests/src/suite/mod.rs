@@ -3,6 +3,7 @@
 mod exec;
 mod exit;
 mod identity;
+mod kiln_run;
 mod logs;
 mod network;
 mod pods;
@@ -27,6 +28,7 @@ pub(crate) fn all() -> Vec<Case> {
         resources::cases(),
         tasks::cases(),
         vmm::cases(),
+        kiln_run::cases(),
     ]
     .into_iter()
     .flatten()
