@@ -268,7 +268,7 @@ fn start(
         })?;
     machine.unpause();
     timeline.mark("vmm.run");
-    let follow = machine.clone();
+    let (follow, told) = (machine.clone(), watcher.clone());
     std::thread::Builder::new()
         .name("hotplug".to_owned())
         .spawn(move || {
@@ -276,6 +276,9 @@ fn start(
                 if let Err(e) = follow.followed(action) {
                     eprintln!("kiln-vmm: following up {action:?}: {e}");
                 }
+                // Under the lock, so that nobody has looked and not begun to wait.
+                let _pending = lock(&told.pending);
+                told.changed.notify_all();
             }
         })?;
     Ok(Server {
@@ -335,7 +338,7 @@ fn answer(server: &Server, request: Request, mut fds: Fds) -> Result<Reply> {
             return attach(machine, slot, HostEnd::Overlay(overlay)).map(Reply::Slot);
         }
         Request::LimitOverlays { ram, spill_limit } => server.overlays.limit(ram, spill_limit)?,
-        Request::DetachBlock { slot } => machine.detach_block(slot)?,
+        Request::DetachBlock { slot } => detach(server, slot)?,
         Request::SetNet { slot, taps, mac } => {
             let taps = taps
                 .into_iter()
@@ -381,6 +384,40 @@ fn save(server: &Server, state: &mut File, memory: &File, digest: [u8; 32]) -> R
     })
 }
 
+/// Serial of disks that came by PCI hot-plug; their slots go with them.
+const PLUGGED: &str = "kiln-plugged";
+/// How long a guest may take to let go of a device.
+const EJECT_LIMIT: Duration = Duration::from_secs(10);
+
+/// Takes a disk out of its slot, or a plugged device off the bus.
+fn detach(server: &Server, slot: u8) -> Result<()> {
+    let machine = &server.machine;
+    let spec = |s: &DeviceSpec| s.slot == slot;
+    let plugged = machine
+        .device_specs()
+        .into_iter()
+        .find(spec)
+        .is_some_and(|s| matches!(s.kind, DeviceKind::Block { id, .. } if id == PLUGGED));
+    if !plugged {
+        return Ok(machine.detach_block(slot)?);
+    }
+    machine.unplug_device(slot)?;
+    let deadline = Instant::now() + EJECT_LIMIT;
+    let mut pending = lock(&server.watcher.pending);
+    while machine.device_specs().iter().any(spec) {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            bail!("the guest has not let go of slot {slot} in {EJECT_LIMIT:?}");
+        }
+        pending = server
+            .watcher
+            .changed
+            .wait_timeout(pending, left)
+            .map_or_else(|e| e.into_inner().0, |(guard, _)| guard);
+    }
+    Ok(())
+}
+
 fn attach(machine: &Machine, slot: Option<u8>, disk: HostEnd) -> Result<u8> {
     let empty = || {
         let specs = machine.device_specs();
@@ -396,7 +433,7 @@ fn attach(machine: &Machine, slot: Option<u8>, disk: HostEnd) -> Result<u8> {
         }
         None => {
             let kind = DeviceKind::Block {
-                id: "plugged".to_owned(),
+                id: PLUGGED.to_owned(),
                 queues: 1,
             };
             Ok(machine.plug_device(kind, Some(disk))?)

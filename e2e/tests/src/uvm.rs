@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use kiln_bake::cpio::Archive;
 use kiln_bake::kernel::{self, GuestKernel};
-use kiln_bake::modules::{GUEST, Modules};
+use kiln_bake::modules::{GUEST, Modules, Wanted};
 use kiln_vmm_control::{
     DeviceKind, DeviceSpec, End, Jail, MachineSpec, Overlay, OverlayPool, Reply, Request, Spawn,
     Vmm,
@@ -89,7 +89,13 @@ fn initramfs(kernel: &GuestKernel) -> Result<Vec<u8>> {
         "#!/bin/sh\n/bin/busybox --install -s /bin\nexport PATH=/bin\n\
          mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t devtmpfs dev /dev; mount -t tmpfs tmp /tmp\n",
     );
-    for module in Modules::open(&kernel.modules)?.resolve(&GUEST)? {
+    // By which a panic is told from a reset.
+    let panic = Wanted {
+        name: "pvpanic_mmio",
+        needed_for: None,
+    };
+    let wanted: Vec<Wanted> = GUEST.into_iter().chain([panic]).collect();
+    for module in Modules::open(&kernel.modules)?.resolve(&wanted)? {
         let path = format!("lib/{}.ko", module.name);
         archive.file(&path, 0o644, &module.content);
         init += &format!(

@@ -178,21 +178,6 @@ impl Machine {
         let machine = Self::assemble(seed, events, board, memory, state.config, enter);
         timeline.mark("vmm.irqchip");
 
-        // Disks first, so that a device sees on activation what it will serve.
-        let specs = lock(&machine.config).devices.clone();
-        if specs.len() != state.devices.len() {
-            return Err(MachineError::Damaged("the list of devices"));
-        }
-        for (spec_, saved) in specs.iter().zip(&state.devices) {
-            if spec_.slot != saved.slot {
-                return Err(MachineError::Damaged("the order of devices"));
-            }
-            let end = spec.ends.remove(&spec_.slot);
-            let device = make_device(spec_, end, &machine.memory)?;
-            machine.add_device(spec_.slot, device).restore(saved)?;
-        }
-        timeline.mark("vmm.devices");
-
         // The clock before the vCPUs: their kvmclock MSRs publish it to the guest.
         let clock = kvm_bindings::kvm_clock_data {
             clock: state.clock.clock,
@@ -218,6 +203,22 @@ impl Machine {
             machine.start_vcpu(index, fd)?;
         }
         timeline.mark("vmm.vcpus");
+
+        // After the vCPUs: a device that finds a disk of another size than was saved interrupts one. Disks before their
+        // device's state, so that a device sees on activation what it will serve.
+        let specs = lock(&machine.config).devices.clone();
+        if specs.len() != state.devices.len() {
+            return Err(MachineError::Damaged("the list of devices"));
+        }
+        for (spec_, saved) in specs.iter().zip(&state.devices) {
+            if spec_.slot != saved.slot {
+                return Err(MachineError::Damaged("the order of devices"));
+            }
+            let end = spec.ends.remove(&spec_.slot);
+            let device = make_device(spec_, end, &machine.memory)?;
+            machine.add_device(spec_.slot, device).restore(saved)?;
+        }
+        timeline.mark("vmm.devices");
 
         machine.new_generation()?;
         timeline.mark("vmm.generation");

@@ -1,57 +1,20 @@
-//! The VMM alone, without containerd: every device with a real guest, before and after a resume.
+//! The shared folder.
 
 use std::fs::File;
 use std::os::fd::AsFd;
-use std::path::{Path, PathBuf};
-use std::sync::Mutex;
+use std::path::Path;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use kiln_e2e::harness::Case;
-use kiln_e2e::uvm::{Baked, Kit, Shape, Uvm, slots};
+use kiln_e2e::uvm::{Uvm, slots};
 use kiln_e2e::{Test, cases};
 use kiln_vmm_control::End;
 
-use super::same;
+use super::{baked, blocking, folder};
+use crate::suite::same;
 
-pub(crate) fn cases() -> Vec<Case> {
-    let all = cases![a_folder_given_at_resume_is_the_guests_with_owners_and_later_mounts];
-    all.into_iter()
-        .map(|c| c.only_with("kiln", "vmm"))
-        .collect()
-}
-
-/// Made once and left for the run: not in a test's own folder.
-const SHARED: &str = "/var/lib/kiln-e2e/vmm";
-
-/// A machine with all devices, baked once.
-fn baked() -> Result<Baked> {
-    static DONE: Mutex<bool> = Mutex::new(false);
-    let mut done = DONE
-        .lock()
-        .unwrap_or_else(std::sync::PoisonError::into_inner);
-    let dir = Path::new(SHARED);
-    if !*done {
-        let kit = Kit::make("", dir)?;
-        let uvm = Uvm::boot(dir, &kit, Shape::default())?;
-        uvm.sh("echo 3 > /proc/sys/vm/drop_caches")?;
-        uvm.snapshot(dir, false)?;
-        *done = true;
-    }
-    Ok(Baked::in_dir(dir))
-}
-
-/// Runs a test's body, which waits in system calls, off the async threads.
-async fn blocking(
-    test: Test,
-    body: impl FnOnce(&Path) -> Result<()> + Send + 'static,
-) -> Result<()> {
-    tokio::task::spawn_blocking(move || body(test.scratch())).await?
-}
-
-fn folder(parent: &Path, name: &str) -> Result<PathBuf> {
-    let path = parent.join(name);
-    std::fs::create_dir_all(&path).with_context(|| format!("{}", path.display()))?;
-    Ok(path)
+pub(super) fn cases() -> Vec<Case> {
+    cases![a_folder_given_at_resume_is_the_guests_with_owners_and_later_mounts]
 }
 
 async fn a_folder_given_at_resume_is_the_guests_with_owners_and_later_mounts(

@@ -1,0 +1,122 @@
+//! vCPUs and memory that come and go.
+
+use anyhow::{Result, bail, ensure};
+use kiln_e2e::harness::Case;
+use kiln_e2e::uvm::Uvm;
+use kiln_e2e::{Test, cases};
+use kiln_vmm_control::{Reply, Request};
+
+use super::{baked, blocking};
+use crate::suite::same;
+
+pub(super) fn cases() -> Vec<Case> {
+    cases![
+        vcpus_come_and_go_under_load_also_after_a_second_resume.limit(300),
+        memory_comes_and_goes_back_to_the_node.limit(300),
+        a_size_that_can_not_be_is_refused,
+    ]
+}
+
+const MIB: u64 = 1 << 20;
+const LIMIT_MS: u32 = 60_000;
+
+/// Asks for a size; what was reached.
+fn resize(uvm: &Uvm, cpus: u8, mib: u64) -> Result<(u8, u64)> {
+    let request = Request::Resize {
+        cpus,
+        memory: mib * MIB,
+        timeout_ms: LIMIT_MS,
+    };
+    match uvm.vmm().call(&request, &[])? {
+        Reply::Stats { cpus, memory, .. } => Ok((cpus, memory / MIB)),
+        other => bail!("{other:?}"),
+    }
+}
+
+/// Brings up what is offline, as the agent does: the number of vCPUs that work.
+fn online(uvm: &Uvm) -> Result<u8> {
+    let text = uvm.sh("for c in /sys/devices/system/cpu/cpu[1-9]*; do \
+           [ -e $c/online ] && [ $(cat $c/online) = 0 ] && echo 1 > $c/online; done; \
+         grep -c ^processor /proc/cpuinfo")?;
+    Ok(text.parse()?)
+}
+
+async fn vcpus_come_and_go_under_load_also_after_a_second_resume(test: Test) -> Result<()> {
+    blocking(test, |dir| {
+        let mut uvm = Uvm::resume(dir, &baked()?, vec![], &[])?;
+        // Something that uses whatever CPUs there are.
+        uvm.sh("for i in 1 2; do (while :; do :; done) > /dev/null 2>&1 & done")?;
+        for round in 0..2 {
+            for count in [2, 4, 1] {
+                same!(resize(&uvm, count, 256)?.0, count);
+                same!(online(&uvm)?, count);
+            }
+            if round == 0 {
+                // With two, so that a hot-added one is part of what is saved.
+                same!(resize(&uvm, 2, 256)?.0, 2);
+                same!(online(&uvm)?, 2);
+                let again = uvm.snapshot(&dir.join("again"), false)?;
+                drop(uvm);
+                uvm = Uvm::resume(dir, &again, vec![], &[])?;
+                same!(online(&uvm)?, 2);
+            }
+        }
+        Ok(())
+    })
+    .await
+}
+
+async fn memory_comes_and_goes_back_to_the_node(test: Test) -> Result<()> {
+    blocking(test, |dir| {
+        let mut uvm = Uvm::resume(dir, &baked()?, vec![], &[])?;
+        let total = |uvm: &Uvm| -> Result<u64> {
+            let kib: u64 = uvm
+                .sh("awk '/MemTotal/ { print $2 }' /proc/meminfo")?
+                .parse()?;
+            Ok(kib / 1024)
+        };
+        let base = total(&uvm)?;
+        for round in 0..2 {
+            same!(resize(&uvm, 1, 1024)?.1, 1024);
+            let more = total(&uvm)?;
+            ensure!(more >= base + 700, "{base} MiB before, {more} after");
+            // Used, so that it has pages on the node.
+            uvm.sh("mount -o remount,size=90% /tmp; head -c 400000000 /dev/zero | tr '\\0' x > /tmp/fill")?;
+            let full = resident(&uvm)?;
+            uvm.sh("rm /tmp/fill")?;
+            let (_, reached) = resize(&uvm, 1, 384)?;
+            ensure!((384..=512).contains(&reached), "shrunk to {reached} MiB only");
+            let given_back = full.saturating_sub(resident(&uvm)?);
+            ensure!(given_back > 250, "only {given_back} of {full} MiB came back");
+            if round == 0 {
+                let again = uvm.snapshot(&dir.join("again"), false)?;
+                drop(uvm);
+                uvm = Uvm::resume(dir, &again, vec![], &[])?;
+            }
+        }
+        Ok(())
+    })
+    .await
+}
+
+/// MiB that the VMM has in memory.
+fn resident(uvm: &Uvm) -> Result<u64> {
+    let text = std::fs::read_to_string(format!("/proc/{}/statm", uvm.vmm().pid()))?;
+    let pages: u64 = text.split(' ').nth(1).unwrap_or_default().parse()?;
+    Ok(pages * 4096 / MIB)
+}
+
+async fn a_size_that_can_not_be_is_refused(test: Test) -> Result<()> {
+    blocking(test, |dir| {
+        let uvm = Uvm::resume(dir, &baked()?, vec![], &[])?;
+        for (cpus, mib) in [(5, 256), (0, 256), (1, 255), (1, 256 + 2049)] {
+            ensure!(
+                resize(&uvm, cpus, mib).is_err(),
+                "{cpus} vCPUs and {mib} MiB were taken"
+            );
+        }
+        same!(uvm.sh("echo alive")?, "alive");
+        Ok(())
+    })
+    .await
+}
