@@ -7,6 +7,7 @@
 mod boot;
 mod processes;
 mod serve;
+mod vm;
 
 use std::process::ExitCode;
 
