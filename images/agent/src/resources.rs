@@ -86,22 +86,36 @@ pub(crate) fn state() -> Result<proto::ResourceState> {
     Ok(state)
 }
 
+/// What the kernel keeps free for itself.
+const MIN_FREE: &str = "/proc/sys/vm/min_free_kbytes";
+/// And what it keeps while free memory is cleared, when nothing else goes on.
+const MIN_FREE_MEANWHILE: &str = "512";
 /// What is left alone when free memory is cleared: whoever needs memory meanwhile must find some.
-const LEFT_ALONE: u64 = 8 << 20;
-/// How much is cleared before looking again at how much is left.
-const STRIDE: usize = 8 << 20;
+const LEFT_ALONE: u64 = 2 << 20;
+/// The most and the least that is cleared before looking again at how much is left.
+const STRIDE: (u64, u64) = (256 << 10, 8 << 20);
 
 /// Fills free memory with zeros, by taking it (the kernel hands out cleared pages) and giving it back.
 pub(crate) fn zero_free_memory() -> io::Result<()> {
-    let free = || {
-        let meminfo = fs::read_to_string("/proc/meminfo")?;
-        io::Result::Ok(meminfo_bytes(&meminfo, "MemFree"))
-    };
+    let before = fs::read_to_string(MIN_FREE)?;
+    fs::write(MIN_FREE, MIN_FREE_MEANWHILE)?;
+    let cleared = take_free_memory();
+    fs::write(MIN_FREE, before.trim())?;
+    // Given back here, when the kernel keeps as much as ever.
+    cleared.map(drop)
+}
+
+fn take_free_memory() -> io::Result<Vec<sys::Pages>> {
     let mut taken = Vec::new();
-    while free()? > LEFT_ALONE + STRIDE as u64 {
-        taken.push(sys::Pages::take(STRIDE)?);
+    loop {
+        let free = meminfo_bytes(&fs::read_to_string("/proc/meminfo")?, "MemFree");
+        let more = free.saturating_sub(LEFT_ALONE) / 2;
+        if more < STRIDE.0 {
+            return Ok(taken);
+        }
+        let pages = usize::try_from(more.min(STRIDE.1) >> 12).unwrap_or(0);
+        taken.push(sys::Pages::take(pages << 12)?);
     }
-    Ok(())
 }
 
 fn set_cpus(wanted: u32, limit: Duration) -> Result<()> {
