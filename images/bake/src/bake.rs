@@ -9,6 +9,7 @@ use kiln_agent_api::client::{ConnectError, Vsock};
 use kiln_agent_api::proto;
 use kiln_agent_api::{MIN_ENTROPY, PROTOCOL_VERSION};
 use kiln_store::{Class, Description, Digest, Kernel, Kind, Manifest, Staging, Store};
+use kiln_vmm_control::VmmError;
 use tokio::time::{sleep, timeout};
 use ttrpc::context;
 
@@ -371,15 +372,25 @@ async fn boot_and_save(
     let state = staging.create(Kind::State)?;
     let memory = staging.create(Kind::Memory)?;
     let digest = *prepared.recipe.digest().as_bytes();
-    machine
-        .save(state, memory, digest, SAVE_LIMIT)
-        .await
-        .map_err(on_machine)?;
+    let saved = machine.save(state, memory, digest, SAVE_LIMIT).await;
+    saved.map_err(|source| match source {
+        MachineError::Vmm { source, .. } if is_full_disk(&source) => BakeError::Output {
+            path: staging.path(Kind::Memory),
+            source: io::ErrorKind::StorageFull.into(),
+        },
+        source => on_machine(source),
+    })?;
     machine.stop().await.map_err(on_machine)?;
     Ok(Facts {
         agent_version: hello.agent_version,
         used,
     })
+}
+
+/// The VMM writes the files, and tells its errors as text.
+fn is_full_disk(error: &VmmError) -> bool {
+    let number = format!("(os error {})", libc::ENOSPC);
+    matches!(error, VmmError::Refused(text) if text.contains(&number))
 }
 
 fn check_hello(hello: &proto::HelloResponse, release: &str) -> Result<(), BakeError> {
@@ -583,6 +594,17 @@ mod tests {
                 .to_string()
                 .contains("virtio_net")
         );
+    }
+
+    #[test]
+    fn full_disk_is_known_by_the_systems_number() {
+        let text = format!(
+            "writing memory: {}",
+            io::Error::from_raw_os_error(libc::ENOSPC)
+        );
+        assert!(is_full_disk(&VmmError::Refused(text)));
+        assert!(!is_full_disk(&VmmError::Refused("no".into())));
+        assert!(!is_full_disk(&VmmError::Gone));
     }
 
     #[test]
