@@ -23,6 +23,8 @@ pub type GuestRam = GuestMemoryAtomic<GuestMemoryMmap<()>>;
 
 /// Page size of guest and host.
 pub const PAGE: u64 = 4096;
+/// Size of a huge page, and so of the holes worth a mapping of their own.
+const HUGE_PAGE: u64 = 2 << 20;
 /// Plugging granularity of the hot-plug window.
 pub const HOTPLUG_BLOCK: u64 = 2 << 20;
 
@@ -104,8 +106,16 @@ impl Debug for Mapping {
 }
 
 impl Mapping {
-    /// Reserves `len` bytes of zero pages. They cost nothing until touched.
+    /// Reserves `len` bytes of zero pages, aligned for huge ones. They cost nothing until touched.
     fn reserve(len: u64) -> Result<Self, MemoryError> {
+        let reserved = Self::reserve_anywhere(len.saturating_add(HUGE_PAGE))?;
+        let start = reserved.start.as_ptr();
+        let huge = usize::try_from(HUGE_PAGE).unwrap_or(1);
+        let start = start.wrapping_add(start.align_offset(huge));
+        Self::from_mmap(start.cast(), len)
+    }
+
+    fn reserve_anywhere(len: u64) -> Result<Self, MemoryError> {
         let bytes = usize::try_from(len).map_err(|_| MemoryError::Size {
             bytes: len,
             of: PAGE,
@@ -126,26 +136,29 @@ impl Mapping {
 
     /// Maps a file privately: reads see the file, writes stay in this process.
     fn private_file(file: &File, offset: u64, len: u64) -> Result<Self, MemoryError> {
-        let bytes = usize::try_from(len).map_err(|_| MemoryError::Size {
-            bytes: len,
-            of: PAGE,
-        })?;
-        let off = libc::off_t::try_from(offset).map_err(|_| MemoryError::Size {
-            bytes: offset,
-            of: PAGE,
-        })?;
-        // SAFETY: a fresh mapping at an address of the kernel's choice touches nothing that exists.
-        let start = unsafe {
-            libc::mmap(
-                std::ptr::null_mut(),
-                bytes,
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_PRIVATE | libc::MAP_NORESERVE,
-                file.as_raw_fd(),
-                off,
-            )
-        };
-        Self::from_mmap(start, len)
+        let mapping = Self::reserve(len)?;
+        mapping
+            .replace(0, len, Some((file, offset)))
+            .map_err(|source| MemoryError::Map { bytes: len, source })?;
+        Ok(mapping)
+    }
+
+    /// Puts zero pages in the place of the file's large holes. The first touch of a page of a file's hole
+    /// takes the kernel two pages and a copy, and each page is one touch; this way it takes a huge page for all
+    /// of them. Small holes stay: every replacement is one more mapping.
+    fn free_holes(&self, file: &File) -> io::Result<()> {
+        for (start, end) in large_holes(file, self.len)? {
+            self.replace(start, end - start, None)?;
+            let invalid = |_| io::Error::from(io::ErrorKind::InvalidInput);
+            let at = usize::try_from(start).map_err(invalid)?;
+            let len = usize::try_from(end - start).map_err(invalid)?;
+            // SAFETY: the range was replaced just now, so it is in this mapping; the advice changes no contents.
+            // A kernel without huge pages refuses it, and small ones do as well.
+            let _ = unsafe {
+                libc::madvise(self.start.as_ptr().add(at).cast(), len, libc::MADV_HUGEPAGE)
+            };
+        }
+        Ok(())
     }
 
     fn from_mmap(start: *mut libc::c_void, len: u64) -> Result<Self, MemoryError> {
@@ -230,6 +243,36 @@ impl Mapping {
         // stopped, devices paused), so nothing writes the bytes while the slice is in use.
         Some(unsafe { std::slice::from_raw_parts(self.start.as_ptr().add(at), len) })
     }
+}
+
+/// The whole huge pages in `[0, len)` of a file that hold no data, next to each other as one range.
+fn large_holes(file: &File, len: u64) -> io::Result<Vec<(u64, u64)>> {
+    let seek = |from: u64, what: libc::c_int| -> io::Result<Option<u64>> {
+        let from = libc::off_t::try_from(from)
+            .map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
+        // SAFETY: plain numbers. The file's position is nobody's: it is mapped, not read.
+        let at = unsafe { libc::lseek(file.as_raw_fd(), from, what) };
+        match u64::try_from(at) {
+            Ok(at) => Ok(Some(at)),
+            // Nothing of that kind behind `from`.
+            Err(_) if io::Error::last_os_error().raw_os_error() == Some(libc::ENXIO) => Ok(None),
+            Err(_) => Err(io::Error::last_os_error()),
+        }
+    };
+    let mut holes = Vec::new();
+    let mut at = 0;
+    while at < len {
+        let Some(hole) = seek(at, libc::SEEK_HOLE)?.filter(|hole| *hole < len) else {
+            break;
+        };
+        let end = seek(hole, libc::SEEK_DATA)?.unwrap_or(len).min(len);
+        let (start, stop) = (hole.next_multiple_of(HUGE_PAGE), end - end % HUGE_PAGE);
+        if start < stop {
+            holes.push((start, stop));
+        }
+        at = end;
+    }
+    Ok(holes)
 }
 
 /// Sizes that define a machine's memory.
@@ -328,6 +371,10 @@ impl HostMemory {
     pub fn from_file(shape: MemoryShape, file: &File) -> Result<Self, MemoryError> {
         shape.check()?;
         let base = Mapping::private_file(file, 0, shape.ram)?;
+        base.free_holes(file).map_err(|source| MemoryError::Map {
+            bytes: shape.ram,
+            source,
+        })?;
         let window = Self::window(&shape)?;
         if let Some(w) = &window {
             w.replace(0, shape.usable, Some((file, shape.ram)))
@@ -621,6 +668,25 @@ mod tests {
         let mut byte = [0u8; 8];
         std::os::unix::fs::FileExt::read_exact_at(&file, &mut byte, 0x1000).unwrap();
         assert_eq!(byte, [0; 8]);
+    }
+
+    #[test]
+    fn whole_huge_pages_without_data_are_no_longer_the_files() {
+        use std::os::unix::fs::FileExt;
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(16 << 20).unwrap();
+        for at in [0, (6 << 20) + 4096, (16 << 20) - 1] {
+            file.write_all_at(&[7], at).unwrap();
+        }
+        let holes = large_holes(&file, 16 << 20).unwrap();
+        assert_eq!(holes, [(2 << 20, 6 << 20), (8 << 20, 14 << 20)]);
+        let mapping = Mapping::private_file(&file, 0, 16 << 20).unwrap();
+        assert_eq!(mapping.start.as_ptr().align_offset(2 << 20), 0);
+        mapping.free_holes(&file).unwrap();
+        let bytes = mapping.bytes(0, 16 << 20).unwrap();
+        let data: Vec<_> = bytes.iter().zip(0..).filter(|(b, _)| **b != 0).collect();
+        let at: Vec<usize> = data.into_iter().map(|(_, at)| at).collect();
+        assert_eq!(at, [0, (6 << 20) + 4096, (16 << 20) - 1]);
     }
 
     #[test]
