@@ -103,10 +103,10 @@ mod tests {
         let answer = timeline
             .of("outer", async move { inner.time("inner", || 7) })
             .await;
-        timeline.add("earlier", 0, 1);
+        timeline.add("last", u64::from(u32::MAX), 1);
         assert_eq!(answer, 7);
         let names: Vec<_> = timeline.steps().into_iter().map(|s| s.name).collect();
-        assert_eq!(names.first().map(String::as_str), Some("earlier"));
+        assert_eq!(names.last().map(String::as_str), Some("last"));
         assert_eq!(names.len(), 3);
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("trace.json");

@@ -89,10 +89,6 @@ async fn carry(mut connection: TcpStream, guest: Guest) {
         Ok(stream) => stream,
         Err(error) => {
             tracing::debug!(port, error = error.chain(), "nothing to forward to");
-            // A reset instead of an end says that nobody was there.
-            if let Err(error) = connection.set_zero_linger() {
-                tracing::debug!(%error, "a refused connection ends in good order");
-            }
             return;
         }
     };
