@@ -8,6 +8,7 @@
 //!
 //! Trusted: the caller's description of memory. Not trusted: the requests.
 
+mod init;
 mod sandbox;
 mod view;
 
@@ -146,9 +147,13 @@ impl Server {
         let reader =
             Reader::from_descriptor_chain(memory, chain.clone()).map_err(|e| failed(&e))?;
         let writer = VirtioFsWriter::new(memory, chain).map_err(|e| failed(&e))?;
-        self.server
+        let written = self
+            .server
             .handle_message(reader, Writer::VirtioFs(writer), None, None)
-            .map_err(|e| failed(&e))
+            .map_err(|e| failed(&e))?;
+        // `None`: it was some other request.
+        let _ = init::complete(memory, readable, writable, written);
+        Ok(written)
     }
 
     /// Closes everything the guest has open, as if it had unmounted.

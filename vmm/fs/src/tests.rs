@@ -112,6 +112,29 @@ fn a_file_is_found_opened_and_read() {
 }
 
 #[test]
+fn a_guest_that_can_is_offered_requests_of_a_mebibyte() {
+    const BIG_WRITES: u32 = 1 << 5;
+    const MAX_PAGES: u32 = 1 << 22;
+    let dir = tempfile::tempdir().unwrap();
+    let offered = |capable: u32| {
+        let mut body = Vec::new();
+        for number in [7, 38, 0, capable] {
+            body.extend(u32::to_le_bytes(number));
+        }
+        let (error, out) = Message::new().send(&serve(&dir), 26, 0, &body);
+        assert_eq!(error, 0);
+        let field = |at: usize| u32::from_le_bytes(out[at..at + 4].try_into().unwrap());
+        // flags, max_write, max_pages
+        (field(12), field(20), field(28) & 0xffff)
+    };
+    let (flags, max_write, max_pages) = offered(BIG_WRITES | MAX_PAGES);
+    assert_eq!(flags & (BIG_WRITES | MAX_PAGES), BIG_WRITES | MAX_PAGES);
+    assert_eq!((max_write, max_pages), (1 << 20, 256));
+    let (flags, max_write, max_pages) = offered(0);
+    assert_eq!((flags, max_write, max_pages), (0, 4096, 0));
+}
+
+#[test]
 fn names_that_lead_out_of_the_folder_are_refused() {
     let outer = tempfile::tempdir().unwrap();
     std::fs::write(outer.path().join("secret"), b"").unwrap();
