@@ -12,6 +12,8 @@ use kiln_vmm::machine::{HostEnd, HostEnds};
 use kiln_vmm_control::api::{self, End, OverlayFigures};
 use kiln_vmm_fs::Prepared;
 
+use crate::filter::{self, Kind};
+
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -64,7 +66,11 @@ impl Fds {
                 End::Directory(fd) => {
                     let folder = self.take(fd)?;
                     let prepared = prepared.take().context("there can be one folder only")?;
-                    let server = FsServer::start(move || prepared.enter(&folder))??;
+                    let server = FsServer::start(move || {
+                        let server = prepared.enter(&folder)?;
+                        filter::install(Kind::Files)?;
+                        anyhow::Ok(server)
+                    })??;
                     HostEnd::Files(server)
                 }
             };

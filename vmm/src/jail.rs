@@ -46,22 +46,39 @@ fn change_root(root: &Path) -> Result<()> {
     }
 }
 
+/// Open files a VMM may have, if it was started with the right to as many.
+const MOST_FILES: libc::rlim_t = 1 << 16;
+
+/// Sets both limits to `most`, or to what is allowed if that is less.
+fn limit(what: libc::__rlimit_resource_t, most: libc::rlim_t) -> io::Result<()> {
+    let mut now = libc::rlimit {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
+    let checked = |result: libc::c_int| match result {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    };
+    // SAFETY: getrlimit writes one rlimit, setrlimit reads one.
+    unsafe {
+        checked(libc::getrlimit(what, &raw mut now))?;
+        now.rlim_max = now.rlim_max.min(most);
+        now.rlim_cur = now.rlim_max;
+        checked(libc::setrlimit(what, &raw const now))
+    }
+}
+
 /// Enters the jail, but for the user: one thread may have to keep some of root's rights, and which is known when
 /// the first request has come. The process must still have one thread.
 pub(crate) fn enter(jail: &Jail) -> Result<()> {
     if let Some(root) = &jail.root {
         change_root(root)?;
     }
-    let none = libc::rlimit {
-        rlim_cur: 0,
-        rlim_max: 0,
-    };
-    // SAFETY: setrlimit reads one rlimit; the other calls take plain numbers.
+    // A guest's memory belongs into no core file; a shared folder keeps a descriptor for each file the guest knows.
+    limit(libc::RLIMIT_CORE, 0).context("forbidding core dumps")?;
+    limit(libc::RLIMIT_NOFILE, MOST_FILES).context("limiting open files")?;
+    // SAFETY: plain numbers.
     unsafe {
-        check(
-            libc::setrlimit(libc::RLIMIT_CORE, &raw const none).into(),
-            "forbidding core dumps",
-        )?;
         if jail.gid.is_some() {
             check(libc::syscall(libc::SYS_setgroups, 0, 0), "dropping groups")?;
         }

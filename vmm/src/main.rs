@@ -5,6 +5,7 @@
 //! on standard input (`help` lists them).
 
 mod ends;
+mod filter;
 mod frontend;
 mod jail;
 mod serve;

@@ -32,6 +32,7 @@ use kiln_vmm_control::wire;
 use kiln_vmm_fs::Prepared;
 
 use crate::ends::{Fds, Overlays};
+use crate::filter::{self, Kind};
 use crate::jail::{self, Jail};
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -116,6 +117,7 @@ pub(crate) fn run(args: impl Iterator<Item = String>, mut timeline: Timeline) ->
         }
     })?;
     install_kick_handler()?;
+    filter::install_handler()?;
     // SAFETY: descriptor 0 is the socket the client put there; nothing else in this process uses it.
     let socket = unsafe { UnixStream::from_raw_fd(0) };
     let events = EventLoop::new()?;
@@ -131,6 +133,7 @@ pub(crate) fn run(args: impl Iterator<Item = String>, mut timeline: Timeline) ->
         .and_then(|ends| {
             // From here on nothing has rights but the file server's thread, and that only if there is one.
             jail::become_user(&jail).context("changing user")?;
+            filter::install(Kind::Control).context("installing the system call filter")?;
             timeline.mark("vmm.jail");
             start(request, ends, fds, overlays, seed, &events, &mut timeline)
         });
@@ -197,7 +200,7 @@ fn start(
         changed: Condvar::new(),
         follow: Mutex::new(sender),
     });
-    let enter: kiln_vmm::machine::EnterVcpu = Arc::new(|| Ok(()));
+    let enter: kiln_vmm::machine::EnterVcpu = Arc::new(|| filter::install(Kind::Vcpu));
     let join = || {
         seed.join()
             .map_err(|_| anyhow!("the thread that makes the VM died"))?
@@ -261,7 +264,7 @@ fn start(
     std::thread::Builder::new()
         .name("devices".to_owned())
         .spawn(move || {
-            if let Err(e) = devices.run() {
+            if let Err(e) = filter::install(Kind::Devices).and_then(|()| devices.run()) {
                 eprintln!("kiln-vmm: the device thread ended: {e}");
                 std::process::abort();
             }

@@ -416,6 +416,11 @@ pub(super) fn open_disk(
     file: File,
     read_only: bool,
 ) -> Result<FileBackend, MachineError> {
-    FileBackend::new(file, read_only)
-        .map_err(|e| MachineError::Refused(format!("slot {slot}: {e}")))
+    let mut disk = FileBackend::new(file, read_only)
+        .map_err(|e| MachineError::Refused(format!("slot {slot}: {e}")))?;
+    disk.start().map_err(|source| MachineError::Io {
+        action: "preparing a disk's I/O",
+        source,
+    })?;
+    Ok(disk)
 }

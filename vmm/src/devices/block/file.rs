@@ -43,7 +43,7 @@ pub enum FileError {
     Access(&'static str),
 }
 
-/// How the I/O is done. Made at the first request: a disk that is not used costs nothing.
+/// How the I/O is done. Made by [`FileBackend::start`], or at the first request.
 #[derive(Debug)]
 enum Engine {
     NotYet,
@@ -107,7 +107,8 @@ impl FileBackend {
         self
     }
 
-    fn start(&mut self) -> io::Result<()> {
+    /// Makes the ring or the thread now, on the calling thread: that of requests may not have the right to.
+    pub fn start(&mut self) -> io::Result<()> {
         if !matches!(self.engine, Engine::NotYet) {
             return Ok(());
         }

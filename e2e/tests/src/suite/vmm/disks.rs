@@ -42,7 +42,7 @@ fn disk(path: &Path, len: u64) -> Result<File> {
 fn name_of(uvm: &Uvm, slot: u8, size: u64) -> Result<String> {
     let script = format!(
         "d=$(basename /sys/bus/pci/devices/0000:00:{slot:02x}.0/virtio*/block/*) && \
-         echo $d $(cat /sys/block/$d/size)"
+         : < /dev/$d && echo $d $(cat /sys/block/$d/size)"
     );
     let deadline = Instant::now() + Duration::from_secs(20);
     loop {

@@ -1,0 +1,154 @@
+//! Each attempt in a process of its own, which its filter is to end.
+
+use std::io::Read;
+use std::os::fd::{AsRawFd, OwnedFd};
+
+use super::*;
+
+/// Forks a child that installs the filter of a kind and makes an attempt: its exit code and what it said.
+fn attempt(kind: Kind, attempt: impl FnOnce()) -> (Option<i32>, String) {
+    let (mut output, input) = io::pipe().unwrap();
+    // SAFETY: the child only makes system calls (and allocates, which the C library makes possible after a fork)
+    // and ends by `_exit`.
+    let pid = unsafe { libc::fork() };
+    assert!(pid >= 0);
+    if pid == 0 {
+        let input: OwnedFd = input.into();
+        // SAFETY: as above.
+        unsafe {
+            libc::dup2(input.as_raw_fd(), libc::STDERR_FILENO);
+            libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
+        }
+        if install_handler().and_then(|()| install(kind)).is_err() {
+            // SAFETY: as above.
+            unsafe { libc::_exit(99) };
+        }
+        attempt();
+        // SAFETY: as above.
+        unsafe { libc::_exit(0) };
+    }
+    drop(input);
+    let mut said = String::new();
+    output.read_to_string(&mut said).unwrap();
+    let mut status = 0;
+    // SAFETY: waits for our own child.
+    unsafe { libc::waitpid(pid, &raw mut status, 0) };
+    let code = libc::WIFEXITED(status).then(|| libc::WEXITSTATUS(status));
+    (code, said)
+}
+
+const FAILED: Option<i32> = Some(kiln_vmm_control::exit::FAILED);
+const KINDS: [Kind; 4] = [Kind::Control, Kind::Devices, Kind::Vcpu, Kind::Files];
+
+#[track_caller]
+fn is_refused(kind: Kind, name: &str, what: impl FnOnce()) {
+    let (code, said) = attempt(kind, what);
+    assert_eq!(code, FAILED, "{kind:?} {name}: {said}");
+    assert!(said.contains(&format!("({name})")), "{kind:?}: {said}");
+}
+
+/// A system call; pointers among the arguments are null or to constants.
+fn call(number: libc::c_long, arguments: [usize; 6]) {
+    let [a, b, c, d, e, f] = arguments;
+    // SAFETY: none of the calls made here writes to memory of this process.
+    unsafe { libc::syscall(number, a, b, c, d, e, f) };
+}
+
+#[test]
+fn a_file_outside_is_refused_and_named() {
+    let path = c"/etc/passwd".as_ptr() as usize;
+    for kind in [Kind::Control, Kind::Devices, Kind::Vcpu] {
+        is_refused(kind, "openat", || {
+            call(libc::SYS_openat, [0, path, 0, 0, 0, 0]);
+        });
+        is_refused(kind, "open", || call(libc::SYS_open, [path, 0, 0, 0, 0, 0]));
+    }
+}
+
+#[test]
+fn a_socket_is_refused_and_named() {
+    // AF_INET, SOCK_STREAM.
+    for kind in KINDS {
+        is_refused(kind, "socket", || {
+            call(libc::SYS_socket, [2, 1, 0, 0, 0, 0]);
+        });
+        is_refused(kind, "connect", || call(libc::SYS_connect, [0; 6]));
+    }
+}
+
+#[test]
+fn a_ring_that_could_make_sockets_is_refused() {
+    for kind in [Kind::Devices, Kind::Vcpu, Kind::Files] {
+        is_refused(kind, "io_uring_setup", || {
+            call(libc::SYS_io_uring_setup, [0; 6]);
+        });
+    }
+}
+
+#[test]
+fn another_program_or_process_is_refused_and_named() {
+    let path = c"/bin/true".as_ptr() as usize;
+    for kind in KINDS {
+        is_refused(kind, "execve", || {
+            call(libc::SYS_execve, [path, 0, 0, 0, 0, 0]);
+        });
+        is_refused(kind, "fork", || call(libc::SYS_fork, [0; 6]));
+    }
+    for kind in [Kind::Control, Kind::Devices] {
+        is_refused(kind, "clone", || {
+            call(libc::SYS_clone, [17, 0, 0, 0, 0, 0]);
+        });
+    }
+    for kind in [Kind::Vcpu, Kind::Files] {
+        is_refused(kind, "clone3", || call(libc::SYS_clone3, [0; 6]));
+    }
+}
+
+#[test]
+fn memory_that_can_be_executed_is_refused() {
+    // PROT_READ | PROT_EXEC, MAP_PRIVATE | MAP_ANONYMOUS.
+    for kind in KINDS {
+        is_refused(kind, "mmap", || {
+            call(libc::SYS_mmap, [0, 4096, 5, 0x22, usize::MAX, 0]);
+        });
+        is_refused(kind, "mprotect", || {
+            call(libc::SYS_mprotect, [0x1000, 4096, 5, 0, 0, 0]);
+        });
+    }
+}
+
+#[test]
+fn signals_to_others_new_handlers_and_terminals_are_refused() {
+    for kind in KINDS {
+        is_refused(kind, "tgkill", || {
+            call(libc::SYS_tgkill, [1, 1, 0, 0, 0, 0]);
+        });
+        is_refused(kind, "rt_sigaction", || {
+            call(libc::SYS_rt_sigaction, [31, 0, 0, 8, 0, 0]);
+        });
+        // TIOCSTI
+        is_refused(kind, "ioctl", || {
+            call(libc::SYS_ioctl, [0, 0x5412, 0, 0, 0, 0]);
+        });
+    }
+}
+
+#[test]
+fn what_threads_need_is_allowed() {
+    for kind in KINDS {
+        let (code, said) = attempt(kind, || {
+            let data = vec![1u8; 4 << 20];
+            std::thread::yield_now();
+            call(libc::SYS_futex, [0; 6]);
+            assert_eq!(data.len(), 4 << 20);
+        });
+        assert_eq!(code, Some(0), "{kind:?}: {said}");
+    }
+    for kind in [Kind::Control, Kind::Devices] {
+        let (code, said) = attempt(kind, || {
+            let thread = std::thread::Builder::new().name("more".to_owned());
+            assert_eq!(thread.spawn(|| 7).unwrap().join().unwrap(), 7);
+        });
+        assert_eq!(code, Some(0), "{kind:?}: {said}");
+    }
+}
