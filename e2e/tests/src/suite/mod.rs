@@ -2,6 +2,7 @@
 
 mod exec;
 mod exit;
+mod faults;
 mod identity;
 mod kiln_run;
 mod logs;
@@ -22,6 +23,7 @@ pub(crate) fn all() -> Vec<Case> {
         exec::cases(),
         streams::cases(),
         exit::cases(),
+        faults::cases(),
         logs::cases(),
         volumes::cases(),
         network::cases(),
