@@ -99,6 +99,8 @@ async fn task_without_its_shim_is_gone_and_leaves_nothing(test: Test) -> Result<
     .await?;
     // containerd has deleted it on its own, or lets it be deleted.
     let _ = task.delete().await;
+    // The container itself, with its snapshot, is the client's to remove.
+    test.clean_up().await?;
     as_before(&test, &before).await
 }
 
