@@ -189,7 +189,11 @@ async fn resume_and_run(start: Start<'_>) -> Result<u8> {
         Ok((guest, identity, made))
     });
     let (guest, identity, made) = tokio::select! {
-        result = set_up => result?,
+        result = set_up => match result {
+            Ok(set_up) => set_up,
+            Err(error) if error.is::<NotStarted>() => return Err(error),
+            Err(error) => return Err(uvm.reason(error).await),
+        },
         error = uvm.ended() => return Err(error),
         number = signals.end() => return Ok(128 + number.unsigned_abs() as u8),
     };
@@ -200,6 +204,10 @@ async fn resume_and_run(start: Start<'_>) -> Result<u8> {
     let code = tokio::select! {
         code = async { session?.run(&mut signals).await } => code,
         error = uvm.ended() => Err(error),
+    };
+    let code = match code {
+        Err(error) => Err(uvm.reason(error).await),
+        code => code,
     };
     uvm.end();
     code

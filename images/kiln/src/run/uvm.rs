@@ -19,6 +19,8 @@ use super::place::Place;
 
 /// A guest that has not grown by then has trouble.
 const RESIZE_LIMIT_MS: u32 = 30_000;
+/// How much later than its connections a VMM may end.
+const END_LIMIT: Duration = Duration::from_millis(500);
 /// How much of the VMM's log a message shows.
 const LAST_WORDS: u64 = 4096;
 
@@ -223,6 +225,13 @@ impl Uvm {
             Some(line) => anyhow!("the μVM ended: {line}"),
             None => anyhow!("the μVM ended: its VMM was killed, or ended with code {code}"),
         }
+    }
+
+    /// The reason of a failure: a guest that does not answer may be one whose machine has ended.
+    pub(crate) async fn reason(&self, error: anyhow::Error) -> anyhow::Error {
+        tokio::time::timeout(END_LIMIT, self.ended())
+            .await
+            .unwrap_or(error)
     }
 
     /// Ends it now.
