@@ -551,9 +551,26 @@ fn mcfg() -> Sdt {
     t
 }
 
+/// What Linux runs to reset a machine with hardware-reduced ACPI: it takes such a machine for one with EFI, finds none,
+/// and jumps to where a firmware would be, in real mode. `mov dx, RESET; mov al, value; out dx, al; hlt; jmp`.
+const RESET_CODE: [u8; 9] = {
+    let [low, high] = (layout::POWER_PORT + 2).to_le_bytes();
+    [
+        0xba,
+        low,
+        high,
+        0xb0,
+        crate::platform::power::RESET_VALUE,
+        0xee,
+        0xf4,
+        0xeb,
+        0xfd,
+    ]
+};
+
 /// Writes all tables; returns the address of the RSDP.
 pub fn write_tables(ram: &GuestRam, config: &AcpiConfig) -> Result<u64, AcpiError> {
-    let room = layout::ACPI_END - layout::ACPI_START;
+    let room = layout::RESET_VECTOR - layout::ACPI_START;
     let rsdp_at = layout::ACPI_START;
     let mut at = rsdp_at + 64;
     let mut image: Vec<(u64, Vec<u8>)> = Vec::new();
@@ -571,7 +588,8 @@ pub fn write_tables(ram: &GuestRam, config: &AcpiConfig) -> Result<u64, AcpiErro
     }
     let xsdt_at = place(&xsdt);
     image.push((rsdp_at, encode(&Rsdp::new(OEM, xsdt_at)).0));
-    if at > layout::ACPI_END {
+    image.push((layout::RESET_VECTOR, RESET_CODE.to_vec()));
+    if at > layout::RESET_VECTOR {
         return Err(AcpiError::Room {
             needed: at - layout::ACPI_START,
             room,

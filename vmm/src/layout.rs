@@ -24,6 +24,8 @@ pub const LOW_RAM_END: u64 = 0x9_f000;
 pub const VMGENID: u64 = 0x9_f000;
 /// RSDP and all ACPI tables.
 pub const ACPI_START: u64 = 0xe_0000;
+/// Where a processor starts after a reset in real mode, seen from below 1 MiB: the last 16 bytes of the ACPI area.
+pub const RESET_VECTOR: u64 = 0xf_fff0;
 /// End of the ACPI area.
 pub const ACPI_END: u64 = 0x10_0000;
 /// Where the kernel may be loaded.

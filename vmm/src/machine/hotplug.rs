@@ -72,6 +72,17 @@ impl Machine {
         }
         let like = self.template_cpuid()?;
         let fd = self.create_vcpu(index, &cpuid::for_vcpu(&like, index))?;
+        // Setting a local APIC, though to what it is, makes KVM look up all vCPUs anew. It did so last before this one
+        // was among them, and would drop the guest's start-up message.
+        let kvm = |call| {
+            move |source| CpuError::Kvm {
+                call,
+                index,
+                source,
+            }
+        };
+        let apic = fd.get_lapic().map_err(kvm("KVM_GET_LAPIC"))?;
+        fd.set_lapic(&apic).map_err(kvm("KVM_SET_LAPIC"))?;
         self.start_vcpu(index, fd)?;
         Ok(())
     }
