@@ -83,7 +83,8 @@ pub fn pidfd_open(pid: i32) -> io::Result<Option<OwnedFd>> {
     let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
     if fd < 0 {
         let error = io::Error::last_os_error();
-        return if error.raw_os_error() == Some(libc::ESRCH) {
+        // EINVAL: the number is a thread's now, or that of a process that is just being reaped.
+        return if matches!(error.raw_os_error(), Some(libc::ESRCH | libc::EINVAL)) {
             Ok(None)
         } else {
             Err(error)
