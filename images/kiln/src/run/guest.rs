@@ -4,7 +4,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
-use kiln_agent_api::client::Vsock;
+use kiln_agent_api::client::{ConnectError, Vsock};
 use kiln_agent_api::proto::{self, AgentClient};
 use kiln_agent_api::stream::{Header, Kind, TOKEN_LEN};
 use kiln_agent_api::{GUEST_STATE_DIR, slots};
@@ -15,6 +15,8 @@ use super::spec::FILES;
 
 /// No call but the wait for a process may take longer.
 const CALL_LIMIT: Duration = Duration::from_secs(60);
+/// How often a guest that does not answer in time is asked again.
+const CONNECT_RETRIES: u32 = 10;
 /// How long the guest waits for the disk of the root file system.
 const DISK_WAIT_MS: u32 = 5000;
 /// The container in the guest; there is one.
@@ -78,10 +80,14 @@ fn deadline() -> Deadline {
 impl Guest {
     pub(crate) async fn connect(socket: &Path) -> Result<Guest> {
         let vsock = Vsock::new(socket);
-        let agent = vsock
-            .agent()
-            .await
-            .context("the guest's agent cannot be reached")?;
+        let mut tries = 0;
+        let agent = loop {
+            match vsock.agent().await {
+                // Among many that are resumed at once, one may have to wait for its turn.
+                Err(ConnectError::Timeout { .. }) if tries < CONNECT_RETRIES => tries += 1,
+                result => break result.context("the guest's agent cannot be reached")?,
+            }
+        };
         Ok(Guest { vsock, agent })
     }
 

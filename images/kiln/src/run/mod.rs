@@ -30,8 +30,8 @@ use uvm::{Ends, Size, Uvm, in_time};
 
 /// Exit code of `kiln run` and `kiln exec` when it is kiln that failed, not the command.
 const OWN_FAILURE: u8 = 125;
-/// How long a resumed guest may take for what a person waits for.
-const START_LIMIT: Duration = Duration::from_secs(60);
+/// How long a resumed guest may take for what a person waits for: many at once on a slow machine take long.
+const START_LIMIT: Duration = Duration::from_secs(120);
 /// Where the guest has the directories that `-v` names.
 const SHARE: &str = "/run/kiln/share";
 /// How often a console that is followed is looked at.
