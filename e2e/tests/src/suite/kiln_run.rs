@@ -342,8 +342,8 @@ async fn bake_that_is_killed_or_has_no_room_leaves_a_clean_store(test: Test) -> 
     // A disk with room for the initramfs and a part of the memory.
     let small = test.scratch().join("small");
     std::fs::create_dir(&small)?;
-    let script = "mount -t tmpfs -o size=40m none $1 && kiln --store $1/s bake; code=$?; \
-                  kiln --store $1/s verify > /dev/null && find $1/s/tmp $1/s/uvms -mindepth 1 && exit $code";
+    let script = "busybox mount -t tmpfs -o size=40m none $1 && kiln --store $1/s bake; code=$?; \
+                  kiln --store $1/s verify > /dev/null && busybox find $1/s/tmp $1/s/uvms -mindepth 1 && exit $code";
     let mut unshare = Command::new("unshare");
     unshare.args(["-m", "sh", "-c", script, "sh"]).arg(&small);
     let output = unshare.stdin(Stdio::null()).output().await?;
