@@ -83,7 +83,7 @@ impl Machine {
             .arg(format!("/proc/self/fd/{}", initramfs.as_raw_fd()))
             .args([
                 "-append",
-                "console=ttyS0 quiet panic=-1 apparmor=0 mitigations=off",
+                "console=ttyS0 quiet panic=-1 apparmor=0 mitigations=off no_timer_check",
             ])
             .arg("-drive")
             .arg(format!(

@@ -74,7 +74,8 @@ fn main() -> ExitCode {
         Err(error) => {
             eprintln!("node: {error:#}");
             // As `env` and `timeout` do: the failure is ours, not the command's.
-            ExitCode::from(125)
+            let gone = error.downcast_ref::<session::NodeGone>().is_some();
+            ExitCode::from(if gone { 126 } else { 125 })
         }
     }
 }

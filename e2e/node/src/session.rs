@@ -163,14 +163,34 @@ impl Session<'_> {
             Err(error) => {
                 // QEMU's last words may still be on their way.
                 std::thread::sleep(Duration::from_millis(200));
-                bail!(
-                    "the node is gone ({error}); its console says:\n{}",
-                    self.machine.console()
-                )
+                Err(NodeGone {
+                    error,
+                    console: self.machine.console(),
+                }
+                .into())
             }
         }
     }
 }
+
+/// The node ended while it was needed: QEMU was killed, or the node's kernel panicked.
+#[derive(Debug)]
+pub(crate) struct NodeGone {
+    error: io::Error,
+    console: String,
+}
+
+impl std::fmt::Display for NodeGone {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let (error, console) = (&self.error, &self.console);
+        write!(
+            f,
+            "the node is gone ({error}); its console says:\n{console}"
+        )
+    }
+}
+
+impl std::error::Error for NodeGone {}
 
 fn tempfile_in_memory() -> Result<File> {
     use nix::sys::memfd::{MFdFlags, memfd_create};
