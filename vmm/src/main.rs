@@ -19,6 +19,7 @@ fn main() -> ExitCode {
         std::process::abort();
     }));
     let started = kiln_vmm::timeline::Timeline::default();
+    one_heap();
     let mut args = std::env::args().skip(1);
     let result = match args.next().as_deref() {
         Some("serve") => serve::run(args, started),
@@ -31,4 +32,12 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// All threads allocate from one heap. One of its own costs each thread private pages, and glibc opens a file in
+/// /proc before it shrinks such a heap, which the threads' filters forbid.
+fn one_heap() {
+    const M_ARENA_MAX: libc::c_int = -8;
+    // SAFETY: mallopt takes two numbers; no other thread runs yet.
+    unsafe { libc::mallopt(M_ARENA_MAX, 1) };
 }

@@ -22,7 +22,7 @@ use crate::{RPC_PORT, STREAM_PORT};
 const MAX_ANSWER: usize = 32;
 
 /// How long a connection through the VMM may take before it counts as failed.
-pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Why the agent could not be reached.
 #[derive(Debug, Error)]
