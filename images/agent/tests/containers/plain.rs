@@ -475,6 +475,17 @@ pub(crate) async fn the_helper_comes_back(world: Arc<World>) {
     let helper = helper.expect("a helper");
     // SAFETY: no pointers; the number is that of a helper seen just now.
     unsafe { libc::kill(helper, libc::SIGKILL) };
+    // A job that reached the helper before the signal did would end with it.
+    let limit = std::time::Instant::now() + std::time::Duration::from_secs(30);
+    let lives = || {
+        let seen = status(&status_of(helper));
+        seen.get("State")
+            .is_some_and(|state| !state.starts_with('Z'))
+    };
+    while lives() {
+        assert!(std::time::Instant::now() < limit, "the helper lives on");
+        tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+    }
     assert_eq!(world.run(world.spec(&["exit", "3"])).await.0, 3);
 }
 
