@@ -162,6 +162,29 @@ fn qemu_program() -> String {
     std::env::var("KILN_QEMU").unwrap_or_else(|_| "qemu-system-x86_64".to_owned())
 }
 
+/// The first major version of QEMU whose emulation carried the node through code that changes under it.
+const SOUND_EMULATION: u32 = 10;
+
+/// What to say about an emulator too old to be trusted; `None` if it is not, or cannot be told.
+pub(crate) fn warn_of_old_emulation() -> Option<String> {
+    let output = Command::new(qemu_program())
+        .arg("--version")
+        .output()
+        .ok()?;
+    let major = major_version(&String::from_utf8_lossy(&output.stdout))?;
+    (major < SOUND_EMULATION).then(|| {
+        format!(
+            "QEMU {major} emulates changing code wrongly, which ends in panics of the node; \
+             use {SOUND_EMULATION} or later (make setup; KILN_QEMU=PATH)"
+        )
+    })
+}
+
+fn major_version(text: &str) -> Option<u32> {
+    let version = text.strip_prefix("QEMU emulator version ")?;
+    version.split('.').next()?.parse().ok()
+}
+
 /// Finds out what can run a node that must itself offer KVM.
 pub(crate) fn choose_engine(clock: Clock) -> Engine {
     let emulation = |because: &str| Engine::Emulation {
@@ -193,15 +216,13 @@ fn machine_arguments(clock: Clock, engine: &Engine) -> Vec<&'static str> {
     let mut arguments = vec!["-machine", "q35"];
     arguments.extend(match (engine, clock) {
         (Engine::Kvm, _) => ["-accel", "kvm", "-smp", "2", "-cpu", "host"].as_slice(),
-        // Without cmpxchg16b: QEMU 7.2 leaves garbage in the flags after it, and an interrupt that comes
-        // before the next instruction then ends in a double fault of the node's kernel.
         (Engine::Emulation { .. }, Clock::Wall) => &[
             "-accel",
             "tcg,thread=multi,tb-size=1024",
             "-smp",
             "2",
             "-cpu",
-            "max,+svm,+npt,-cx16",
+            "max,+svm,+npt",
         ],
         // Without the fast string instructions a copy costs what it copies.
         (Engine::Emulation { .. }, Clock::Counted) => &[
@@ -212,7 +233,7 @@ fn machine_arguments(clock: Clock, engine: &Engine) -> Vec<&'static str> {
             "-smp",
             "1",
             "-cpu",
-            "max,+svm,+npt,-cx16,-erms,-fsrm",
+            "max,+svm,+npt,-erms,-fsrm",
         ],
     });
     arguments

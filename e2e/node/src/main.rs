@@ -95,6 +95,9 @@ fn run(cli: &Cli) -> Result<ExitCode> {
                 "node: booting {} with an emulated CPU ({because})",
                 cli.suite.name()
             );
+            if let Some(warning) = machine::warn_of_old_emulation() {
+                eprintln!("node: {warning}");
+            }
         }
     }
     let start = Instant::now();

@@ -7,7 +7,6 @@
 mod boot;
 mod processes;
 mod serve;
-mod vm;
 
 use std::process::ExitCode;
 

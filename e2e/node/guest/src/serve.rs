@@ -15,7 +15,6 @@ use nix::pty::openpty;
 
 use crate::boot;
 use crate::processes::Processes;
-use crate::vm::IdleVm;
 
 const SETUP: &str = "/kiln-node/setup";
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -45,7 +44,6 @@ pub(crate) fn run() -> Result<()> {
         0 => String::new(),
         code => format!("{SETUP} ended with {code}; the console says why"),
     };
-    let _idle = IdleVm::make().context("making a VM that keeps KVM's code as it is")?;
     send(&out, &Frame::Ready(problem))?;
 
     let mut port = port;
