@@ -4,6 +4,7 @@
 use std::fs;
 use std::io;
 use std::path::{Component, Path, PathBuf};
+use std::time::{Duration, Instant};
 
 const ROOT: &str = "/sys/fs/cgroup";
 
@@ -77,6 +78,9 @@ fn hand_down(directory: &Path) {
     }
 }
 
+/// How long the kernel may take to take a killed process, or its VM's own threads, out of a cgroup.
+const BUSY_WAIT: Duration = Duration::from_secs(2);
+
 /// Removes the cgroup. Whoever removes the one it is in itself leaves it first.
 pub fn remove(directory: &Path) -> io::Result<()> {
     let own = fs::read_to_string("/proc/self/cgroup")?;
@@ -87,9 +91,15 @@ pub fn remove(directory: &Path) -> io::Result<()> {
     if inside && let Some(parent) = nearest_usable(directory) {
         fs::write(parent.join("cgroup.procs"), std::process::id().to_string())?;
     }
-    match fs::remove_dir(directory) {
-        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
-        other => other,
+    let begun = Instant::now();
+    loop {
+        match fs::remove_dir(directory) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(e) if e.kind() == io::ErrorKind::ResourceBusy && begun.elapsed() < BUSY_WAIT => {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            other => return other,
+        }
     }
 }
 

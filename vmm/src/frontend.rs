@@ -56,7 +56,7 @@ impl Notify {
 }
 
 impl Observer for Notify {
-    fn ended(&self, outcome: &Outcome) {
+    fn ended(&self, outcome: &Outcome, _last_words: &str) {
         self.send(Message::Ended(outcome.clone()));
     }
 
@@ -167,7 +167,7 @@ fn serve(machine: &Arc<Machine>, kernel: &str, receiver: &Receiver<Message>) -> 
                 eprintln!("kiln-vmm: ended: {outcome:?}");
                 return Ok(match outcome {
                     Outcome::PoweredOff | Outcome::Stopped => ExitCode::SUCCESS,
-                    Outcome::Reset => ExitCode::from(3),
+                    Outcome::Reset | Outcome::TripleFault => ExitCode::from(3),
                     Outcome::Panicked => ExitCode::from(4),
                     Outcome::Failed(_) => ExitCode::FAILURE,
                 });

@@ -56,13 +56,16 @@ struct Watcher {
 }
 
 impl Observer for Watcher {
-    fn ended(&self, outcome: &Outcome) {
+    fn ended(&self, outcome: &Outcome, last_words: &str) {
         let code = match outcome {
             Outcome::PoweredOff | Outcome::Stopped => exit::ENDED,
-            Outcome::Reset => exit::RESET,
+            Outcome::Reset | Outcome::TripleFault => exit::RESET,
             Outcome::Panicked => exit::PANICKED,
             Outcome::Failed(_) => exit::FAILED,
         };
+        if !last_words.is_empty() {
+            eprintln!("kiln-vmm: the guest's last words:\n{last_words}");
+        }
         eprintln!("kiln-vmm: the machine has ended: {outcome:?}");
         // SAFETY: ends the process at once; nothing is buffered, and the kernel takes down VM and threads.
         unsafe { libc::_exit(code) }

@@ -37,7 +37,7 @@ const fn optional(name: &'static str) -> Wanted {
 ///
 /// Each takes memory in every μVM. XFS is not among them: it is 2.6 MiB, and what is on XFS comes by
 /// virtio-fs or as an image of another kind.
-pub const GUEST: [Wanted; 14] = [
+pub const GUEST: [Wanted; 15] = [
     needed("virtio_pci", "every device"),
     needed("virtio_blk", "root file systems"),
     needed("virtio_net", "the pod's network"),
@@ -52,6 +52,7 @@ pub const GUEST: [Wanted; 14] = [
     optional("ext4"),
     optional("af_packet"),
     optional("vmgenid"),
+    optional("pvpanic_mmio"),
 ];
 
 /// A module, ready to be loaded.

@@ -19,8 +19,8 @@ pub(crate) fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 /// Told about what happens in the machine; called on vCPU threads.
 pub trait Observer: Send + Sync + std::fmt::Debug {
-    /// The machine is over.
-    fn ended(&self, outcome: &Outcome);
+    /// The machine is over. When that was the guest's doing, its console's last words come along.
+    fn ended(&self, outcome: &Outcome, last_words: &str);
     /// The guest answered a hot-plug request.
     fn hotplug(&self, action: HotplugAction);
 }
@@ -44,7 +44,17 @@ impl Board {
             && let Some(outcome) = self.outcome.get()
         {
             self.vcpus.end_soon();
-            self.observer.ended(outcome);
+            self.observer.ended(outcome, &self.last_words(outcome));
+        }
+    }
+
+    fn last_words(&self, outcome: &Outcome) -> String {
+        match (&self.console, outcome) {
+            (
+                Some(console),
+                Outcome::Reset | Outcome::TripleFault | Outcome::Panicked | Outcome::Failed(_),
+            ) => lock(console).last_words(),
+            _ => String::new(),
         }
     }
 
@@ -174,7 +184,7 @@ impl ExitHandler for Board {
 
     fn vcpu_ended(&self, index: u8, how: VcpuEnd) {
         match how {
-            VcpuEnd::TripleFault => self.end(Outcome::Reset),
+            VcpuEnd::TripleFault => self.end(Outcome::TripleFault),
             VcpuEnd::Error(what) => self.end(Outcome::Failed(format!("vCPU {index}: {what}"))),
         }
     }

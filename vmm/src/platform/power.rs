@@ -13,8 +13,10 @@ const SLEEP_ENABLE: u8 = 1 << 5;
 pub enum Outcome {
     /// The guest powered off.
     PoweredOff,
-    /// The guest asked for a reset, by the register, the keyboard controller or a triple fault.
+    /// The guest asked for a reset, by the register or the keyboard controller.
     Reset,
+    /// A vCPU could not even begin to handle a fault, which is a reset on a real machine.
+    TripleFault,
     /// The guest's kernel panicked.
     Panicked,
     /// The control side stopped it.

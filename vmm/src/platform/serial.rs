@@ -1,5 +1,6 @@
 //! The serial console of a machine that is baked or debugged.
 
+use std::collections::VecDeque;
 use std::fmt::{self, Debug};
 use std::fs::File;
 use std::io;
@@ -30,16 +31,32 @@ impl Trigger for IrqLine {
     }
 }
 
-/// A 16550 whose output goes to a file; without one, nowhere.
+/// A 16550 whose output goes to a file, if there is one. Its end is remembered in any case.
 pub struct Console(Serial<IrqLine, NoEvents, Sink>);
 
 /// Where a console's bytes go.
 #[derive(Debug)]
-pub struct Sink(Option<File>);
+pub struct Sink {
+    file: Option<File>,
+    end: VecDeque<u8>,
+}
+
+/// How much of the output's end is remembered: a kernel's oops and its panic.
+const REMEMBERED: usize = 4096;
+
+impl Sink {
+    fn new(file: Option<File>) -> Self {
+        let end = VecDeque::new();
+        Self { file, end }
+    }
+}
 
 impl io::Write for Sink {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        if let Some(file) = &mut self.0 {
+        self.end.extend(bytes);
+        let surplus = self.end.len().saturating_sub(REMEMBERED);
+        self.end.drain(..surplus);
+        if let Some(file) = &mut self.file {
             // A full or closed log must not stop the guest.
             let _ = file.write_all(bytes);
         }
@@ -67,7 +84,7 @@ impl Debug for Console {
 impl Console {
     /// A port in its reset state.
     pub fn new(vm: Arc<VmFd>, out: Option<File>) -> Self {
-        Self(Serial::new(IrqLine(vm), Sink(out)))
+        Self(Serial::new(IrqLine(vm), Sink::new(out)))
     }
 
     /// A port with saved registers.
@@ -85,7 +102,7 @@ impl Console {
             scratch,
             in_buffer: state.in_buffer.clone(),
         };
-        Serial::from_state(&live, IrqLine(vm), NoEvents, Sink(out))
+        Serial::from_state(&live, IrqLine(vm), NoEvents, Sink::new(out))
             .ok()
             .map(Self)
     }
@@ -107,6 +124,15 @@ impl Console {
             ],
             in_buffer: s.in_buffer,
         }
+    }
+
+    /// The end of the guest's output, as text.
+    pub fn last_words(&self) -> String {
+        let end: Vec<u8> = self.0.writer().end.iter().copied().collect();
+        let text = String::from_utf8_lossy(&end);
+        // A guest's escape sequences have no business in a log.
+        let shown = text.chars().filter(|c| *c == '\n' || !c.is_control());
+        shown.collect::<String>().trim().to_owned()
     }
 
     /// The guest reads a register.

@@ -22,7 +22,7 @@ const RESIZE_LIMIT_MS: u32 = 30_000;
 /// How much later than its connections a VMM may end.
 const END_LIMIT: Duration = Duration::from_millis(500);
 /// How much of the VMM's log a message shows.
-const LAST_WORDS: u64 = 4096;
+const LAST_WORDS: u64 = 8192;
 
 /// How big a μVM is to be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -219,11 +219,9 @@ impl Uvm {
             Ok(code) => code.unwrap_or(-1),
             Err(_) => -1,
         };
-        let said = last_words(&self.log).unwrap_or_default();
-        let line = said.lines().rfind(|line| !line.trim().is_empty());
-        match line {
-            Some(line) => anyhow!("the μVM ended: {line}"),
-            None => anyhow!("the μVM ended: its VMM was killed, or ended with code {code}"),
+        match last_words(&self.log).unwrap_or_default().trim() {
+            said if !said.is_empty() => anyhow!("the μVM ended: {said}"),
+            _ => anyhow!("the μVM ended: its VMM was killed, or ended with code {code}"),
         }
     }
 
