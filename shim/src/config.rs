@@ -10,6 +10,8 @@ use std::{fs, io};
 
 use serde::Deserialize;
 
+use kiln_vmm_control::{DEFAULT_SPILL_DIRECTORY, ScratchLimits};
+
 use crate::bootstrap::AnswerForm;
 use crate::size::{MIB, ParseSizeError, parse_size};
 
@@ -21,8 +23,10 @@ pub const ANNOTATION_PREFIX: &str = "kiln.dev/";
 const CPUS: &str = "kiln.dev/cpus";
 const MEMORY: &str = "kiln.dev/memory";
 const DEBUG: &str = "kiln.dev/debug";
+const OVERLAY_RAM: &str = "kiln.dev/overlay-ram";
+const OVERLAY_DISK: &str = "kiln.dev/overlay-disk";
 /// All there are; the file's allow-list is a subset.
-const KNOWN: [&str; 3] = [CPUS, MEMORY, DEBUG];
+const KNOWN: [&str; 5] = [CPUS, MEMORY, DEBUG, OVERLAY_RAM, OVERLAY_DISK];
 
 /// What is meant.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -47,6 +51,10 @@ pub struct Config {
     pub guest_overhead: u64,
     /// No pod gets more vCPUs.
     pub max_cpus: u32,
+    /// What a pod's containers may write to their root file systems.
+    pub overlay: ScratchLimits,
+    /// Where the part of it lies that has left RAM.
+    pub overlay_dir: PathBuf,
     /// Answer every old-protocol `start` in this form instead of asking containerd's version.
     pub answer: Option<AnswerForm>,
     /// Log at debug level.
@@ -68,6 +76,7 @@ struct File {
     debug: Option<bool>,
     answer: Option<AnswerForm>,
     uvm: FileUvm,
+    overlay: FileOverlay,
     annotations: FileAnnotations,
 }
 
@@ -78,6 +87,14 @@ struct FileUvm {
     memory: Option<String>,
     overhead: Option<String>,
     max_cpus: Option<u32>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct FileOverlay {
+    ram: Option<String>,
+    disk: Option<String>,
+    dir: Option<PathBuf>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -157,6 +174,10 @@ pub struct PodOverrides {
     pub memory: Option<u64>,
     /// Log at debug level.
     pub debug: Option<bool>,
+    /// RAM of the writable layers.
+    pub overlay_ram: Option<u64>,
+    /// Disk of the writable layers.
+    pub overlay_disk: Option<u64>,
 }
 
 impl Default for Config {
@@ -172,6 +193,8 @@ impl Default for Config {
             default_memory: 256 * MIB,
             guest_overhead: 64 * MIB,
             max_cpus: host_cpus(),
+            overlay: ScratchLimits::default(),
+            overlay_dir: DEFAULT_SPILL_DIRECTORY.into(),
             answer: None,
             debug: false,
             allowed_annotations: KNOWN.map(str::to_owned).to_vec(),
@@ -230,6 +253,11 @@ impl Config {
             default_memory: size("uvm.memory", file.uvm.memory, d.default_memory)?,
             guest_overhead: size("uvm.overhead", file.uvm.overhead, d.guest_overhead)?,
             max_cpus: positive("uvm.max_cpus", file.uvm.max_cpus, d.max_cpus)?,
+            overlay: ScratchLimits {
+                ram: size("overlay.ram", file.overlay.ram, d.overlay.ram)?,
+                disk: size("overlay.disk", file.overlay.disk, d.overlay.disk)?,
+            },
+            overlay_dir: file.overlay.dir.unwrap_or(d.overlay_dir),
             answer: file.answer,
             debug: file.debug.unwrap_or(false),
             allowed_annotations: allowed,
@@ -271,6 +299,16 @@ impl Config {
                         wrong("it must be a size such as 512MiB, 2Gi or a number of bytes")
                     })?;
                     overrides.memory = Some(bytes);
+                }
+                OVERLAY_RAM | OVERLAY_DISK => {
+                    let bytes = parse_size(value).map_err(|_| {
+                        wrong("it must be a size such as 512MiB, 2Gi or a number of bytes")
+                    })?;
+                    if key == OVERLAY_RAM {
+                        overrides.overlay_ram = Some(bytes);
+                    } else {
+                        overrides.overlay_disk = Some(bytes);
+                    }
                 }
                 DEBUG => {
                     overrides.debug = Some(

@@ -78,6 +78,11 @@ impl PodDir {
         self.dir.join("root")
     }
 
+    /// The socket that tells what the pod's μVM is and takes.
+    pub fn inspect(&self) -> PathBuf {
+        self.dir.join("inspect.sock")
+    }
+
     /// Where the time of the start went.
     pub fn trace(&self) -> PathBuf {
         self.dir.join("trace.json")

@@ -6,7 +6,7 @@ use std::os::unix::net::UnixListener;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, Result, bail};
-use kiln_overlay::{Caching, DiskFile, FileBase, Membership, Overlay, Pool, PoolConfig};
+use kiln_overlay::{Caching, DiskFile, FileBase, Membership, Overlay, Pool, PoolConfig, Watch};
 use kiln_vmm::devices::fs::FsServer;
 use kiln_vmm::machine::{HostEnd, HostEnds};
 use kiln_vmm_control::api::{self, End, OverlayFigures};
@@ -80,16 +80,24 @@ impl Fds {
     }
 }
 
-/// The pool that all overlays draw on, once there is one.
+/// The pool that all overlays draw on, once there is one, and the overlays themselves.
 #[derive(Default)]
-pub(crate) struct Overlays(Mutex<Option<Pool>>);
+pub(crate) struct Overlays(Mutex<Option<Known>>);
+
+struct Known {
+    pool: Pool,
+    disks: Vec<Watch>,
+}
 
 impl Overlays {
     pub(crate) fn make(&self, fds: &mut Fds, spec: &api::Overlay) -> Result<Overlay> {
         let mut known = lock(&self.0);
-        let pool = match (&*known, &spec.pool) {
-            (Some(pool), None) => pool.clone(),
-            (None, Some(spec)) => known.insert(pool(fds, spec)?).clone(),
+        let known = match (&mut *known, &spec.pool) {
+            (Some(known), None) => known,
+            (none @ None, Some(spec)) => none.insert(Known {
+                pool: pool(fds, spec)?,
+                disks: Vec::new(),
+            }),
             (None, None) => bail!("the first overlay has to bring the pool"),
             (Some(_), Some(_)) => bail!("there is a pool already; use LimitOverlays to change it"),
         };
@@ -100,20 +108,26 @@ impl Overlays {
             }
             None => None,
         };
-        Ok(Overlay::new(&pool, spec.size, base)?)
+        let overlay = Overlay::new(&known.pool, spec.size, base)?;
+        known.disks.retain(|disk| disk.stats().is_some());
+        known.disks.push(overlay.watch());
+        Ok(overlay)
     }
 
     pub(crate) fn limit(&self, ram: u64, spill: u64) -> Result<()> {
         lock(&self.0)
             .as_ref()
             .context("there is no overlay")?
+            .pool
             .set_limits(ram, spill);
         Ok(())
     }
 
     pub(crate) fn figures(&self) -> Option<OverlayFigures> {
-        let s = lock(&self.0).as_ref()?.stats();
-        Some(OverlayFigures {
+        let known = lock(&self.0);
+        let known = known.as_ref()?;
+        let s = known.pool.stats();
+        let mut figures = OverlayFigures {
             ram: s.ram_bytes,
             ram_limit: s.ram_limit,
             spill: s.spill_bytes,
@@ -123,7 +137,15 @@ impl Overlays {
             stalls: s.stalls,
             stall_ns: s.stall_nanos,
             spill_errors: s.spill_errors,
-        })
+            ..OverlayFigures::default()
+        };
+        for disk in known.disks.iter().filter_map(Watch::stats) {
+            figures.written += disk.written;
+            figures.read_ram += disk.read_ram;
+            figures.read_spill += disk.read_spill;
+            figures.read_base += disk.read_base;
+        }
+        Some(figures)
     }
 }
 

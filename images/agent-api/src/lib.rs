@@ -65,6 +65,9 @@ pub const GUEST_STATE_DIR: &str = "/run/kiln";
 /// The file that `Network.dns` becomes, in the guest.
 pub const GUEST_RESOLV_CONF: &str = "/run/kiln/resolv.conf";
 
+/// Where the file system of the containers' writable layers is mounted, in the guest.
+pub const GUEST_SCRATCH: &str = "/run/kiln/scratch";
+
 /// The pod's shared memory file system, in the guest: the source of a container's `/dev/shm`.
 pub const GUEST_SHM: &str = "/run/kiln/shm";
 

@@ -13,6 +13,9 @@ pub const MEM: u8 = 3;
 pub const NET: u8 = 4;
 /// The pod's directory of volumes.
 pub const FS: u8 = 5;
+/// The disk that the containers' writable layers lie on, mounted in the baked guest. At resume it is an overlay over the
+/// disk as it was then.
+pub const SCRATCH: u8 = 7;
 /// The first of the disk slots, which follow each other; those are empty in the baked guest.
 pub const FIRST_DISK: u8 = 8;
 /// The last slot of the bus.
@@ -30,7 +33,7 @@ pub const PLACEHOLDER_MAC: [u8; 6] = [0x02, 0x6b, 0x69, 0x6c, 0x6e, 0x00];
 /// The most disk slots a μVM can be baked with.
 pub const MAX_DISKS: u8 = LAST - FIRST_DISK + 1;
 
-const _: () = assert!(FS < FIRST_DISK && FIRST_DISK <= LAST);
+const _: () = assert!(FS < SCRATCH && SCRATCH < FIRST_DISK && FIRST_DISK <= LAST);
 // Locally administered, and no multicast address.
 const _: () = assert!(PLACEHOLDER_MAC[0] & 0b11 == 0b10);
 
@@ -45,8 +48,12 @@ pub fn disk_id(slot: u8) -> String {
 /// `None` for a slot that is no disk's.
 #[must_use]
 pub fn disk_name(slot: u8) -> Option<String> {
-    let index = slot.checked_sub(FIRST_DISK)?;
-    (slot <= LAST).then(|| format!("/dev/vd{}", char::from(b'a' + index)))
+    let index = match slot {
+        SCRATCH => 0,
+        FIRST_DISK..=LAST => slot - FIRST_DISK + 1,
+        _ => return None,
+    };
+    Some(format!("/dev/vd{}", char::from(b'a' + index)))
 }
 
 #[cfg(test)]
@@ -55,8 +62,9 @@ mod tests {
 
     #[test]
     fn disks_are_named_in_the_order_of_their_slots() {
-        assert_eq!(disk_name(FIRST_DISK).as_deref(), Some("/dev/vda"));
-        assert_eq!(disk_name(LAST).as_deref(), Some("/dev/vdx"));
+        assert_eq!(disk_name(SCRATCH).as_deref(), Some("/dev/vda"));
+        assert_eq!(disk_name(FIRST_DISK).as_deref(), Some("/dev/vdb"));
+        assert_eq!(disk_name(LAST).as_deref(), Some("/dev/vdy"));
         assert_eq!(disk_name(NET), None);
         assert_eq!(disk_name(LAST + 1), None);
     }

@@ -20,7 +20,7 @@ use crate::service::gate_state;
 use crate::spans::Spans;
 use crate::stdio::{Connection, answer};
 use crate::uevent::{self, Uevents};
-use crate::{network, resources, storage, sys};
+use crate::{network, resources, scratch, storage, sys};
 
 type Result<T> = std::result::Result<T, AgentError>;
 
@@ -113,6 +113,10 @@ impl Agent {
         }
         for (name, value) in &request.sysctls {
             set_sysctl(name, value)?;
+        }
+        if request.scratch_limit_bytes > 0 {
+            scratch::limit(request.scratch_limit_bytes)
+                .action("limit the containers' writable layers")?;
         }
         if let Some(wanted) = request.resources.into_option() {
             let state = spans.of("resources", self.set_resources(wanted)).await?;

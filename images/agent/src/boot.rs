@@ -4,13 +4,13 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use kiln_agent_api::{GUEST_SHM, GUEST_STATE_DIR};
+use kiln_agent_api::{GUEST_SCRATCH, GUEST_SHM, GUEST_STATE_DIR};
 use nix::mount::{MsFlags, mount};
 use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::statfs::statfs;
 
 use crate::storage::make_folder;
-use crate::{network, resources, sys};
+use crate::{network, resources, scratch, sys};
 
 /// Modules to load, one a line: a path, then parameters; in order. `#` starts a comment.
 const MODULES: &str = "/etc/kiln/modules";
@@ -109,6 +109,9 @@ pub(crate) fn set_up() -> anyhow::Result<Vec<String>> {
     }
     make_folder(Path::new(GUEST_STATE_DIR), 0o755).context("make the agent's folder")?;
     make_folder(Path::new("/etc"), 0o755).context("make /etc")?;
+    if let Err(error) = scratch::mount_it() {
+        warnings.push(format!("mount {GUEST_SCRATCH}: {error}"));
+    }
     for (name, target) in [
         ("fd", "/proc/self/fd"),
         ("stdin", "fd/0"),

@@ -19,6 +19,7 @@ mod listen;
 mod network;
 mod reaper;
 mod resources;
+mod scratch;
 mod service;
 mod spans;
 mod stdio;

@@ -344,13 +344,39 @@ fn file_error(action: &'static str, path: &Path, source: io::Error) -> StorageEr
     }
 }
 
-/// The folders that mounts of a request were made on, the last first.
-pub(crate) fn targets(mounts: &[proto::Mount]) -> Vec<PathBuf> {
-    mounts
-        .iter()
-        .rev()
-        .map(|mount| PathBuf::from(&mount.target))
-        .collect()
+/// What mounts of a request leave behind, the last first.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Placed {
+    targets: Vec<String>,
+    /// Made for the mounts, and theirs with all that is in them.
+    folders: Vec<PathBuf>,
+}
+
+impl Placed {
+    pub(crate) fn by(mounts: &[proto::Mount]) -> Self {
+        let backwards = || mounts.iter().rev();
+        Self {
+            targets: backwards().map(|mount| mount.target.clone()).collect(),
+            folders: backwards()
+                .flat_map(|mount| mount.make_directories.iter().rev().map(PathBuf::from))
+                .collect(),
+        }
+    }
+
+    /// Takes all of it away. Blocks the thread.
+    pub(crate) fn remove(&self) -> Result<()> {
+        // A volume may still be written back: detached, that goes on behind.
+        remove(&self.targets, true, false)?;
+        for folder in &self.folders {
+            match fs::remove_dir_all(folder) {
+                Err(source) if source.kind() != io::ErrorKind::NotFound => {
+                    return Err(file_error("remove", folder, source));
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
 }
 
 #[cfg(test)]
@@ -424,6 +450,23 @@ mod tests {
                 .count(),
             1
         );
+    }
+
+    #[test]
+    fn what_was_made_for_a_mount_goes_with_it() {
+        let folder = tempfile::tempdir().expect("folder");
+        let at = |name: &str| folder.path().join(name).display().to_string();
+        let mut mount = proto::Mount::new();
+        mount.target = at("nothing-mounted");
+        mount.make_directories = vec![at("c1"), at("c1/upper"), at("c1/work")];
+        for made in &mount.make_directories {
+            fs::create_dir(made).expect("make");
+        }
+        fs::write(at("c1/upper/file"), "x").expect("write");
+        let placed = Placed::by(&[mount]);
+        placed.remove().expect("remove");
+        assert_eq!(fs::read_dir(folder.path()).expect("list").count(), 0);
+        placed.remove().expect("again");
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! The bake itself: boots the guest, lets it settle, saves it, tries it out, enters it.
 
-use std::fs::{self, File};
+use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -17,7 +17,8 @@ use crate::kernel::{self, GuestKernel, KernelError};
 use crate::machine::{Boot, Machine, MachineError};
 use crate::modules::{GUEST, ModuleError, Modules};
 use crate::recipe::Recipe;
-use crate::{cpu, elf, initramfs};
+use crate::scratch::ScratchError;
+use crate::{cpu, elf, initramfs, scratch};
 
 /// The command line every guest kernel gets. The serial console is there while baking, and for
 /// whoever debugs a resumed guest.
@@ -157,6 +158,9 @@ pub enum BakeError {
         /// What is wrong.
         problem: String,
     },
+    /// The disk of the writable layers cannot be made.
+    #[error(transparent)]
+    Scratch(#[from] ScratchError),
     /// The store refused.
     #[error("the store did not take the μVM")]
     Store(#[from] kiln_store::Error),
@@ -199,8 +203,12 @@ pub async fn bake(
         path: initramfs.clone(),
         source,
     })?;
+    scratch::make(
+        &staging.create(Kind::Scratch)?,
+        &staging.path(Kind::Scratch),
+    )?;
     let facts = boot_and_save(order, &prepared, &initramfs, &staging, &work, tell).await?;
-    let bytes = [Kind::State, Kind::Memory]
+    let bytes = [Kind::State, Kind::Memory, Kind::Scratch]
         .iter()
         .map(|kind| on_disk(&staging.path(*kind)))
         .sum();
@@ -324,11 +332,18 @@ async fn boot_and_save(
     let socket = work.path("boot.vsock");
     let start = Instant::now();
     tell(Progress::Booting);
+    let path = staging.path(Kind::Scratch);
+    let scratch = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(&path)
+        .map_err(|source| BakeError::Output { path, source })?;
     let boot = Boot {
         kernel: &prepared.kernel.image,
         initramfs,
         command_line: COMMAND_LINE,
         class: &order.class,
+        scratch: &scratch,
     };
     let on_machine = |source| BakeError::Machine {
         stage: STAGE,

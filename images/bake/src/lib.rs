@@ -12,7 +12,9 @@ pub mod kernel;
 mod machine;
 pub mod modules;
 mod recipe;
+mod scratch;
 
 pub use bake::{BakeError, Baked, COMMAND_LINE, Order, Progress, bake, identity, random};
 pub use machine::{Boot, Machine, MachineError, jail};
 pub use recipe::Recipe;
+pub use scratch::ScratchError;

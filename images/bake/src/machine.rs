@@ -15,7 +15,8 @@ use std::time::Duration;
 use kiln_agent_api::{READY_LINE, slots};
 use kiln_store::{Class, Kind};
 use kiln_vmm_control::{
-    DeviceKind, DeviceSpec, End, Jail, MachineSpec, Reply, Request, Spawn, Vmm, VmmError,
+    DeviceKind, DeviceSpec, End, Jail, MachineSpec, Reply, Request, ScratchLimits, Spawn, Vmm,
+    VmmError,
 };
 use tokio::sync::watch;
 use tokio::time::timeout;
@@ -117,6 +118,8 @@ pub struct Boot<'a> {
     pub command_line: &'a str,
     /// The size class.
     pub class: &'a Class,
+    /// The disk of the writable layers, which the guest mounts.
+    pub scratch: &'a File,
 }
 
 /// MiB of room for memory to be plugged in: the VMM has it in whole GiB.
@@ -172,6 +175,13 @@ fn spec(class: &Class) -> Result<MachineSpec, MachineError> {
         devices.push(device(slot, DeviceKind::Block { id, queues: 1 }));
     }
     devices.sort_by_key(|device| device.slot);
+    devices.push(device(
+        slots::SCRATCH,
+        DeviceKind::Block {
+            id: slots::disk_id(slots::SCRATCH),
+            queues: 1,
+        },
+    ));
     Ok(MachineSpec {
         cpus: small("--cpus", class.cpus, u8::MAX)?,
         max_cpus: small("--max-cpus", class.max_cpus, u8::MAX)?,
@@ -291,9 +301,26 @@ impl Machine {
             initrd: Some(3),
             cmdline: boot.command_line.to_owned(),
             console: Some(0),
-            ends: vec![(slots::VSOCK, End::Listener(1))],
+            ends: vec![
+                (slots::VSOCK, End::Listener(1)),
+                (
+                    slots::SCRATCH,
+                    End::Disk {
+                        fd: 4,
+                        read_only: false,
+                    },
+                ),
+            ],
         };
-        let files = [open(boot.kernel)?, open(boot.initramfs)?];
+        let scratch = boot.scratch.try_clone();
+        let files = [
+            open(boot.kernel)?,
+            open(boot.initramfs)?,
+            scratch.map_err(|source| MachineError::System {
+                action: "hold the scratch disk",
+                source,
+            })?,
+        ];
         Machine::start(vmm, request, vsock, files, "start the guest", limit).await
     }
 
@@ -304,25 +331,44 @@ impl Machine {
         vsock: &Path,
         limit: Duration,
     ) -> Result<Machine, MachineError> {
+        let path = dir.join(Kind::Scratch.name());
+        let scratch = open(&path)?;
+        let size = scratch
+            .metadata()
+            .map_err(|source| MachineError::File {
+                action: "look at",
+                path,
+                source,
+            })?
+            .len();
+        // A guest that is tried out writes next to nothing.
+        let limits = ScratchLimits {
+            disk: 0,
+            ..ScratchLimits::default()
+        };
         let request = Request::Resume {
             state: 2,
             memory: 3,
             console: Some(0),
-            ends: vec![(slots::VSOCK, End::Listener(1))],
+            ends: vec![
+                (slots::VSOCK, End::Listener(1)),
+                (slots::SCRATCH, End::scratch(4, size, None, limits)),
+            ],
         };
         let files = [
             open(&dir.join(Kind::State.name()))?,
             open(&dir.join(Kind::Memory.name()))?,
+            scratch,
         ];
         Machine::start(vmm, request, vsock, files, "resume the guest", limit).await
     }
 
-    /// The request's descriptors are the console, the listener, and the two files.
+    /// The request's descriptors are the console, the listener, and the files.
     async fn start(
         program: &Path,
         request: Request,
         vsock: &Path,
-        files: [File; 2],
+        files: [File; 3],
         action: &'static str,
         limit: Duration,
     ) -> Result<Machine, MachineError> {
@@ -354,13 +400,8 @@ impl Machine {
             ready,
             exit,
         };
-        let [first, second] = files;
-        let fds = vec![
-            OwnedFd::from(console_end),
-            listener.into(),
-            first.into(),
-            second.into(),
-        ];
+        let mut fds = vec![OwnedFd::from(console_end), listener.into()];
+        fds.extend(files.map(OwnedFd::from));
         machine.ask(action, request, fds, limit).await?;
         Ok(machine)
     }

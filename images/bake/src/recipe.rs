@@ -4,7 +4,7 @@ use kiln_store::{Class, Cpu, Digest, Kernel};
 
 /// Raised when a bake of the same inputs gives something else than before, because the baker
 /// itself changed: every μVM is then baked anew.
-const BAKER: u32 = 2;
+const BAKER: u32 = 3;
 
 /// Everything a baked μVM depends on.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -62,6 +62,12 @@ pub(crate) enum Command {
     /// the store. Takes a few seconds at most. Exit code 0 means that pods can run.
     Doctor,
 
+    /// Print what containerd's configuration needs, in the form that the installed containerd reads.
+    ///
+    /// Add it to the file that its first line names, and restart containerd. `kiln doctor` says
+    /// whether kiln is registered.
+    ContainerdConfig,
+
     /// Bake a μVM: boot a guest once, save it, and enter it in the store.
     ///
     /// Puts the guest together from an installed distribution kernel and kiln's agent, boots it,
@@ -93,11 +99,11 @@ pub(crate) enum Command {
     #[command(visible_alias = "ls")]
     List,
 
-    /// Show everything that is known of a baked μVM.
+    /// Show everything that is known of a baked μVM, or what a running pod's μVM takes.
     Inspect {
-        /// Its digest, the first digits of it (4 at least), or `latest`.
-        #[arg(default_value = "latest")]
-        uvm: String,
+        /// A baked μVM's digest or a pod's id, or the first digits of it (4 at least), or `latest`.
+        #[arg(value_name = "UVM|POD", default_value = "latest")]
+        name: String,
     },
 
     /// Read baked μVMs and compare them with what was written.
@@ -200,6 +206,23 @@ pub(crate) struct Run {
     /// Show a file or directory of this machine to the container.
     #[arg(long = "volume", short = 'v', value_name = "SOURCE:TARGET[:ro]")]
     pub(crate) volumes: Vec<String>,
+
+    /// RAM for what the command writes to its root file system; the rest goes to this machine's disk.
+    #[arg(long, value_name = "SIZE", value_parser = parse_size, default_value = "128M")]
+    pub(crate) overlay_ram: u64,
+
+    /// Disk for what the command writes beyond that.
+    #[arg(long, value_name = "SIZE", value_parser = parse_size, default_value = "16G")]
+    pub(crate) overlay_disk: u64,
+
+    /// Where on this machine's disk: a directory for files without names.
+    #[arg(
+        long,
+        value_name = "DIR",
+        default_value = kiln_vmm_control::DEFAULT_SPILL_DIRECTORY,
+        value_hint = ValueHint::DirPath
+    )]
+    pub(crate) overlay_dir: PathBuf,
 
     /// Print to standard error where the time until the command's start went.
     #[arg(long)]

@@ -7,6 +7,7 @@ mod doctor;
 mod failure;
 mod image;
 mod output;
+mod pod;
 mod run;
 mod store;
 
@@ -33,13 +34,17 @@ fn main() -> ExitCode {
 fn run(args: &Args, output: &Output) -> Result<ExitCode, Failure> {
     match &args.command {
         Command::Doctor => doctor::run(&args.store, output),
+        Command::ContainerdConfig => doctor::containerd_config(&args.store, output),
         Command::Bake(options) => bake::run(&args.store, options, output),
         Command::Run(options) => Ok(run::run(&args.store, options)),
         Command::Exec(options) => Ok(run::exec(options)),
         Command::Ps => run::ps(output),
         Command::Console(options) => run::console(options),
         Command::List => store::list(&args.store, output),
-        Command::Inspect { uvm } => store::inspect(&args.store, uvm, output),
+        Command::Inspect { name } => match pod::find(name)? {
+            Some(dir) => pod::inspect(&dir, output),
+            None => store::inspect(&args.store, name, output),
+        },
         Command::Verify { uvms } => store::verify(&args.store, uvms, output),
         Command::Rm { uvms } => store::remove(&args.store, uvms, output),
         Command::Pin { uvm } => store::pin(&args.store, uvm, true),

@@ -72,11 +72,13 @@ pub enum Kind {
     Memory,
     /// The pages a resumed guest touches first.
     WorkingSet,
+    /// The disk of the containers' writable layers, as the guest had it mounted when it was saved.
+    Scratch,
 }
 
 impl Kind {
     /// Every kind.
-    pub const ALL: [Kind; 3] = [Kind::State, Kind::Memory, Kind::WorkingSet];
+    pub const ALL: [Kind; 4] = [Kind::State, Kind::Memory, Kind::WorkingSet, Kind::Scratch];
 
     /// Its name in messages and in staging directories.
     pub fn name(self) -> &'static str {
@@ -84,6 +86,7 @@ impl Kind {
             Kind::State => "state",
             Kind::Memory => "memory",
             Kind::WorkingSet => "working-set",
+            Kind::Scratch => "scratch",
         }
     }
 }

@@ -128,7 +128,7 @@ impl Staging {
         for kind in Kind::ALL {
             match self.finish_object(kind) {
                 Ok(object) => objects.push(object),
-                Err(Error::Incomplete(Kind::WorkingSet)) => {}
+                Err(Error::Incomplete(Kind::WorkingSet | Kind::Scratch)) => {}
                 Err(error) => return Err(error),
             }
         }

@@ -28,6 +28,7 @@ use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use kiln_vmm_control::ScratchLimits;
 use tokio::sync::{OnceCell, watch};
 
 use crate::config::{Config, PodOverrides};
@@ -139,6 +140,7 @@ impl Pod {
         let setup = PodSetup {
             id: self.id.clone(),
             size: size_of(limits, &PodOverrides::default(), &self.config),
+            overlay: self.config.overlay,
             hostname: spec.hostname().unwrap_or_default().to_owned(),
             netns,
             sysctls: spec.sysctls(),
@@ -158,6 +160,10 @@ impl Pod {
             .pod_overrides(annotations)
             .map_err(|e| Error::InvalidArgument(e.to_string()))?;
         setup.size = size_of(limits, &overrides, &self.config);
+        setup.overlay = ScratchLimits {
+            ram: overrides.overlay_ram.unwrap_or(self.config.overlay.ram),
+            disk: overrides.overlay_disk.unwrap_or(self.config.overlay.disk),
+        };
         Ok(Launched { setup, overrides })
     }
 

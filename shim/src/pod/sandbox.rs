@@ -72,6 +72,7 @@ impl Pod {
         let setup = PodSetup {
             id: self.id.clone(),
             size: size_of(request.limits, &PodOverrides::default(), &self.config),
+            overlay: self.config.overlay,
             hostname: request.hostname,
             netns: request.netns,
             sysctls: request.sysctls,

@@ -1,7 +1,8 @@
 //! A container's files: its root file system as a disk of the guest, its volumes, and the mounts
 //! that put them together there.
 //!
-//! The root is a read-only image on a virtio-blk slot with a tmpfs over it in the guest. From a
+//! The root is a read-only image on a virtio-blk slot, with a directory of the μVM's scratch disk over it: an overlay that
+//! lives in the VMM's RAM and spills to the node's disk. From a
 //! snapshotter that gives directories (`overlayfs`, `native`) the image is an EROFS one, made once
 //! for each chain of layers and kept on the node; one that gives a device or image file
 //! (`blockfile`, `devmapper`) is used as it is. Volumes stay where they are and are shown to the
@@ -176,19 +177,11 @@ fn guest_mounts(id: &str, disk: &GuestDisk, kind: &str, read_only: bool) -> Vec<
     if !read_only {
         return vec![device(rootfs_path(id), &[])];
     }
-    let (lower, rw) = (format!("{base}/lower"), format!("{base}/rw"));
+    let lower = format!("{base}/lower");
+    let rw = format!("{}/{id}", kiln_agent_api::GUEST_SCRATCH);
     let (upper, work) = (format!("{rw}/upper"), format!("{rw}/work"));
     vec![
         device(lower.clone(), &["ro"]),
-        proto::Mount {
-            source: "tmpfs".into(),
-            target: rw,
-            type_: "tmpfs".into(),
-            options: vec!["mode=755".into()],
-            make_target: true,
-            target_mode: 0o755,
-            ..Default::default()
-        },
         proto::Mount {
             source: "overlay".into(),
             target: rootfs_path(id),
@@ -200,7 +193,7 @@ fn guest_mounts(id: &str, disk: &GuestDisk, kind: &str, read_only: bool) -> Vec<
             ],
             make_target: true,
             target_mode: 0o755,
-            make_directories: vec![upper, work],
+            make_directories: vec![rw, upper, work],
             ..Default::default()
         },
     ]
@@ -219,14 +212,13 @@ mod tests {
     }
 
     #[test]
-    fn read_only_image_gets_a_writable_layer_in_ram() {
+    fn read_only_image_gets_a_writable_layer_on_the_scratch_disk() {
         let mounts = guest_mounts("c1", &disk(), "erofs", true);
         let targets: Vec<_> = mounts.iter().map(|m| m.target.as_str()).collect();
         assert_eq!(
             targets,
             [
                 "/run/kiln/storage/c1/lower",
-                "/run/kiln/storage/c1/rw",
                 "/run/kiln/containers/c1/rootfs"
             ]
         );
@@ -235,11 +227,12 @@ mod tests {
             ("/dev/vdc", 4096)
         );
         assert!(
-            mounts[2]
+            mounts[1]
                 .options
-                .contains(&"upperdir=/run/kiln/storage/c1/rw/upper".to_owned())
+                .contains(&"upperdir=/run/kiln/scratch/c1/upper".to_owned())
         );
-        assert_eq!(mounts[2].make_directories.len(), 2);
+        // The one that holds the others goes last.
+        assert_eq!(mounts[1].make_directories[0], "/run/kiln/scratch/c1");
     }
 
     #[test]

@@ -94,6 +94,7 @@ impl Guest {
             network: network.into(),
             sysctls: setup.sysctls.clone().into_iter().collect(),
             mounts,
+            scratch_limit_bytes: setup.overlay.content(),
             // Last, for it ages.
             wall_clock_ns: UnixNanos::now().0,
             ..Default::default()

@@ -16,9 +16,12 @@ use async_trait::async_trait;
 use kiln_agent_api::client::Vsock;
 use kiln_agent_api::{proto, slots};
 use kiln_store::{Class, Kind, Lease, Store};
-use kiln_vmm_control::{End, Jail, Reply, Request, Spawn, Vmm, VmmError};
+use kiln_vmm_control::{
+    End, Jail, Reply, Request, ScratchLimits, Spawn, Vmm, VmmError, spill_file,
+};
 use tokio::sync::watch;
 
+use super::inspect::{self, About};
 use super::log;
 use super::running::{Grown, Parts, RunningUvm, follow_end, resize_request, vmm_error};
 use super::{Guest, Launcher, PodSetup, Uvm};
@@ -37,6 +40,7 @@ pub struct StoreLauncher {
     store: PathBuf,
     vmm: PathBuf,
     vmm_ids: u32,
+    spill: PathBuf,
     dir: PodDir,
     /// Changed by steps that run side by side.
     record: Arc<Mutex<()>>,
@@ -73,6 +77,18 @@ struct Baked {
     lease: Lease,
     state: File,
     memory: File,
+    scratch: Scratch,
+}
+
+/// The disk of the containers' writable layers.
+#[derive(Debug)]
+struct Scratch {
+    /// As it was baked.
+    base: File,
+    size: u64,
+    /// Where what has no room in RAM goes.
+    spill: File,
+    limits: ScratchLimits,
 }
 
 fn joined<T>(result: std::result::Result<Result<T>, tokio::task::JoinError>) -> Result<T> {
@@ -86,6 +102,7 @@ impl StoreLauncher {
             store: config.store.clone(),
             vmm: config.vmm.clone(),
             vmm_ids: config.vmm_ids,
+            spill: config.overlay_dir.clone(),
             dir,
             record: Arc::default(),
         }
@@ -108,7 +125,9 @@ impl StoreLauncher {
             ))
         })?;
         let found = store
-            .find(|manifest| fits(&manifest.about.class, size))
+            .find(|manifest| {
+                fits(&manifest.about.class, size) && manifest.object(Kind::Scratch).is_some()
+            })
             .map_err(|e| Error::failed("look through the μVM store", e))?;
         let Some(id) = found else {
             return Err(Error::FailedPrecondition(format!(
@@ -122,18 +141,34 @@ impl StoreLauncher {
             .map_err(|e| Error::failed("hold a μVM of the store", e))
     }
 
-    fn open(&self, size: Size) -> Result<Baked> {
-        let lease = self.pick(size)?;
+    fn open(&self, setup: &PodSetup) -> Result<Baked> {
+        let lease = self.pick(setup.size)?;
         let open = |kind| {
             lease
                 .open(kind)
                 .map_err(|e| Error::failed("open a μVM of the store; bake it again: kiln bake", e))
         };
-        let (state, memory) = (open(Kind::State)?, open(Kind::Memory)?);
+        let (state, memory, base) = (
+            open(Kind::State)?,
+            open(Kind::Memory)?,
+            open(Kind::Scratch)?,
+        );
+        let size = base
+            .metadata()
+            .map_err(|e| Error::failed("look at a μVM of the store", e))?
+            .len();
+        let spill = spill_file(&self.spill)
+            .map_err(|e| Error::failed("make room for the pod's writes", e))?;
         Ok(Baked {
             lease,
             state,
             memory,
+            scratch: Scratch {
+                base,
+                size,
+                spill,
+                limits: setup.overlay,
+            },
         })
     }
 
@@ -247,7 +282,7 @@ impl StoreLauncher {
             tokio::task::spawn_blocking(move || this.wire(&setup, &timeline))
         };
         let prepared = timeline.time("shim.files", || {
-            let baked = self.open(setup.size)?;
+            let baked = self.open(setup)?;
             let share = Share::create(self.dir.shared())?;
             Ok::<_, Error>((baked, Arc::new(share), self.listen()?))
         });
@@ -274,6 +309,7 @@ impl StoreLauncher {
                 lease,
                 state,
                 memory,
+                scratch,
             } = baked;
             let grow = (size != base).then_some(size);
             tokio::task::spawn_blocking(move || {
@@ -281,6 +317,7 @@ impl StoreLauncher {
                     listener: &listener,
                     taps: &taps,
                     directory: &directory,
+                    scratch: &scratch,
                 };
                 timeline.time("vmm.resume", || {
                     resume(&vmm, &state, &memory, &ends, &timeline)
@@ -308,6 +345,14 @@ impl StoreLauncher {
         let events = timeline.of("guest.events", guest.events()).await?;
         let grown = follow_growth(guest.clone(), size, timeline.clone());
         let forwarder = self.forward(setup, guest.clone());
+        let about = About {
+            pod: setup.id.clone(),
+            uvm: lease.id().to_string(),
+            vmm_pid: vmm.pid(),
+        };
+        if let Err(error) = inspect::serve(&self.dir.inspect(), Arc::clone(&vmm), about) {
+            tracing::warn!(%error, "kiln inspect will not work for this pod");
+        }
         launching.launched();
         Ok(RunningUvm::new(Parts {
             vmm,
@@ -380,6 +425,7 @@ struct Ends<'a> {
     listener: &'a UnixListener,
     taps: &'a [Tap],
     directory: &'a File,
+    scratch: &'a Scratch,
 }
 
 /// Resumes the μVM in a VMM that waits for it.
@@ -395,14 +441,20 @@ fn resume(
         memory.as_fd(),
         ends.listener.as_fd(),
         ends.directory.as_fd(),
+        ends.scratch.base.as_fd(),
+        ends.scratch.spill.as_fd(),
     ];
     let mut by_slot = vec![
         (slots::VSOCK, End::Listener(2)),
         (slots::FS, End::Directory(3)),
+        (
+            slots::SCRATCH,
+            End::scratch(4, ends.scratch.size, Some(5), ends.scratch.limits),
+        ),
     ];
     if let [tap] = ends.taps {
         fds.push(tap.fd.as_fd());
-        by_slot.push((slots::NET, End::Tap(vec![4])));
+        by_slot.push((slots::NET, End::Tap(vec![6])));
     }
     let asked = timeline.now();
     let reply = vmm

@@ -2,6 +2,7 @@
 //! done. Behind it stand the VMM's control client and the guest agent's.
 
 mod guest;
+mod inspect;
 mod launch;
 mod log;
 mod running;
@@ -17,6 +18,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use kiln_agent_api::proto;
 use kiln_agent_api::stream::Header;
+use kiln_vmm_control::ScratchLimits;
 use tokio::net::UnixStream;
 
 use crate::error::Result;
@@ -31,6 +33,8 @@ pub struct PodSetup {
     pub id: String,
     /// How big.
     pub size: Size,
+    /// What its containers may write to their root file systems.
+    pub overlay: ScratchLimits,
     /// The pod's host name; empty: none was asked for.
     pub hostname: String,
     /// The pod's network namespace; `None`: the pod has no network but its loopback.

@@ -233,6 +233,14 @@ pub struct OverlayFigures {
     pub stall_ns: u64,
     /// Times the spill file failed.
     pub spill_errors: u64,
+    /// Bytes written to the disks that are attached.
+    pub written: u64,
+    /// Bytes read from them that were in RAM.
+    pub read_ram: u64,
+    /// Bytes read from them that were in the spill file.
+    pub read_spill: u64,
+    /// Bytes read from them that nobody had written.
+    pub read_base: u64,
 }
 
 /// One step of a start.

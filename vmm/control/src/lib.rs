@@ -7,7 +7,9 @@
 
 pub mod api;
 mod client;
+mod scratch;
 pub mod wire;
 
 pub use api::*;
 pub use client::{Jail, Spawn, Vmm, VmmError};
+pub use scratch::{DEFAULT_SPILL_DIRECTORY, ScratchLimits, SpillError, spill_file};

@@ -34,7 +34,7 @@ pub use budget::{Budget, BudgetError, Membership};
 pub use buffers::{BufferError, Source, Target};
 pub use error::Error;
 pub use file::{Caching, DiskFile, SpillFile, WINDOW};
-pub use overlay::{Attempt, Overlay};
+pub use overlay::{Attempt, Overlay, Watch};
 pub use pool::{FlushPolicy, LEAST_RAM, Pool, PoolConfig};
 pub use sectors::{CHUNK_SIZE, PAGE_SIZE, SECTOR_SIZE};
 pub use stats::{OverlayStats, PoolStats};

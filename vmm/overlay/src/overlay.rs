@@ -1,7 +1,7 @@
 //! One disk of a pod: the requests that change it.
 
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use crate::arena::Owner;
 use crate::base::Base;
@@ -162,9 +162,31 @@ impl Overlay {
 
     /// The figures of now.
     pub fn stats(&self) -> OverlayStats {
-        let counters = &self.0.counters;
+        self.0.stats()
+    }
+
+    /// Tells the figures later, without keeping the disk.
+    pub fn watch(&self) -> Watch {
+        Watch(Arc::downgrade(&self.0))
+    }
+}
+
+/// A look at a disk that may be gone.
+#[derive(Debug, Clone)]
+pub struct Watch(Weak<Disk>);
+
+impl Watch {
+    /// The figures of now; `None` when the disk is gone.
+    pub fn stats(&self) -> Option<OverlayStats> {
+        Some(self.0.upgrade()?.stats())
+    }
+}
+
+impl Disk {
+    fn stats(&self) -> OverlayStats {
+        let counters = &self.counters;
         OverlayStats {
-            table_bytes: self.0.table.bytes(),
+            table_bytes: self.table.bytes(),
             written: counters.written.get(),
             discarded: counters.discarded.get(),
             read_ram: counters.read_ram.get(),

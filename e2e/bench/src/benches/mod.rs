@@ -1,5 +1,6 @@
 //! The benches, one file each. A new one is a file here and a line in [`all`].
 
+mod overlay;
 mod pod_start;
 
 use std::future::Future;
@@ -28,8 +29,22 @@ pub(crate) struct Bench {
 
 /// All benches.
 pub(crate) fn all() -> Vec<Bench> {
-    vec![Bench {
-        name: "pod-start",
-        run: |settings| Box::pin(pod_start::run(settings)),
-    }]
+    vec![
+        Bench {
+            name: "pod-start",
+            run: |settings| Box::pin(pod_start::run(settings)),
+        },
+        Bench {
+            name: "overlay-short-job",
+            run: |settings| Box::pin(overlay::short_job(settings)),
+        },
+        Bench {
+            name: "overlay-fsync",
+            run: |settings| Box::pin(overlay::fsync(settings)),
+        },
+        Bench {
+            name: "overlay-curve",
+            run: |settings| Box::pin(overlay::curve(settings)),
+        },
+    ]
 }

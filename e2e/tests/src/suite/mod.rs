@@ -2,11 +2,13 @@
 
 mod exec;
 mod exit;
+mod fault_matrix;
 mod faults;
 mod identity;
 mod kiln_run;
 mod logs;
 mod network;
+mod overlay;
 mod pods;
 mod resources;
 mod streams;
@@ -24,6 +26,7 @@ pub(crate) fn all() -> Vec<Case> {
         streams::cases(),
         exit::cases(),
         faults::cases(),
+        fault_matrix::cases(),
         logs::cases(),
         volumes::cases(),
         network::cases(),
@@ -31,6 +34,7 @@ pub(crate) fn all() -> Vec<Case> {
         tasks::cases(),
         vmm::cases(),
         kiln_run::cases(),
+        overlay::cases(),
     ]
     .into_iter()
     .flatten()

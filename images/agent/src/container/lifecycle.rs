@@ -20,6 +20,7 @@ use crate::helper::{CreateJob, ExecJob};
 use crate::reaper::Exit;
 use crate::spans::Spans;
 use crate::stdio::Stdio;
+use crate::storage::Placed;
 use crate::{storage, sys};
 
 type Result<T> = std::result::Result<T, AgentError>;
@@ -33,7 +34,7 @@ struct Unfinished<'a> {
     containers: &'a Containers,
     id: &'a str,
     bundle: PathBuf,
-    mounts: Vec<PathBuf>,
+    files: Placed,
     cgroup: Option<Cgroup>,
     finished: bool,
 }
@@ -48,11 +49,11 @@ impl Drop for Unfinished<'_> {
             .containers
             .runtime_state()
             .join(self.bundle.file_name().unwrap_or_default());
-        let (bundle, mounts) = (self.bundle.clone(), std::mem::take(&mut self.mounts));
+        let (bundle, files) = (self.bundle.clone(), std::mem::take(&mut self.files));
         let cgroup = self.cgroup.take();
         // The error that led here is the one to report; what can't be undone is logged.
         tokio::spawn(async move {
-            if let Err(error) = clean(cgroup.as_ref(), mounts, &[bundle, state]).await {
+            if let Err(error) = clean(cgroup.as_ref(), files, &[bundle, state]).await {
                 tracing::error!(%error, "a container that was not made left something behind");
             }
         });
@@ -60,20 +61,12 @@ impl Drop for Unfinished<'_> {
 }
 
 /// Removes what a container had: processes, cgroup, mounts, folders.
-async fn clean(cgroup: Option<&Cgroup>, mounts: Vec<PathBuf>, folders: &[PathBuf]) -> Result<()> {
+async fn clean(cgroup: Option<&Cgroup>, files: Placed, folders: &[PathBuf]) -> Result<()> {
     if let Some(cgroup) = cgroup.filter(|cgroup| cgroup.path().exists()) {
         cgroup.kill()?;
         cgroup.remove().await?;
     }
-    blocking(move || {
-        let targets: Vec<String> = mounts
-            .iter()
-            .map(|path| path.display().to_string())
-            .collect();
-        // A volume may still be written back: detached, that goes on behind.
-        storage::remove(&targets, true, false).map_err(AgentError::from)
-    })
-    .await?;
+    blocking(move || Ok(files.remove()?)).await?;
     for folder in folders {
         match fs::remove_dir_all(folder) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
@@ -114,19 +107,18 @@ impl Containers {
             containers: self,
             id,
             bundle: bundle.clone(),
-            mounts: Vec::new(),
+            files: Placed::default(),
             cgroup: None,
             finished: false,
         };
 
         let mounts = request.mounts.clone();
-        let targets = storage::targets(&mounts);
+        unfinished.files = Placed::by(&mounts);
         if !mounts.is_empty() {
             spans
                 .of("mount", blocking(move || Ok(storage::add(&mounts)?)))
                 .await?;
         }
-        unfinished.mounts.clone_from(&targets);
         let rootfs = self.rootfs(request);
         let guest = Guest {
             home: home(&spec, &rootfs),
@@ -202,7 +194,7 @@ impl Containers {
             name,
             init: Arc::new(init),
             cgroup,
-            mounts: targets,
+            files: unfinished.files.clone(),
             seccomp,
             capabilities,
             namespaces: adapted.namespaces,
@@ -596,7 +588,7 @@ impl Containers {
             self.bundle(&container.name),
             self.runtime_state().join(&container.name),
         ];
-        clean(Some(&container.cgroup), container.mounts.clone(), &folders).await?;
+        clean(Some(&container.cgroup), container.files.clone(), &folders).await?;
         self.lock().containers.remove(id);
         Ok(container.init.status(exit))
     }

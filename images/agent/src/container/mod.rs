@@ -25,6 +25,7 @@ use self::process::Process;
 use crate::error::AgentError;
 use crate::helper::Helper;
 use crate::reaper::Reaper;
+use crate::storage::Placed;
 
 /// Events that a slow listener may lag behind.
 const EVENTS: usize = 1024;
@@ -75,8 +76,8 @@ pub(crate) struct Container {
     name: String,
     pub(crate) init: Arc<Process>,
     cgroup: Cgroup,
-    /// What was mounted for it; the last first.
-    mounts: Vec<PathBuf>,
+    /// What was mounted and made for it.
+    files: Placed,
     seccomp: Option<LinuxSeccomp>,
     capabilities: Option<LinuxCapabilities>,
     /// `CLONE_NEW*` of its namespaces.

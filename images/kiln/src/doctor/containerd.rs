@@ -86,11 +86,32 @@ pub(super) fn running(system: &System) -> Check {
     }
 }
 
+/// What one adds to the configuration of the containerd that is installed here, and to which file.
+pub(super) fn registration(system: &System) -> Result<String, String> {
+    let found = find(system);
+    let path = config_path(system);
+    let config = Config::read(system, &path, default_layout(found.as_ref()))?;
+    let mut text = format!("# Belongs into {}.\n", path.display());
+    if !system.at(&path).exists() {
+        text += &format!("version = {}\n\n", config.version);
+    }
+    Ok(text + &snippet(config.version) + "\n")
+}
+
+/// The version that containerd takes a configuration for if there is none.
+fn default_layout(found: Option<&Found>) -> i64 {
+    let version = found.and_then(|found| found.version.as_deref());
+    match version.and_then(release) {
+        Some((0 | 1, _)) => 2,
+        _ => 3,
+    }
+}
+
 /// Does its configuration name kiln?
-pub(super) fn registered(system: &System) -> Check {
+pub(super) fn registered(system: &System, found: Option<&Found>) -> Check {
     const NAME: &str = "registered";
     let path = config_path(system);
-    let config = match Config::read(system, &path) {
+    let config = match Config::read(system, &path, default_layout(found)) {
         Ok(config) => config,
         Err(problem) => {
             return Check::fail(
@@ -147,7 +168,8 @@ fn snippet(version: i64) -> String {
     let quote = if version >= 3 { '\'' } else { '"' };
     format!(
         "[plugins.{quote}{plugin}{quote}.containerd.runtimes.kiln]\n  \
-         runtime_type = \"{RUNTIME_TYPE}\""
+         runtime_type = \"{RUNTIME_TYPE}\"\n  \
+         pod_annotations = [\"kiln.dev/*\"]"
     )
 }
 
@@ -206,7 +228,7 @@ struct Config {
 impl Config {
     /// Reads a configuration file and those it imports. A file that is not there is empty, as it
     /// is for containerd.
-    fn read(system: &System, path: &Path) -> Result<Config, String> {
+    fn read(system: &System, path: &Path, default: i64) -> Result<Config, String> {
         let mut config = Config {
             version: 0,
             handlers: Vec::new(),
@@ -240,9 +262,9 @@ impl Config {
                 queue.extend(expand(system, &base.join(import)));
             }
         }
-        // Without a file containerd 2 takes its own newest version.
+        // There is no file.
         config.version = if config.version == 0 {
-            3
+            default
         } else {
             config.version
         };
@@ -323,7 +345,7 @@ mod tests {
         for (path, text) in files {
             fixture.file(path, text);
         }
-        registered(&fixture.system)
+        registered(&fixture.system, None)
     }
 
     #[test]
@@ -383,6 +405,29 @@ mod tests {
             none.remedy
                 .unwrap()
                 .contains("io.containerd.cri.v1.runtime")
+        );
+    }
+
+    #[test]
+    fn without_a_file_the_installed_release_decides() {
+        let found = |version: &str| Found {
+            path: "/usr/bin/containerd".into(),
+            version: Some(version.to_owned()),
+        };
+        assert_eq!(default_layout(Some(&found("1.7.24~ds1"))), 2);
+        assert_eq!(default_layout(Some(&found("2.1.9"))), 3);
+        assert_eq!(default_layout(None), 3);
+        let fixture = Fixture::new();
+        let text = registration(&fixture.system).unwrap();
+        assert!(
+            text.contains("version = 3\n") && text.contains("pod_annotations"),
+            "{text}"
+        );
+        fixture.file("etc/containerd/config.toml", "version = 2\n");
+        let text = registration(&fixture.system).unwrap();
+        assert!(
+            !text.contains("version =") && text.contains("grpc.v1.cri"),
+            "{text}"
         );
     }
 

@@ -148,7 +148,7 @@ fn checks(system: &System) -> Vec<Check> {
         kernel::cgroup(system),
         containerd::installed(containerd.as_ref()),
         containerd::running(system),
-        containerd::registered(system),
+        containerd::registered(system, containerd.as_ref()),
         programs::shim(system),
         programs::vmm(system),
         space::disk(system),
@@ -176,6 +176,13 @@ pub(crate) fn run(store: &Path, output: &Output) -> Result<ExitCode, Failure> {
         output.text(&render(&checks, output))?;
     }
     Ok(ExitCode::from(u8::from(!pods_can_run)))
+}
+
+/// `kiln containerd-config`.
+pub(crate) fn containerd_config(store: &Path, output: &Output) -> Result<ExitCode, Failure> {
+    let text = containerd::registration(&System::this(store)).map_err(anyhow::Error::msg)?;
+    output.text(&text)?;
+    Ok(ExitCode::SUCCESS)
 }
 
 fn render(checks: &[Check], output: &Output) -> String {

@@ -7,7 +7,8 @@ use anyhow::{Context, Result, anyhow};
 use kiln_agent_api::client::{ConnectError, Vsock};
 use kiln_agent_api::proto::{self, AgentClient};
 use kiln_agent_api::stream::{Header, Kind, TOKEN_LEN};
-use kiln_agent_api::{GUEST_STATE_DIR, slots};
+use kiln_agent_api::{GUEST_SCRATCH, GUEST_STATE_DIR, slots};
+use kiln_vmm_control::ScratchLimits;
 use tokio::net::UnixStream;
 use ttrpc::context::{Context as Deadline, with_duration};
 
@@ -92,8 +93,13 @@ impl Guest {
     }
 
     /// Makes the guest one of its own.
-    pub(crate) async fn set_identity(&self, hostname: &str) -> Result<proto::SetIdentityResponse> {
+    pub(crate) async fn set_identity(
+        &self,
+        hostname: &str,
+        scratch: ScratchLimits,
+    ) -> Result<proto::SetIdentityResponse> {
         let mut request = kiln_bake::identity("giving the guest its identity")?;
+        request.scratch_limit_bytes = scratch.content();
         request.hostname = hostname.to_owned();
         // No cable is in, but no two cards have one address either.
         let mac: [u8; 5] = kiln_bake::random("making an address")?;
@@ -295,10 +301,11 @@ fn rootfs() -> String {
     format!("{GUEST_STATE_DIR}/containers/{CONTAINER}/rootfs")
 }
 
-/// What the guest mounts before the container is made: the image below, its memory above.
+/// What the guest mounts before the container is made: the image below, the overlay's disk above.
 pub(crate) fn mounts(image_bytes: u64, share: Option<&str>) -> Vec<proto::Mount> {
     let base = format!("{GUEST_STATE_DIR}/storage/{CONTAINER}");
-    let (lower, rw) = (format!("{base}/lower"), format!("{base}/rw"));
+    let lower = format!("{base}/lower");
+    let rw = format!("{GUEST_SCRATCH}/{CONTAINER}");
     let (upper, work) = (format!("{rw}/upper"), format!("{rw}/work"));
     let mount = |source: &str, target: &str, kind: &str, options: Vec<String>| proto::Mount {
         source: source.to_owned(),
@@ -310,19 +317,16 @@ pub(crate) fn mounts(image_bytes: u64, share: Option<&str>) -> Vec<proto::Mount>
         ..Default::default()
     };
     let disk = slots::disk_name(slots::FIRST_DISK).unwrap_or_default();
-    let mut mounts = vec![
-        proto::Mount {
-            wait_ms: DISK_WAIT_MS,
-            min_size: image_bytes,
-            ..mount(&disk, &lower, "erofs", vec!["ro".to_owned()])
-        },
-        mount("tmpfs", &rw, "tmpfs", vec!["mode=755".to_owned()]),
-    ];
+    let mut mounts = vec![proto::Mount {
+        wait_ms: DISK_WAIT_MS,
+        min_size: image_bytes,
+        ..mount(&disk, &lower, "erofs", vec!["ro".to_owned()])
+    }];
     if let Some(target) = share {
         mounts.push(mount(slots::FS_TAG, target, "virtiofs", Vec::new()));
     }
     mounts.push(proto::Mount {
-        make_directories: vec![upper.clone(), work.clone()],
+        make_directories: vec![rw, upper.clone(), work.clone()],
         ..mount(
             "overlay",
             &rootfs(),

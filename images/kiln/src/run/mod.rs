@@ -17,6 +17,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail, ensure};
 use kiln_agent_api::stream::TOKEN_LEN;
+use kiln_vmm_control::{ScratchLimits, spill_file};
 
 use crate::args;
 use crate::failure::Failure;
@@ -143,9 +144,15 @@ async fn resume_and_run(start: Start<'_>) -> Result<u8> {
     let place = Place::make(Path::new(PLACES), &name)?;
     let root = start.image.root(&options.cache)?;
     let image_bytes = root.file.metadata()?.len();
+    let scratch = ScratchLimits {
+        ram: options.overlay_ram,
+        disk: options.overlay_disk,
+    };
     let ends = Ends {
         root: root.file,
         share: start.share.as_ref().map(Share::open).transpose()?,
+        spill: spill_file(&options.overlay_dir)?,
+        scratch,
     };
     let uvm = Uvm::resume(&start.vmm, lease, &place, ends).await?;
     let resumed = begun.elapsed();
@@ -158,7 +165,7 @@ async fn resume_and_run(start: Start<'_>) -> Result<u8> {
     };
     let set_up = in_time("start the command", START_LIMIT, async {
         let guest = Guest::connect(&place.path("vsock")).await?;
-        let identity = guest.set_identity(hostname).await?;
+        let identity = guest.set_identity(hostname, scratch).await?;
         uvm.resize(want).await?;
         let state = guest.set_cpus(want.cpus.max(uvm.class().cpus)).await?;
         place.tell(&Facts {

@@ -12,7 +12,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow};
 use kiln_agent_api::slots;
 use kiln_store::{Class, Kind, Lease, Store};
-use kiln_vmm_control::{End, Reply, Request, Spawn, Step, Vmm, VmmError};
+use kiln_vmm_control::{End, Reply, Request, ScratchLimits, Spawn, Step, Vmm, VmmError};
 use tokio::sync::watch;
 
 use super::place::Place;
@@ -45,7 +45,9 @@ pub(crate) fn lease(root: &Path, size: Size) -> Result<Lease> {
     let store = Store::open(root)?;
     let cpu = kiln_bake::cpu::this(Path::new("/"));
     let here = |found: &Class, features| size.fits(found) && features == cpu.features;
-    let found = store.find(|uvm| here(&uvm.about.class, uvm.about.cpu.features))?;
+    let found = store.find(|uvm| {
+        here(&uvm.about.class, uvm.about.cpu.features) && uvm.object(Kind::Scratch).is_some()
+    })?;
     let id = found.with_context(|| {
         let memory = size.memory.map_or_else(String::new, |bytes| {
             format!(" --max-memory {}M", bytes.div_ceil(1 << 20))
@@ -91,6 +93,10 @@ pub(crate) struct Ends {
     pub(crate) root: File,
     /// The directory that the guest sees by virtio-fs.
     pub(crate) share: Option<File>,
+    /// Where what the container writes goes when there is no more RAM for it.
+    pub(crate) spill: File,
+    /// How much it may write.
+    pub(crate) scratch: ScratchLimits,
 }
 
 impl Uvm {
@@ -120,6 +126,13 @@ impl Uvm {
             .with_context(|| format!("listening on {}", socket.display()))?;
         let mut fds = Descriptors::default();
         let mut host = vec![(slots::VSOCK, End::Listener(fds.add(listener)))];
+        let scratch = lease.open(Kind::Scratch)?;
+        let size = scratch.metadata().context("reading the store")?.len();
+        let (base, spill) = (fds.add(scratch), fds.add(ends.spill));
+        host.push((
+            slots::SCRATCH,
+            End::scratch(base, size, Some(spill), ends.scratch),
+        ));
         if let Some(share) = ends.share {
             host.push((slots::FS, End::Directory(fds.add(share))));
         }

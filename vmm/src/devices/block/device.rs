@@ -243,10 +243,12 @@ impl Block {
                     .completions(&mut self.done)
                     .map_err(Failure::Engine)?;
             }
-            if self.done.is_empty() {
+            // With nothing done, too: what was answered without the backend has told nobody yet.
+            let nothing = self.done.is_empty();
+            self.answer()?;
+            if nothing && self.done.is_empty() {
                 break;
             }
-            self.answer()?;
         }
         let Some(active) = &mut self.active else {
             return Ok(());
@@ -380,6 +382,7 @@ impl Block {
             for position in 0..active.queues.len() {
                 self.serve(position)?;
             }
+            self.answer()?;
             self.drain()?;
             if !self.active.as_ref().is_some_and(|active| active.left_over) {
                 return Ok(());

@@ -79,6 +79,7 @@ fn request(
     let mut writable = wanted.to_vec();
     writable.push((STATUS, 1));
     let head = bench.drivers[0].add(&readable, &writable);
+    let told = bench.sink.queue_count(0);
     bench.kick(0);
     let mut used = None;
     bench.run_until(|bench| {
@@ -87,6 +88,10 @@ fn request(
     });
     let (id, len) = used.unwrap();
     assert_eq!(id, head);
+    assert!(
+        bench.sink.queue_count(0) > told,
+        "an answer without an interrupt"
+    );
     (bench.drivers[0].peek(STATUS, 1)[0], len)
 }
 

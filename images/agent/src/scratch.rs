@@ -1,0 +1,69 @@
+//! The file system that containers' writable layers lie on.
+//!
+//! It is mounted before the bake, so no pod waits for it; after a resume the disk below is an overlay in the VMM's
+//! memory, which has the same content.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use kiln_agent_api::{GUEST_SCRATCH, slots};
+use nix::mount::{MsFlags, mount};
+use nix::sys::statvfs::statvfs;
+
+/// Deleted files give their room back at once, and nothing is initialized behind the guest's back, which would fill
+/// the overlay's RAM with zeroes.
+const OPTIONS: &str = "discard,noinit_itable";
+
+fn disk() -> Option<String> {
+    let disk = slots::disk_name(slots::SCRATCH)?;
+    Some(disk.trim_start_matches("/dev/").to_owned())
+}
+
+/// Mounts it, if the machine has it.
+pub(crate) fn mount_it() -> io::Result<()> {
+    let Some(disk) = disk() else { return Ok(()) };
+    let serial = Path::new("/sys/block").join(&disk).join("serial");
+    match fs::read_to_string(serial) {
+        Ok(serial) if serial.trim_end() == slots::disk_id(slots::SCRATCH) => {}
+        _ => return Ok(()),
+    }
+    fs::create_dir_all(GUEST_SCRATCH)?;
+    mount(
+        Some(format!("/dev/{disk}").as_str()),
+        GUEST_SCRATCH,
+        Some("ext4"),
+        MsFlags::MS_NOATIME,
+        Some(OPTIONS),
+    )?;
+    Ok(())
+}
+
+/// Leaves this many bytes to be written, so that a container that writes more is told at once that the disk is full:
+/// the file system is larger than what the host gives, and would only learn when it writes its cache back.
+pub(crate) fn limit(bytes: u64) -> io::Result<()> {
+    let Some(disk) = disk() else { return Ok(()) };
+    let knob: PathBuf = ["/sys/fs/ext4", &disk, "reserved_clusters"]
+        .iter()
+        .collect();
+    let figures = statvfs(GUEST_SCRATCH)?;
+    let reserved = reserve(figures.blocks_free(), figures.fragment_size(), bytes);
+    fs::write(knob, reserved.to_string())
+}
+
+/// Free blocks that are kept from everybody.
+fn reserve(free: u64, block: u64, bytes: u64) -> u64 {
+    free.saturating_sub(bytes.div_ceil(block.max(1)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn all_but_the_limit_is_reserved() {
+        assert_eq!(reserve(1000, 4096, 40_960), 990);
+        assert_eq!(reserve(1000, 4096, 40_961), 989);
+        assert_eq!(reserve(10, 4096, 1 << 30), 0);
+    }
+}

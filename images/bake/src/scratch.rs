@@ -1,0 +1,103 @@
+//! The disk that containers' writable layers lie on: an empty file system, made once and mounted in the baked guest.
+
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+/// How large the file system is: the most that a pod's containers can write, whatever else limits them.
+pub(crate) const SIZE: u64 = 32 << 30;
+
+/// No journal: what is on it lasts as long as the machine that has it mounted. No checksums: it is never read by
+/// another one. Nothing is initialized that the file's holes say already.
+const OPTIONS: &[&str] = &[
+    "-t",
+    "ext4",
+    "-b",
+    "4096",
+    "-m",
+    "0",
+    "-O",
+    "^has_journal,^metadata_csum,^resize_inode,uninit_bg",
+    "-E",
+    "lazy_itable_init=1,nodiscard",
+    "-L",
+    "kiln-scratch",
+];
+
+/// Why there is no scratch disk.
+#[derive(Debug, thiserror::Error)]
+pub enum ScratchError {
+    /// The file cannot be made that long.
+    #[error("cannot make {} {SIZE} bytes long", path.display())]
+    Length {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// There is no mke2fs.
+    #[error(
+        "mke2fs, which formats the disk of the writable layers, cannot be run: install e2fsprogs"
+    )]
+    Missing(#[source] io::Error),
+    /// It failed.
+    #[error("mke2fs could not format {}: {said}", path.display())]
+    Failed {
+        /// The file.
+        path: PathBuf,
+        /// What it said.
+        said: String,
+    },
+}
+
+/// Formats `file`, which is empty and lies at `path`.
+pub(crate) fn make(file: &File, path: &Path) -> Result<(), ScratchError> {
+    file.set_len(SIZE).map_err(|source| ScratchError::Length {
+        path: path.to_owned(),
+        source,
+    })?;
+    let output = Command::new("mke2fs")
+        .arg("-q")
+        .args(OPTIONS)
+        .arg(path)
+        .stdin(Stdio::null())
+        .output()
+        .map_err(ScratchError::Missing)?;
+    if output.status.success() {
+        return Ok(());
+    }
+    Err(ScratchError::Failed {
+        path: path.to_owned(),
+        said: String::from_utf8_lossy(&output.stderr).trim().to_owned(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::MetadataExt;
+
+    #[test]
+    fn disk_is_large_and_takes_next_to_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("scratch");
+        make(&File::create(&path).unwrap(), &path).unwrap();
+        let meta = path.metadata().unwrap();
+        assert_eq!(meta.len(), SIZE);
+        assert!(meta.blocks() * 512 < 4 << 20, "{} blocks", meta.blocks());
+    }
+
+    #[test]
+    fn failure_says_what_mke2fs_said() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("scratch");
+        let file = File::create(&path).unwrap();
+        let error = make(&file, &folder.path().join("none/scratch")).unwrap_err();
+        assert!(
+            matches!(&error, ScratchError::Failed { said, .. } if said.contains("none")),
+            "{error}"
+        );
+    }
+}
