@@ -217,6 +217,7 @@ mod tests {
             cpus: Some(100),
             memory: Some(1 << 30),
             debug: None,
+            ..Default::default()
         };
         let size = size_of(limits(100_000, 1 << 20), &overrides, &config());
         assert_eq!(

@@ -29,6 +29,8 @@ const BOOT_LIMIT: Duration = Duration::from_secs(120);
 const SAVE_LIMIT: Duration = Duration::from_secs(120);
 const RESUME_LIMIT: Duration = Duration::from_secs(30);
 const CALL_LIMIT: Duration = Duration::from_secs(30);
+/// A broken connection to the guest is often the first sign of its end.
+const END_LIMIT: Duration = Duration::from_secs(2);
 /// How often an agent that does not listen yet is tried.
 const RETRY: Duration = Duration::from_millis(50);
 /// When a booting agent is tried first if it has not said that it is ready.
@@ -366,10 +368,19 @@ async fn boot_and_save(
         compact_memory: true,
         ..Default::default()
     };
-    let settled = agent
-        .settle(deadline(), &settle)
-        .await
-        .map_err(refused(SETTLING))?;
+    let settled = match agent.settle(deadline(), &settle).await {
+        Ok(settled) => settled,
+        // A guest that broke down says more than the connection to it.
+        Err(error) => match timeout(END_LIMIT, machine.ended()).await {
+            Ok(source) => {
+                return Err(BakeError::Machine {
+                    stage: SETTLING,
+                    source,
+                });
+            }
+            Err(_) => return Err(refused(SETTLING)(error)),
+        },
+    };
     let resources = settled.resources.unwrap_or_default();
     let used = resources
         .mem_total_bytes

@@ -528,7 +528,7 @@ mod tests {
         let path = dir.path().join("vmm");
         fs::write(&path, format!("#!/bin/sh\n{text}\n")).unwrap();
         fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
-        for kind in [Kind::State, Kind::Memory] {
+        for kind in [Kind::State, Kind::Memory, Kind::Scratch] {
             fs::write(dir.path().join(kind.name()), "").unwrap();
         }
         (dir, path)
@@ -571,7 +571,7 @@ mod tests {
             .filter(|device| disk(&device.kind))
             .map(|device| device.slot)
             .collect();
-        assert_eq!(disks, (slots::FIRST_DISK..16).collect::<Vec<u8>>());
+        assert_eq!(disks, (slots::SCRATCH..16).collect::<Vec<u8>>());
         assert_eq!((spec.memory, spec.hotplug), (256 << 20, 4 << 30));
     }
 
