@@ -174,7 +174,6 @@ fn spec(class: &Class) -> Result<MachineSpec, MachineError> {
         let id = slots::disk_id(slot);
         devices.push(device(slot, DeviceKind::Block { id, queues: 1 }));
     }
-    devices.sort_by_key(|device| device.slot);
     devices.push(device(
         slots::SCRATCH,
         DeviceKind::Block {
@@ -182,6 +181,7 @@ fn spec(class: &Class) -> Result<MachineSpec, MachineError> {
             queues: 1,
         },
     ));
+    devices.sort_by_key(|device| device.slot);
     Ok(MachineSpec {
         cpus: small("--cpus", class.cpus, u8::MAX)?,
         max_cpus: small("--max-cpus", class.max_cpus, u8::MAX)?,
