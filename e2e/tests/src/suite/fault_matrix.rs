@@ -1,16 +1,16 @@
-//! Everything that can die under a task, at every step of its life: containerd tells the truth afterwards, nothing is
-//! left, and the next task starts.
+//! containerd dies at every step of a task's life: it tells the truth when it is back, nothing is left, and the next
+//! task starts.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail, ensure};
 use containerd_client::types::v1::Status;
 use kiln_e2e::harness::Case;
-use kiln_e2e::node::{self, Census};
+use kiln_e2e::node::Census;
 use kiln_e2e::plain::{Plain, PlainSpec};
-use kiln_e2e::{Test, cases, wait};
+use kiln_e2e::{Test, cases};
 
-use super::faults::{SEEN, as_before, kill, shim_of};
+use super::faults::{SEEN, as_before, kill};
 use super::same;
 
 /// How often each step is disturbed; each time at another moment of it.
@@ -22,22 +22,11 @@ const STEP_LIMIT: Duration = Duration::from_secs(60);
 
 pub(crate) fn cases() -> Vec<Case> {
     let all = cases![
-        killed_vmm_at_any_step.alone().limit(600),
-        killed_shim_at_any_step.alone().limit(600),
         killed_containerd_at_any_step.alone().limit(600),
-        killed_container_at_any_step.alone().limit(600),
         restarted_containerd_finds_its_tasks.alone().limit(300),
     ];
     let named = |case: Case| case.only_with("kiln", "faults");
     all.into_iter().map(named).collect()
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Victim {
-    Vmm,
-    Shim,
-    Containerd,
-    Container,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -46,22 +35,6 @@ enum Step {
     Start,
     Exec,
     Delete,
-}
-
-async fn killed_vmm_at_any_step(test: Test) -> Result<()> {
-    disturb(&test, Victim::Vmm).await
-}
-
-async fn killed_shim_at_any_step(test: Test) -> Result<()> {
-    disturb(&test, Victim::Shim).await
-}
-
-async fn killed_containerd_at_any_step(test: Test) -> Result<()> {
-    disturb(&test, Victim::Containerd).await
-}
-
-async fn killed_container_at_any_step(test: Test) -> Result<()> {
-    disturb(&test, Victim::Container).await
 }
 
 /// Moments that differ from run to run, and can be told.
@@ -81,7 +54,8 @@ impl Moments {
     }
 }
 
-async fn disturb(test: &Test, victim: Victim) -> Result<()> {
+async fn killed_containerd_at_any_step(test: Test) -> Result<()> {
+    let test = &test;
     let rounds: u32 = match std::env::var(ROUNDS) {
         Ok(text) => text.parse().context(ROUNDS)?,
         Err(_) => 1,
@@ -93,8 +67,8 @@ async fn disturb(test: &Test, victim: Victim) -> Result<()> {
     for _ in 0..rounds {
         for step in [Step::Create, Step::Start, Step::Exec, Step::Delete] {
             let moment = moments.next();
-            let what = || format!("{victim:?} killed {moment:?} into {step:?}");
-            round(test, victim, step, moment).await.with_context(what)?;
+            let what = || format!("killed {moment:?} into {step:?}");
+            round(test, step, moment).await.with_context(what)?;
             test.clean_up().await.with_context(what)?;
             std::fs::create_dir_all(test.scratch())?;
             as_before(test, &before).await.with_context(what)?;
@@ -117,7 +91,7 @@ async fn end(task: Plain) -> Result<()> {
     Ok(())
 }
 
-async fn round(test: &Test, victim: Victim, step: Step, moment: Duration) -> Result<()> {
+async fn round(test: &Test, step: Step, moment: Duration) -> Result<()> {
     let task = match step {
         Step::Create => None,
         Step::Start => Some(Plain::create(test, &sleeper()).await?),
@@ -134,7 +108,7 @@ async fn round(test: &Test, victim: Victim, step: Step, moment: Duration) -> Res
     let stepping = tokio::time::timeout(STEP_LIMIT, take(test, step, task.as_ref()));
     let striking = async {
         tokio::time::sleep(moment).await;
-        strike(victim, task.as_ref()).await
+        kill_containerd()
     };
     let (stepped, struck) = tokio::join!(stepping, striking);
     struck?;
@@ -144,15 +118,10 @@ async fn round(test: &Test, victim: Victim, step: Step, moment: Duration) -> Res
         Ok(Err(_)) => None,
         Ok(Ok(made)) => made,
     };
-    if victim == Victim::Containerd {
-        start_containerd().await?;
-    }
+    start_containerd().await?;
     let Some(task) = made.or(task) else {
         return Ok(());
     };
-    if matches!(victim, Victim::Vmm | Victim::Shim) {
-        gone_or_stopped(&task).await?;
-    }
     truth(&task, step).await
 }
 
@@ -171,32 +140,9 @@ async fn take(test: &Test, step: Step, task: Option<&Plain>) -> Result<Option<Pl
     Ok(None)
 }
 
-async fn strike(victim: Victim, task: Option<&Plain>) -> Result<()> {
-    // Who is not there yet, or not any more, cannot be killed.
-    match victim {
-        Victim::Vmm => {
-            for process in node::processes()? {
-                if process.command.contains("kiln-vmm") && !process.command.contains("shim") {
-                    let _ = kill(process.pid);
-                }
-            }
-        }
-        Victim::Shim => {
-            if let Some(shim) = shim_of(task.map_or("", |task| task.id()))? {
-                let _ = kill(shim);
-            }
-        }
-        Victim::Containerd => {
-            let pid = std::fs::read_to_string("/run/containerd.pid")?;
-            kill(pid.trim().parse()?)?;
-        }
-        Victim::Container => {
-            if let Some(task) = task {
-                let _ = task.kill("", libc::SIGKILL, true).await;
-            }
-        }
-    }
-    Ok(())
+fn kill_containerd() -> Result<()> {
+    let pid = std::fs::read_to_string("/run/containerd.pid")?;
+    kill(pid.trim().parse()?)
 }
 
 async fn start_containerd() -> Result<()> {
@@ -208,17 +154,6 @@ async fn start_containerd() -> Result<()> {
         String::from_utf8_lossy(&output.stderr)
     );
     Ok(())
-}
-
-/// A task whose VMM or shim is dead does not run.
-async fn gone_or_stopped(task: &Plain) -> Result<()> {
-    wait::until("containerd's knowledge of the end", SEEN, || async {
-        Ok(match task.state().await {
-            Err(error) => not_found(&error).then_some(()),
-            Ok(process) => (process.status() == Status::Stopped).then_some(()),
-        })
-    })
-    .await
 }
 
 fn not_found(error: &anyhow::Error) -> bool {
@@ -264,7 +199,7 @@ async fn restarted_containerd_finds_its_tasks(test: Test) -> Result<()> {
     running.streams.wait_for("started").await?;
     let ending = Plain::run(&test, &PlainSpec::shell("sleep 3; exit 9")).await?;
     let pod = test.pod().await?;
-    strike(Victim::Containerd, None).await?;
+    kill_containerd()?;
     // One of them ends while nobody listens.
     tokio::time::sleep(Duration::from_secs(5)).await;
     start_containerd().await?;

@@ -49,7 +49,7 @@ fn parent(pid: u32) -> Result<u32> {
 }
 
 /// The shim that serves a pod or a task. The tests that ask run alone.
-pub(super) fn shim_of(id: &str) -> Result<Option<u32>> {
+fn shim_of(id: &str) -> Result<Option<u32>> {
     let shim = node::processes()?.into_iter().find(|process| {
         let command = &process.command;
         command.contains("containerd-shim-")
