@@ -229,9 +229,10 @@ async fn limits_change_while_the_container_runs(test: Test) -> Result<()> {
         "{quick:.2} of a CPU after the limit was raised, {slow:.2} before"
     );
     // 100 MiB fit now, and do not any more afterwards.
-    let fill = &[
-        "timeout", "-s", "TERM", "4", "testprog", "fill", "100", "20",
-    ];
+    let script = "testprog fill 100 20 > /out & p=$!; \
+                  until grep -q 'filled 100' /out || ! grep -q . /proc/$p/cmdline; do sleep 0.1; done; \
+                  kill $p; wait $p; cat /out";
+    let fill = &["sh", "-c", script];
     let output = container.exec(fill).await?;
     ensure!(output.stdout.contains("filled 100"), "{output:?}");
     test.cri()
