@@ -81,7 +81,7 @@ pub(super) fn serve(path: &Path, vmm: Arc<Vmm>, about: About) -> io::Result<()> 
                 let asked = tokio::task::spawn_blocking(move || vmm.call(&Request::Stats, &[]));
                 // Whoever asks after the end gets no answer, which is true.
                 if let Ok(Ok(reply)) = asked.await
-                    && let Some(text) = answer(&about, reply)
+                    && let Some(text) = answer(&about, &reply)
                 {
                     let _ = stream.write_all(text.as_bytes()).await;
                 }
@@ -91,7 +91,7 @@ pub(super) fn serve(path: &Path, vmm: Arc<Vmm>, about: About) -> io::Result<()> 
     Ok(())
 }
 
-fn answer(about: &About, reply: Reply) -> Option<String> {
+fn answer(about: &About, reply: &Reply) -> Option<String> {
     let Reply::Stats {
         cpus,
         memory,
@@ -104,9 +104,9 @@ fn answer(about: &About, reply: Reply) -> Option<String> {
     };
     serde_json::to_string(&Answer {
         about,
-        cpus,
-        memory,
-        paused,
+        cpus: *cpus,
+        memory: *memory,
+        paused: *paused,
         overlay: overlays.map(Overlay::from),
     })
     .ok()
@@ -135,10 +135,10 @@ mod tests {
             }),
         };
         let json: serde_json::Value =
-            serde_json::from_str(&answer(&about, reply).unwrap()).unwrap();
+            serde_json::from_str(&answer(&about, &reply).unwrap()).unwrap();
         assert_eq!(json["vmm_pid"], 7);
         assert_eq!(json["overlay"]["ram"], 4096);
         assert_eq!(json["overlay"]["read_spill"], 512);
-        assert!(answer(&about, Reply::Done).is_none());
+        assert!(answer(&about, &Reply::Done).is_none());
     }
 }

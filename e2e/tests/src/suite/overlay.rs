@@ -242,13 +242,13 @@ async fn spill_disk_that_is_full_is_an_error_of_the_write_alone(test: Test) -> R
     let pod = test.run_pod(&spec).await?;
     let container = started(&pod, "main").await?;
     put(&container, "/kept", 8 * MIB, 1).await?;
-    let size = 128 * MIB;
+    let size = 80 * MIB;
     let output = container
         .exec(&["/bin/testprog", "put", "/large", &size.to_string(), "2"])
         .await?;
     ensure!(
         output.code != 0,
-        "128 MiB fit into 16 MiB of RAM and a disk of 48"
+        "80 MiB fit into 16 MiB of RAM and a disk of 48"
     );
     ensure!(figure(&pod, "spill_errors")? > 0, "the disk was not full");
     // What was acknowledged is there, the VMM lives, and with room all goes on.
