@@ -101,7 +101,8 @@ async fn attach_talks_to_the_first_process(test: Test) -> Result<()> {
         stream.wait_for(1, &format!("got {word}\n")).await?;
         stream.wait_for(2, &format!("err {word}\n")).await?;
     }
-    // What was attached to is in the log as well.
+    // What was attached to is in the log as well, if not as soon.
+    container.log().wait_for("got second", STEP).await?;
     same!(
         container.log().stdout()?,
         ["ready", "got first", "got second"]
