@@ -30,9 +30,7 @@ testprog COMMAND [ARGUMENTS]
   write PATH BYTES [SEED]    write pseudo-random bytes, fsync, print their SHA-256
   put PATH BYTES SEED        write pseudo-random bytes and fsync
   check PATH BYTES SEED      fail unless the file is what put wrote
-  job DIR MIB                unpack a tree, build something of it, syncing, delete it
   syncs DIR COUNT            append 4 KiB and fsync, so many times
-  grow DIR MIB STEP          write MiB in synced steps, print each one's milliseconds
   hash PATH...               print the SHA-256 of files
   http PORT                  answer HTTP
   get HOST:PORT PATH         GET, print the body; exit 22 unless the status is 200
@@ -79,9 +77,7 @@ fn run(arguments: &[String]) -> Result<ExitCode> {
         )?,
         "put" => files::put(word(rest, 0)?, number(rest, 1)?, number(rest, 2)?)?,
         "check" => files::check(word(rest, 0)?, number(rest, 1)?, number(rest, 2)?)?,
-        "job" => job::short(word(rest, 0)?, number(rest, 1)?)?,
         "syncs" => job::syncs(word(rest, 0)?, number(rest, 1)?)?,
-        "grow" => job::grow(word(rest, 0)?, number(rest, 1)?, number(rest, 2)?)?,
         "hash" => files::hash(rest)?,
         "http" => http::serve(number(rest, 0)?)?,
         "get" => return http::get(word(rest, 0)?, word(rest, 1)?),

@@ -35,16 +35,8 @@ pub(crate) fn all() -> Vec<Bench> {
             run: |settings| Box::pin(pod_start::run(settings)),
         },
         Bench {
-            name: "overlay-short-job",
-            run: |settings| Box::pin(overlay::short_job(settings)),
-        },
-        Bench {
             name: "overlay-fsync",
             run: |settings| Box::pin(overlay::fsync(settings)),
-        },
-        Bench {
-            name: "overlay-curve",
-            run: |settings| Box::pin(overlay::curve(settings)),
         },
     ]
 }
