@@ -8,6 +8,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use kiln_vmm_control::OverlayFigures;
 use serde::{Deserialize, Serialize};
 
 use crate::failure::Failure;
@@ -29,24 +30,7 @@ struct Said {
     cpus: u32,
     memory: u64,
     paused: bool,
-    overlay: Option<Overlay>,
-}
-
-#[derive(Debug, Serialize, Deserialize)]
-struct Overlay {
-    ram: u64,
-    ram_limit: u64,
-    spill: u64,
-    spill_limit: u64,
-    spilled: u64,
-    returned_chunks: u64,
-    stalls: u64,
-    stall_ns: u64,
-    spill_errors: u64,
-    written: u64,
-    read_ram: u64,
-    read_spill: u64,
-    read_base: u64,
+    overlay: Option<OverlayFigures>,
 }
 
 /// The directory of the pod with this id, or the first digits of it.
@@ -153,7 +137,7 @@ fn rows(said: &Said) -> Vec<Vec<String>> {
 }
 
 /// Where reads found what they read.
-fn hits(overlay: &Overlay) -> String {
+fn hits(overlay: &OverlayFigures) -> String {
     let parts = [
         ("RAM", overlay.read_ram),
         ("disk", overlay.read_spill),
@@ -198,20 +182,10 @@ mod tests {
 
     #[test]
     fn hits_add_up() {
-        let overlay = Overlay {
-            ram: 0,
-            ram_limit: 0,
-            spill: 0,
-            spill_limit: 0,
-            spilled: 0,
-            returned_chunks: 0,
-            stalls: 0,
-            stall_ns: 0,
-            spill_errors: 0,
-            written: 0,
+        let overlay = OverlayFigures {
             read_ram: 3 << 20,
             read_spill: 1 << 20,
-            read_base: 0,
+            ..OverlayFigures::default()
         };
         let text = hits(&overlay);
         assert!(text.contains("75 % RAM, 25 % disk, 0 % below"), "{text}");

@@ -28,45 +28,8 @@ struct Answer<'a> {
     cpus: u8,
     memory: u64,
     paused: bool,
-    overlay: Option<Overlay>,
-}
-
-/// The writable layers of the pod's containers.
-#[derive(Debug, Serialize)]
-struct Overlay {
-    ram: u64,
-    ram_limit: u64,
-    spill: u64,
-    spill_limit: u64,
-    spilled: u64,
-    returned_chunks: u64,
-    stalls: u64,
-    stall_ns: u64,
-    spill_errors: u64,
-    written: u64,
-    read_ram: u64,
-    read_spill: u64,
-    read_base: u64,
-}
-
-impl From<OverlayFigures> for Overlay {
-    fn from(f: OverlayFigures) -> Self {
-        Self {
-            ram: f.ram,
-            ram_limit: f.ram_limit,
-            spill: f.spill,
-            spill_limit: f.spill_limit,
-            spilled: f.spilled,
-            returned_chunks: f.returned_chunks,
-            stalls: f.stalls,
-            stall_ns: f.stall_ns,
-            spill_errors: f.spill_errors,
-            written: f.written,
-            read_ram: f.read_ram,
-            read_spill: f.read_spill,
-            read_base: f.read_base,
-        }
-    }
+    /// The writable layers of the pod's containers.
+    overlay: Option<OverlayFigures>,
 }
 
 /// Answers until the shim ends; the socket goes with the pod's directory.
@@ -107,7 +70,7 @@ fn answer(about: &About, reply: &Reply) -> Option<String> {
         cpus: *cpus,
         memory: *memory,
         paused: *paused,
-        overlay: overlays.map(Overlay::from),
+        overlay: *overlays,
     })
     .ok()
 }
