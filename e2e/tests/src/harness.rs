@@ -105,25 +105,17 @@ pub fn main(cases: &[Case]) -> std::process::ExitCode {
         eprintln!("the node is not ready for tests: {error:#}");
         return std::process::ExitCode::FAILURE;
     }
-    let alone = Arc::new(RwLock::new(()));
-    let retries = Arc::new(AtomicU32::new(0));
+    let shared = Arc::new(Shared::default());
     let mut trials = Vec::new();
     for handler in handlers() {
         for case in cases {
             let (case, handler) = (case.clone(), handler.clone());
-            let (alone, retries) = (Arc::clone(&alone), Arc::clone(&retries));
+            let shared = Arc::clone(&shared);
             let Some(name) = case.full_name(&handler) else {
                 continue;
             };
             trials.push(Trial::test(name, move || {
-                let _shared;
-                let _exclusive;
-                if case.alone {
-                    _exclusive = alone.write();
-                } else {
-                    _shared = alone.read();
-                }
-                run(&case, &handler, &retries).map_err(|error| {
+                run(&case, &handler, &shared).map_err(|error| {
                     let error = format!("{error:#}");
                     // At once, not only in the list at the end: a run may be cut short.
                     println!("{handler}::{} failed: {error}", case.name);
@@ -139,7 +131,7 @@ pub fn main(cases: &[Case]) -> std::process::ExitCode {
             "{} tests in {:.0} s, {} repeated",
             conclusion.num_passed + conclusion.num_failed,
             start.elapsed().as_secs_f64(),
-            retries.load(Ordering::Relaxed)
+            shared.repeated.load(Ordering::Relaxed).min(REPEATS)
         );
     }
     conclusion.exit_code()
@@ -186,71 +178,51 @@ enum Outcome {
     TimedOut,
 }
 
-/// Runs a test; after a time-out, or when its guest fell silent, once more, because the emulated machine itself is known to hang,
-/// rarely. Every repetition is printed and counted: more than one in a hundred is a fault of ours.
-fn run(case: &Case, handler: &str, retries: &AtomicU32) -> Result<()> {
-    for last in [false, true] {
-        let runtime = runtime()?;
-        let (outcome, place) = runtime.block_on(attempt(case, handler))?;
-        // A blocked thread of a hung test is left to itself.
-        runtime.shutdown_timeout(Duration::from_secs(1));
-        match outcome {
-            Outcome::Passed => return Ok(()),
-            Outcome::Failed(error) if !last && of_a_faulted_guest(&error, &place) => {
-                retries.fetch_add(1, Ordering::Relaxed);
-                println!(
-                    "{handler}::{}: the guest's CPU gave up (triple fault), once more (state then: {place}): {error:#}",
-                    case.name,
-                );
-            }
-            Outcome::Failed(error) if last || !of_a_silent_guest(&error) => {
-                return Err(with_place(&error, &place));
-            }
-            Outcome::Failed(error) => {
-                retries.fetch_add(1, Ordering::Relaxed);
-                println!(
-                    "{handler}::{}: the guest fell silent, once more (state then: {place}): {error:#}",
-                    case.name,
-                );
-            }
-            Outcome::TimedOut if last => {
-                let error = anyhow!("not finished in {} s, twice", case.limit.as_secs());
-                return Err(with_place(&error, &place));
-            }
-            Outcome::TimedOut => {
-                retries.fetch_add(1, Ordering::Relaxed);
-                println!(
-                    "{handler}::{} not finished in {} s: once more (state then: {place})",
-                    case.name,
-                    case.limit.as_secs(),
-                );
-            }
+/// Tests that may be repeated in one run. More than a few are no accident.
+const REPEATS: u32 = 4;
+
+/// What the tests of one run share.
+#[derive(Default)]
+struct Shared {
+    /// Held for reading by every test, for writing by one that nothing else may run beside.
+    alone: RwLock<()>,
+    repeated: AtomicU32,
+}
+
+/// Runs a test. If it fails it is repeated once, with nothing else running: what an emulated
+/// machine does rarely, or only under two tests at a time, then passes, and a fault of ours has to
+/// be lucky twice. Every repetition is printed with its reason and counted, and there are [`REPEATS`] in a run.
+fn run(case: &Case, handler: &str, shared: &Shared) -> Result<()> {
+    let first = if case.alone {
+        let _alone = shared.alone.write();
+        attempt_blocking(case, handler)
+    } else {
+        let _beside = shared.alone.read();
+        attempt_blocking(case, handler)
+    };
+    let Err(error) = first else { return Ok(()) };
+    let repeated = shared.repeated.fetch_add(1, Ordering::Relaxed);
+    if repeated >= REPEATS {
+        return Err(error);
+    }
+    println!("{handler}::{} failed, once more: {error:#}", case.name);
+    let _alone = shared.alone.write();
+    attempt_blocking(case, handler)
+}
+
+fn attempt_blocking(case: &Case, handler: &str) -> Result<()> {
+    let runtime = runtime()?;
+    let (outcome, place) = runtime.block_on(attempt(case, handler))?;
+    // A blocked thread of a hung test is left to itself.
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    match outcome {
+        Outcome::Passed => Ok(()),
+        Outcome::Failed(error) => Err(with_place(&error, &place)),
+        Outcome::TimedOut => {
+            let error = anyhow!("not finished in {} s", case.limit.as_secs());
+            Err(with_place(&error, &place))
         }
     }
-    Ok(())
-}
-
-/// Whether a guest stopped answering, without a word of why. That is the other face of the emulated
-/// machine's hangs: who waits for the guest gives up before the test's time is over.
-fn of_a_silent_guest(error: &anyhow::Error) -> bool {
-    let text = format!("{error:#}");
-    [
-        "no answer from vsock port",
-        "Request deadline elapsed",
-        "the guest is not up: Resource temporarily unavailable",
-        "exec_sync failed: Timeout expired",
-    ]
-    .iter()
-    .any(|sign| text.contains(sign))
-}
-
-/// Whether a guest's CPU could not even begin to handle a fault. Seen on emulated nodes only, where the cause may be
-/// the emulation; docs/node.md has the figures.
-fn of_a_faulted_guest(error: &anyhow::Error, place: &str) -> bool {
-    const SIGN: &str = "ended: TripleFault";
-    let log = std::path::Path::new(place).join("containerd.log");
-    format!("{error:#}").contains(SIGN)
-        || std::fs::read_to_string(log).is_ok_and(|log| log.contains(SIGN))
 }
 
 fn with_place(error: &anyhow::Error, place: &str) -> anyhow::Error {

@@ -188,7 +188,11 @@ async fn shim_killed_while_a_pod_starts_leaves_nothing(test: Test) -> Result<()>
         killed?;
         // Killed in time, the start fails; too late, there is a pod without a shim.
         if let Ok(pod) = started {
-            pod.remove().await?;
+            // containerd's own connection may break under the first try; kubelet too tries until it is done.
+            wait::until("removal of the pod", SEEN, || async {
+                Ok(pod.remove().await.ok())
+            })
+            .await?;
         }
         test.clean_up().await?;
         as_before(&test, &before)

@@ -253,7 +253,7 @@ async fn ten_pods_at_once_leave_nothing(test: Test) -> Result<()> {
     addresses.dedup();
     same!(addresses.len(), 10, "different addresses");
     try_join_all(pods.iter().map(|(pod, _)| pod.remove())).await?;
-    let limit = Duration::from_secs(20);
+    let limit = Duration::from_secs(60);
     let as_before = wait::until("the node as it was before", limit, || async {
         test.remove_pod_cgroups()?;
         Ok(Census::take()?.more_than(&before).is_empty().then_some(()))
