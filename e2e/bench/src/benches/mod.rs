@@ -2,6 +2,7 @@
 
 mod overlay;
 mod pod_start;
+mod resume;
 
 use std::future::Future;
 use std::pin::Pin;
@@ -45,6 +46,10 @@ pub(crate) fn all() -> Vec<Bench> {
         Bench {
             name: "overlay-curve",
             run: |settings| Box::pin(overlay::curve(settings)),
+        },
+        Bench {
+            name: "resume",
+            run: |settings| Box::pin(resume::run(settings)),
         },
     ]
 }
