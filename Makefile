@@ -17,7 +17,7 @@ SECONDS ?= 60
 BIN := target/x86_64-unknown-linux-gnu/release
 # What a node gets in /usr/local/bin, and what the tests bring along.
 SHIPPED := kiln kiln-vmm kiln-agent containerd-shim-kiln-v2
-TESTERS := kiln-e2e kiln-testprog kiln-bench kiln-demo
+TESTERS := kiln-e2e kiln-testprog kiln-bench kiln-floor kiln-demo
 put = $(foreach program,$(1),$(if $(wildcard $(BIN)/$(program)),--put $(BIN)/$(program):$(2)/$(program)))
 
 NODE_VM = $(BIN)/kiln-node-vm --suite $(NODE) $(call put,$(SHIPPED),/usr/local/bin)

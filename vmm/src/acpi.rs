@@ -657,16 +657,4 @@ mod tests {
             .collect();
         assert_eq!(flags, [1, 2, 2]);
     }
-
-    /// Writes the DSDT where `iasl -d` can be run on it by hand.
-    #[test]
-    #[ignore = "for people: disassemble what it writes"]
-    fn write_dsdt_for_disassembly() {
-        let t = dsdt(&AcpiConfig {
-            boot_cpus: 1,
-            max_cpus: 2,
-            serial: true,
-        });
-        std::fs::write(std::env::temp_dir().join("kiln-dsdt.aml"), t.as_slice()).unwrap();
-    }
 }

@@ -217,17 +217,23 @@ fn command(machine: &Arc<Machine>, kernel: &str, line: &str) -> Result<String> {
 fn take_snapshot(machine: &Arc<Machine>, kernel: &str, dir: &Path) -> Result<String> {
     std::fs::create_dir_all(dir)?;
     machine.pause()?;
-    let state = machine.save()?;
+    let mut state = machine.save()?;
     let labels = Labels {
         kernel: kernel.to_owned(),
         ..Labels::default()
     };
-    let bytes = snapshot::encode(&state, &labels)?;
-    snapshot::write_file(&mut File::create(dir.join("state"))?, &bytes)?;
     let parts = machine.memory().context("the machine is not paused")?;
     let stats = snapshot::write_memory(&File::create(dir.join("memory"))?, &parts)?;
+    state.holes = stats.holes;
+    let bytes = snapshot::encode(&state, &labels)?;
+    snapshot::write_file(&mut File::create(dir.join("state"))?, &bytes)?;
     machine.unpause();
-    Ok(format!("saved: {} bytes of state, {stats:?}", bytes.len()))
+    Ok(format!(
+        "saved: {} bytes of state, {} pages with data, {} without",
+        bytes.len(),
+        stats.data_pages,
+        stats.zero_pages
+    ))
 }
 
 fn open_disk(path: &Path) -> Result<File> {
@@ -342,7 +348,7 @@ fn resume(
     let (header, state) = snapshot::decode(&bytes)?;
     let memory = File::open(dir.join("memory"))?;
     snapshot::check_memory_file(&header, &memory)?;
-    let host_memory = HostMemory::from_file(state.config.memory, &memory)?;
+    let host_memory = HostMemory::from_file(state.config.memory, &memory, &state.holes)?;
     timeline.mark("vmm.files");
     let mut ends = HostEnds::new();
     if let Some(path) = &o.vsock {

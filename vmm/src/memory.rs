@@ -24,7 +24,7 @@ pub type GuestRam = GuestMemoryAtomic<GuestMemoryMmap<()>>;
 /// Page size of guest and host.
 pub const PAGE: u64 = 4096;
 /// Size of a huge page, and so of the holes worth a mapping of their own.
-const HUGE_PAGE: u64 = 2 << 20;
+pub const HUGE_PAGE: u64 = 2 << 20;
 /// Plugging granularity of the hot-plug window.
 pub const HOTPLUG_BLOCK: u64 = 2 << 20;
 
@@ -143,15 +143,17 @@ impl Mapping {
         Ok(mapping)
     }
 
-    /// Puts zero pages in the place of the file's large holes. The first touch of a page of a file's hole
+    /// Puts zero pages in the place of a file's large holes. The first touch of a page of a file's hole
     /// takes the kernel two pages and a copy, and each page is one touch; this way it takes a huge page for all
     /// of them. Small holes stay: every replacement is one more mapping.
-    fn free_holes(&self, file: &File) -> io::Result<()> {
-        for (start, end) in large_holes(file, self.len)? {
-            self.replace(start, end - start, None)?;
+    fn free_holes(&self, holes: &[(u64, u64)]) -> io::Result<()> {
+        for &(start, end) in holes {
             let invalid = |_| io::Error::from(io::ErrorKind::InvalidInput);
+            let len = end.checked_sub(start).filter(|_| start % HUGE_PAGE == 0);
+            let len = len.ok_or(io::ErrorKind::InvalidInput)?;
+            self.replace(start, len, None)?;
             let at = usize::try_from(start).map_err(invalid)?;
-            let len = usize::try_from(end - start).map_err(invalid)?;
+            let len = usize::try_from(len).map_err(invalid)?;
             // SAFETY: the range was replaced just now, so it is in this mapping; the advice changes no contents.
             // A kernel without huge pages refuses it, and small ones do as well.
             let _ = unsafe {
@@ -243,36 +245,6 @@ impl Mapping {
         // stopped, devices paused), so nothing writes the bytes while the slice is in use.
         Some(unsafe { std::slice::from_raw_parts(self.start.as_ptr().add(at), len) })
     }
-}
-
-/// The whole huge pages in `[0, len)` of a file that hold no data, next to each other as one range.
-fn large_holes(file: &File, len: u64) -> io::Result<Vec<(u64, u64)>> {
-    let seek = |from: u64, what: libc::c_int| -> io::Result<Option<u64>> {
-        let from = libc::off_t::try_from(from)
-            .map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
-        // SAFETY: plain numbers. The file's position is nobody's: it is mapped, not read.
-        let at = unsafe { libc::lseek(file.as_raw_fd(), from, what) };
-        match u64::try_from(at) {
-            Ok(at) => Ok(Some(at)),
-            // Nothing of that kind behind `from`.
-            Err(_) if io::Error::last_os_error().raw_os_error() == Some(libc::ENXIO) => Ok(None),
-            Err(_) => Err(io::Error::last_os_error()),
-        }
-    };
-    let mut holes = Vec::new();
-    let mut at = 0;
-    while at < len {
-        let Some(hole) = seek(at, libc::SEEK_HOLE)?.filter(|hole| *hole < len) else {
-            break;
-        };
-        let end = seek(hole, libc::SEEK_DATA)?.unwrap_or(len).min(len);
-        let (start, stop) = (hole.next_multiple_of(HUGE_PAGE), end - end % HUGE_PAGE);
-        if start < stop {
-            holes.push((start, stop));
-        }
-        at = end;
-    }
-    Ok(holes)
 }
 
 /// Sizes that define a machine's memory.
@@ -367,11 +339,16 @@ impl HostMemory {
         })
     }
 
-    /// A private view of a memory file; takes as long for a large file as for a small one.
-    pub fn from_file(shape: MemoryShape, file: &File) -> Result<Self, MemoryError> {
+    /// A private view of a memory file; takes as long for a large file as for a small one. `holes` are whole huge
+    /// pages of base RAM that hold no data.
+    pub fn from_file(
+        shape: MemoryShape,
+        file: &File,
+        holes: &[(u64, u64)],
+    ) -> Result<Self, MemoryError> {
         shape.check()?;
         let base = Mapping::private_file(file, 0, shape.ram)?;
-        base.free_holes(file).map_err(|source| MemoryError::Map {
+        base.free_holes(holes).map_err(|source| MemoryError::Map {
             bytes: shape.ram,
             source,
         })?;
@@ -661,7 +638,7 @@ mod tests {
             hotplug: 0,
             usable: 0,
         };
-        let host = HostMemory::from_file(shape, &file).unwrap();
+        let host = HostMemory::from_file(shape, &file, &[]).unwrap();
         let map = regions(&shape, &host.base, None, 0).unwrap();
         let ram = GuestRam::new(map);
         ram.memory().write_obj(1u64, GuestAddress(0x1000)).unwrap();
@@ -678,11 +655,13 @@ mod tests {
         for at in [0, (6 << 20) + 4096, (16 << 20) - 1] {
             file.write_all_at(&[7], at).unwrap();
         }
-        let holes = large_holes(&file, 16 << 20).unwrap();
-        assert_eq!(holes, [(2 << 20, 6 << 20), (8 << 20, 14 << 20)]);
+        let holes = [(2 << 20, 6 << 20), (8 << 20, 14 << 20)];
         let mapping = Mapping::private_file(&file, 0, 16 << 20).unwrap();
         assert_eq!(mapping.start.as_ptr().align_offset(2 << 20), 0);
-        mapping.free_holes(&file).unwrap();
+        for bad in [(0, 18 << 20), (4 << 20, 2 << 20), (4096, 2 << 20)] {
+            assert!(mapping.free_holes(&[bad]).is_err(), "{bad:?}");
+        }
+        mapping.free_holes(&holes).unwrap();
         let bytes = mapping.bytes(0, 16 << 20).unwrap();
         let data: Vec<_> = bytes.iter().zip(0..).filter(|(b, _)| **b != 0).collect();
         let at: Vec<usize> = data.into_iter().map(|(_, at)| at).collect();

@@ -240,7 +240,7 @@ fn start(
             let memory = fds.file(memory)?;
             snapshot::check_memory_file(&header, &memory)?;
             timeline.mark("vmm.state");
-            let host_memory = HostMemory::from_file(state.config.memory, &memory)?;
+            let host_memory = HostMemory::from_file(state.config.memory, &memory, &state.holes)?;
             timeline.mark("vmm.map");
             let spec = ResumeSpec {
                 state,
@@ -378,9 +378,11 @@ fn save(server: &Server, state: &mut File, memory: &File, digest: [u8; 32]) -> R
         kernel: server.kernel.clone(),
         digest,
     };
-    let bytes = snapshot::encode(&machine.save()?, &labels)?;
+    let mut saved = machine.save()?;
     let parts = machine.memory().context("the machine is not paused")?;
     let written = snapshot::write_memory(memory, &parts)?;
+    saved.holes = written.holes;
+    let bytes = snapshot::encode(&saved, &labels)?;
     // Last, so that a state file is only ever whole when its memory is.
     snapshot::write_file(state, &bytes)?;
     Ok(Reply::Saved {
@@ -519,7 +521,7 @@ fn stats(server: &Server) -> Reply {
         .into_iter()
         .map(|spec| api::DeviceInfo {
             attached: machine.disk_attached(spec.slot).unwrap_or(false),
-            spec: api_spec(spec),
+            spec,
         })
         .collect();
     Reply::Stats {
@@ -541,35 +543,6 @@ fn machine_config(m: api::MachineSpec) -> MachineConfig {
             usable: 0,
         },
         serial: m.serial,
-        devices: m
-            .devices
-            .into_iter()
-            .map(|d| DeviceSpec {
-                slot: d.slot,
-                kind: match d.kind {
-                    api::DeviceKind::Block { id, queues } => DeviceKind::Block { id, queues },
-                    api::DeviceKind::Net { pairs, mac } => DeviceKind::Net { pairs, mac },
-                    api::DeviceKind::Vsock { cid } => DeviceKind::Vsock { cid },
-                    api::DeviceKind::Rng => DeviceKind::Rng,
-                    api::DeviceKind::Mem => DeviceKind::Mem,
-                    api::DeviceKind::Fs { tag } => DeviceKind::Fs { tag },
-                },
-            })
-            .collect(),
-    }
-}
-
-fn api_spec(spec: DeviceSpec) -> api::DeviceSpec {
-    let kind = match spec.kind {
-        DeviceKind::Block { id, queues } => api::DeviceKind::Block { id, queues },
-        DeviceKind::Net { pairs, mac } => api::DeviceKind::Net { pairs, mac },
-        DeviceKind::Vsock { cid } => api::DeviceKind::Vsock { cid },
-        DeviceKind::Rng => api::DeviceKind::Rng,
-        DeviceKind::Mem => api::DeviceKind::Mem,
-        DeviceKind::Fs { tag } => api::DeviceKind::Fs { tag },
-    };
-    api::DeviceSpec {
-        slot: spec.slot,
-        kind,
+        devices: m.devices,
     }
 }

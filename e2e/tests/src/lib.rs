@@ -6,6 +6,7 @@
 //! the runtime to use and removes whatever the test made, however the test ends. [`harness`] runs
 //! the tests, each with a time limit; [`evidence`] keeps what is needed to understand a failure.
 
+pub mod agent;
 pub mod api;
 pub mod cri;
 pub mod evidence;

@@ -22,6 +22,10 @@ const PROGRAM: &str = "/usr/local/bin/kiln-vmm";
 const BUSYBOX: &str = "/bin/busybox";
 /// The guest's scripts come in here.
 const PORT: u32 = 1024;
+/// What its kernel is told.
+const CMDLINE: &str = "console=ttyS0 panic=-1 no_timer_check memhp_default_state=online";
+/// What the guest says on its console when it takes scripts.
+const READY: &str = "guest: ready";
 /// How long a guest may take to boot, on an emulated machine with other work.
 const BOOT_LIMIT: Duration = Duration::from_secs(90);
 /// How long one answer may take.
@@ -103,9 +107,20 @@ fn initramfs(kernel: &GuestKernel) -> Result<Vec<u8>> {
             module.name
         );
     }
-    init += &format!("exec testprog guest {PORT}\n");
-    archive.file("init", 0o755, init.as_bytes());
+    archive.file(
+        "init",
+        0o755,
+        format!("{init}exec testprog guest {PORT}\n").as_bytes(),
+    );
     Ok(archive.finish())
+}
+
+/// A script that fills so many MiB of a guest's memory with a file whose every page has other bytes.
+pub fn fill_script(mib: &str) -> String {
+    format!(
+        "mount -o remount,size=100% /tmp && head -c 1048576 /dev/urandom > /tmp/seed && \
+         for i in $(seq {mib}); do echo $i; cat /tmp/seed; done > /tmp/fill && rm /tmp/seed"
+    )
 }
 
 /// A machine's size; its devices are those of [`slots`].
@@ -121,6 +136,8 @@ pub struct Shape {
     pub hotplug: u64,
     /// Whether it has the devices besides vsock and entropy.
     pub devices: bool,
+    /// Whether its kernel keeps its messages off the console.
+    pub quiet: bool,
 }
 
 impl Default for Shape {
@@ -131,6 +148,7 @@ impl Default for Shape {
             memory: 256,
             hotplug: 2,
             devices: true,
+            quiet: false,
         }
     }
 }
@@ -245,7 +263,11 @@ impl Uvm {
             machine: shape.spec(),
             kernel: 0,
             initrd: Some(1),
-            cmdline: "console=ttyS0 panic=-1 no_timer_check memhp_default_state=online".to_owned(),
+            cmdline: if shape.quiet {
+                format!("{CMDLINE} quiet")
+            } else {
+                CMDLINE.to_owned()
+            },
             console: Some(2),
             ends: vec![(slots::VSOCK, End::Listener(3))],
         };
@@ -257,13 +279,14 @@ impl Uvm {
         ];
         self.vmm.call(&request, &fds)?;
         let deadline = Instant::now() + BOOT_LIMIT;
-        loop {
-            match self.sh("true") {
-                Ok(_) => return Ok(()),
-                Err(e) if Instant::now() > deadline => return Err(e.context("the guest is not up")),
-                Err(_) => std::thread::sleep(Duration::from_millis(200)),
-            }
+        while !self.console().contains(READY) {
+            ensure!(
+                Instant::now() < deadline,
+                "the guest is not up: no {READY:?} on its console in {BOOT_LIMIT:?}"
+            );
+            std::thread::sleep(Duration::from_millis(5));
         }
+        self.ask().context("the guest is not up")
     }
 
     /// Resumes a machine. `ends` are further host sides with their descriptors, which are counted from the first
@@ -358,6 +381,33 @@ impl Uvm {
         &self.vmm
     }
 
+    /// Waits for an answer of the guest's, the quickest there is.
+    pub fn ask(&self) -> Result<()> {
+        let mut socket = self.send("")?;
+        let mut text = Vec::new();
+        let mut buffer = [0; 64];
+        while !text.ends_with(b"exit=0\n") {
+            let length = socket.read(&mut buffer).context("the guest's answer")?;
+            ensure!(
+                length > 0,
+                "the guest took no connection: {:?}",
+                String::from_utf8_lossy(&text)
+            );
+            text.extend_from_slice(&buffer[..length]);
+        }
+        Ok(())
+    }
+
+    /// Sends a script to the guest, which may not even run yet.
+    fn send(&self, script: &str) -> Result<UnixStream> {
+        let mut socket = UnixStream::connect(self.dir.join("vsock"))?;
+        socket.set_read_timeout(Some(ANSWER_LIMIT))?;
+        // All at once: the VMM takes its line off, and the guest gets the rest.
+        let length = script.len();
+        socket.write_all(format!("CONNECT {PORT}\n{length}\n{script}").as_bytes())?;
+        Ok(socket)
+    }
+
     /// Runs a script in the guest; what it prints, without the line's end. A code other than 0 is an error.
     pub fn sh(&self, script: &str) -> Result<String> {
         let (code, text) = self.run(script)?;
@@ -367,12 +417,14 @@ impl Uvm {
 
     /// Runs a script in the guest: its exit code and what it prints.
     pub fn run(&self, script: &str) -> Result<(i32, String)> {
-        let mut socket = self.connect()?;
-        socket.write_all(format!("{}\n{script}", script.len()).as_bytes())?;
         let mut text = String::new();
-        socket
+        self.send(script)?
             .read_to_string(&mut text)
             .with_context(|| format!("the answer to {script:?}"))?;
+        let text = match text.split_once('\n') {
+            Some((ok, text)) if ok.starts_with("OK ") => text,
+            _ => bail!("the guest took no connection for {script:?}: {text:?}"),
+        };
         let (text, code) = text
             .rsplit_once("\nexit=")
             .with_context(|| format!("{script:?} was cut off: {text:?}"))?;

@@ -2,6 +2,9 @@
 
 use serde::{Deserialize, Serialize};
 
+// As clients name them. They are part of the saved state: the golden file's test says when they change.
+pub use kiln_vmm_control::api::{DeviceKind, DeviceSpec};
+
 use crate::layout;
 use crate::memory::MemoryShape;
 
@@ -18,48 +21,6 @@ pub struct MachineConfig {
     pub serial: bool,
     /// Devices on the bus.
     pub devices: Vec<DeviceSpec>,
-}
-
-/// A device and its place.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct DeviceSpec {
-    /// PCI slot, 1 to 31.
-    pub slot: u8,
-    /// What it is.
-    pub kind: DeviceKind,
-}
-
-/// A device's fixed properties.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum DeviceKind {
-    /// A disk, or an empty slot for one.
-    Block {
-        /// The disk's serial as the guest reads it.
-        id: String,
-        /// Number of queues.
-        queues: u16,
-    },
-    /// A network card.
-    Net {
-        /// Queue pairs.
-        pairs: u16,
-        /// Its address.
-        mac: [u8; 6],
-    },
-    /// Sockets to the host.
-    Vsock {
-        /// The guest's address.
-        cid: u64,
-    },
-    /// Entropy.
-    Rng,
-    /// Memory hot-plug.
-    Mem,
-    /// A shared directory.
-    Fs {
-        /// Its tag.
-        tag: String,
-    },
 }
 
 /// Why a configuration is refused.

@@ -79,7 +79,7 @@ impl Machine {
         self.board.vcpus.start();
     }
 
-    /// Reads everything but memory. The machine must be paused, and stays so.
+    /// Reads everything but memory, and so not where memory has holes. The machine must be paused, and stays so.
     pub fn save(&self) -> Result<MachineState, MachineError> {
         let kvm = |call| move |source| MachineError::Kvm { call, source };
         if lock(&self.paused).is_none() {
@@ -125,6 +125,7 @@ impl Machine {
             hotplug: lock(&self.board.hotplug).clone(),
             serial: self.board.console.as_ref().map(|c| lock(c).save()),
             devices: saved?,
+            holes: Vec::new(),
         })
     }
 

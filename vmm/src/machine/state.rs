@@ -26,6 +26,9 @@ pub struct MachineState {
     pub serial: Option<SerialState>,
     /// Devices with their transports.
     pub devices: Vec<VirtioPciState>,
+    /// Whole huge pages of base RAM without data, next to each other as one range from start to end. Kept here,
+    /// because asking the memory file takes the longer the more memory there is.
+    pub holes: Vec<(u64, u64)>,
 }
 
 impl std::fmt::Debug for MachineState {

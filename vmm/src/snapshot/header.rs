@@ -20,7 +20,7 @@ use crate::machine::MachineState;
 use super::Labels;
 
 /// Goes up with every change of the layout of header, body or the guest's address map.
-pub const FORMAT_VERSION: u32 = 1;
+pub const FORMAT_VERSION: u32 = 2;
 /// Length of the header.
 pub const HEADER_LEN: usize = 512;
 

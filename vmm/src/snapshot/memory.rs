@@ -5,15 +5,17 @@ use std::io;
 use std::os::unix::fs::FileExt;
 
 use super::SnapshotError;
-use crate::memory::PAGE;
+use crate::memory::{HUGE_PAGE, PAGE};
 
 /// What was written.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct MemoryStats {
     /// Pages with data.
     pub data_pages: u64,
     /// Pages left out because they are zero.
     pub zero_pages: u64,
+    /// Whole huge pages of the first part without data, next to each other as one range from start to end.
+    pub holes: Vec<(u64, u64)>,
 }
 
 /// Longest run that goes into one write.
@@ -37,6 +39,8 @@ pub fn write_memory(file: &File, parts: &[&[u8]]) -> Result<MemoryStats, Snapsho
     let mut stats = MemoryStats::default();
     let mut base = 0u64;
     for part in parts {
+        let first = base == 0;
+        let mut data_ends = 0;
         let mut run: Option<(usize, usize)> = None;
         for (i, page) in part.chunks(PAGE as usize).enumerate() {
             let at = i * PAGE as usize;
@@ -46,6 +50,10 @@ pub fn write_memory(file: &File, parts: &[&[u8]]) -> Result<MemoryStats, Snapsho
                 continue;
             }
             stats.data_pages += 1;
+            if first {
+                stats.holes.extend(hole(data_ends, at));
+                data_ends = at + page.len();
+            }
             let end = at + page.len();
             run = match run {
                 Some((start, _)) if end - start <= MAX_RUN => Some((start, end)),
@@ -56,10 +64,20 @@ pub fn write_memory(file: &File, parts: &[&[u8]]) -> Result<MemoryStats, Snapsho
             };
         }
         flush(file, base, part, run).map_err(io)?;
+        if first {
+            stats.holes.extend(hole(data_ends, part.len()));
+        }
         base += part.len() as u64;
     }
     file.sync_data().map_err(io)?;
     Ok(stats)
+}
+
+/// The whole huge pages from one place to another, if there are any.
+fn hole(from: usize, to: usize) -> Option<(u64, u64)> {
+    let (from, to) = (from as u64, to as u64);
+    let (start, end) = (from.next_multiple_of(HUGE_PAGE), to - to % HUGE_PAGE);
+    (start < end).then_some((start, end))
 }
 
 fn flush(file: &File, base: u64, part: &[u8], run: Option<(usize, usize)>) -> io::Result<()> {
@@ -80,14 +98,17 @@ mod tests {
         let mut a = vec![0u8; 8 << 20];
         a[3 * 4096..3 * 4096 + 5].copy_from_slice(b"hello");
         a[5 << 20] = 1;
-        let b = vec![9u8; 3 << 20];
+        // A hole in it, but not a huge page of one.
+        let mut b = vec![9u8; 3 << 20];
+        b[4096..2 << 20].fill(0);
         let mut file = tempfile::tempfile().unwrap();
         let stats = write_memory(&file, &[&a, &b]).unwrap();
         assert_eq!(
             stats,
             MemoryStats {
-                data_pages: 2 + 768,
-                zero_pages: 2046
+                data_pages: 2 + 1 + 256,
+                zero_pages: 2046 + 511,
+                holes: vec![(2 << 20, 4 << 20), (6 << 20, 8 << 20)],
             }
         );
         let mut back = Vec::new();

@@ -2,6 +2,7 @@
 
 mod overlay;
 mod pod_start;
+mod resume;
 
 use std::future::Future;
 use std::pin::Pin;
@@ -37,6 +38,10 @@ pub(crate) fn all() -> Vec<Bench> {
         Bench {
             name: "overlay-fsync",
             run: |settings| Box::pin(overlay::fsync(settings)),
+        },
+        Bench {
+            name: "resume",
+            run: |settings| Box::pin(resume::run(settings)),
         },
     ]
 }

@@ -35,6 +35,8 @@ enum Phase {
     Open,
     /// The client is gone and the guest has been told; waiting for it to say goodbye.
     Lingering,
+    /// The guest is gone; the client has not read everything yet.
+    Draining,
 }
 
 /// The connection is to be ended with a reset.
@@ -157,6 +159,9 @@ impl Connection {
 
     /// Whether [`next_packet`](Self::next_packet) is worth a buffer of the guest's.
     pub(super) fn has_something(&self) -> bool {
+        if self.phase == Phase::Draining {
+            return false;
+        }
         self.owe_reset
             || self.owe_request
             || self.owe_credit
@@ -185,6 +190,9 @@ impl Connection {
         }
         if ready.intersects(gone) {
             self.hung_up = true;
+            if self.phase == Phase::Draining {
+                return Err(Ended::Closed);
+            }
             if self.client_done || self.phase == Phase::Connecting {
                 self.leave();
             }
@@ -225,7 +233,15 @@ impl Connection {
         chain: &Chain,
     ) -> Result<(), Ended> {
         if header.op == Op::Reset {
-            return Err(Ended::Closed);
+            let orderly = self.guest_shutdown & SHUTDOWN_SEND != 0;
+            if !orderly || self.out.is_empty() {
+                return Err(Ended::Closed);
+            }
+            // A guest that has closed waits some seconds for us and then forgets the stream. The client may take
+            // longer to read what is its own.
+            self.phase = Phase::Draining;
+            self.guest_shutdown = SHUTDOWN_RECEIVE | SHUTDOWN_SEND;
+            return Ok(());
         }
         self.peer_buf_alloc = header.buf_alloc;
         self.peer_forwarded = header.fwd_cnt;

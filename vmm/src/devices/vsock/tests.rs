@@ -401,6 +401,45 @@ fn a_slow_client_holds_the_guest_back_and_loses_nothing() {
 }
 
 #[test]
+fn what_the_guest_wrote_before_it_closed_reaches_a_client_that_takes_its_time() {
+    let mut world = World::new();
+    let (mut client, guest) = world.open();
+    let data: Vec<u8> = (0..2 * BUF_ALLOC).map(|i| (i ^ i >> 8) as u8).collect();
+    for part in data.chunks(16 << 10) {
+        world.send(data_header(guest, part.len()), part);
+    }
+    let last = |op, flags| Header { op, flags, ..guest };
+    world.send(last(Op::Shutdown, 3), &[]);
+    // As Linux does when it has waited for our goodbye long enough.
+    world.send(last(Op::Reset, 0), &[]);
+    let mut got = Vec::<u8>::new();
+    while got.len() < data.len() {
+        let mut buffer = vec![0; 50_000];
+        let n = client.read(&mut buffer).unwrap();
+        assert!(n > 0, "it ends after {} of {} bytes", got.len(), data.len());
+        got.extend(&buffer[..n]);
+        world.collect();
+    }
+    assert_eq!(got, data);
+    assert!(closed(&mut client));
+    assert_eq!(world.bench.device.connections(), 0);
+
+    // A client that loses patience instead.
+    let mut world = World::new();
+    let (client, guest) = world.open();
+    for part in data.chunks(16 << 10) {
+        world.send(data_header(guest, part.len()), part);
+    }
+    let last = |op, flags| Header { op, flags, ..guest };
+    world.send(last(Op::Shutdown, 3), &[]);
+    world.send(last(Op::Reset, 0), &[]);
+    assert_eq!(world.bench.device.connections(), 1);
+    drop(client);
+    world.collect();
+    assert_eq!(world.bench.device.connections(), 0);
+}
+
+#[test]
 fn a_hundred_streams_share_the_device() {
     let mut world = World::new();
     let mut streams: Vec<_> = (0..100).map(|_| world.open()).collect();

@@ -111,6 +111,12 @@ async fn a_disk_comes_into_a_slot_is_written_and_goes(test: Test) -> Result<()> 
         same!(uvm.vmm().attach_block(None, &other, true)?, slot);
         let name = name_of(&uvm, slot, 32 * MIB)?;
         same!(uvm.sh(&format!("head -c 9 /dev/{name}"))?, "the other");
+        // Which the guest takes for writable, and is not.
+        let (code, _) = uvm.run(&format!("dd if=/dev/zero of=/dev/{name} count=1 conv=fsync"))?;
+        ensure!(code != 0, "a read-only disk was written");
+        let mut start = [0; 9];
+        other.read_exact_at(&mut start, 0)?;
+        same!(&start, b"the other");
         Ok(())
     })
     .await
@@ -136,6 +142,10 @@ async fn a_disk_given_at_resume_is_there(test: Test) -> Result<()> {
 async fn disks_beyond_the_slots_are_plugged_and_unplugged(test: Test) -> Result<()> {
     blocking(test, |dir| {
         let mut uvm = Uvm::resume(dir, &baked()?, vec![], &[])?;
+        // Disks come and go while others are read.
+        uvm.sh(
+            "(while :; do cat /dev/vd* > /dev/null 2>&1; usleep 20000; done) > /dev/null 2>&1 &",
+        )?;
         // The second round after a snapshot with everything in place.
         for round in 0..2 {
             let mut taken = Vec::new();

@@ -68,6 +68,8 @@ async fn a_folder_given_at_resume_is_the_guests_with_owners_and_later_mounts(
             same!(std::fs::read_dir(shared.join("volume"))?.count(), 2 + 99 + 1);
             let sum = uvm.sh("cp /bin/busybox /mnt/volume/b && sync && sha256sum < /bin/busybox")?;
             same!(uvm.sh("echo 3 > /proc/sys/vm/drop_caches; sha256sum < /mnt/volume/b")?, sum);
+            // A program that is run is mapped.
+            uvm.sh("mv /mnt/volume/b /mnt/volume/busybox && chmod 755 /mnt/volume/busybox && /mnt/volume/busybox true")?;
             Ok(())
         })();
         let unmounted = unmount(&shared.join("volume"));

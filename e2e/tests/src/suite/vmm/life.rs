@@ -1,13 +1,14 @@
 //! Boot, snapshot, resume, and every way to end.
 
+use std::collections::BTreeSet;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Result, ensure};
 use kiln_e2e::harness::Case;
 use kiln_e2e::uvm::{Baked, Kit, Shape, Uvm};
-use kiln_e2e::{Test, cases};
-use kiln_vmm_control::exit;
+use kiln_e2e::{Test, agent, cases};
+use kiln_vmm_control::{Reply, Request, exit};
 
 use super::{baked, blocking, folder};
 use crate::suite::same;
@@ -16,7 +17,8 @@ pub(super) fn cases() -> Vec<Case> {
     cases![
         an_older_kernel_boots_is_saved_and_resumed,
         the_way_a_guest_ends_is_told_apart,
-        clones_live_side_by_side_with_their_own_random_numbers,
+        fifty_copies_live_side_by_side_each_itself_and_on_time.limit(300),
+        a_killed_vmm_leaves_nothing_behind,
         a_machine_goes_on_after_its_snapshot,
         a_damaged_state_file_is_refused_by_name,
     ]
@@ -58,27 +60,98 @@ async fn the_way_a_guest_ends_is_told_apart(test: Test) -> Result<()> {
     .await
 }
 
-async fn clones_live_side_by_side_with_their_own_random_numbers(test: Test) -> Result<()> {
+/// As many as an issue of kiln promises, all of them there when the last one is looked at.
+async fn fifty_copies_live_side_by_side_each_itself_and_on_time(test: Test) -> Result<()> {
+    const COUNT: usize = 50;
+    /// What the clock may be wrong by, besides the time that the question took.
+    const TOLERANCE: u128 = 50_000_000;
+    let now = || {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH);
+        now.map(|now| now.as_nanos())
+    };
+    let (lease, baked) = tokio::task::spawn_blocking(agent::baked).await??;
+    let mut copies = Vec::new();
+    let (mut randoms, mut boots) = (BTreeSet::new(), BTreeSet::new());
+    for i in 0..COUNT {
+        let dir = folder(test.scratch(), &i.to_string())?;
+        copies.push(Uvm::resume(&dir, &baked, vec![], &[])?);
+        let asked = now()?;
+        let answer = agent::identify(&dir).await?;
+        let answered = now()?;
+        let clock = u128::try_from(answer.wall_clock_ns)?;
+        ensure!(
+            (asked - TOLERANCE..answered + TOLERANCE).contains(&clock),
+            "copy {i} believes it is {clock}, asked at {asked}, answered at {answered}"
+        );
+        ensure!(answer.random_sample.len() >= 8, "a short sample");
+        randoms.insert(answer.random_sample);
+        boots.insert(answer.boot_id);
+    }
+    same!(randoms.len(), COUNT, "different random numbers");
+    same!(boots.len(), COUNT, "different boot ids");
+    for (i, uvm) in copies.iter().enumerate() {
+        match uvm.vmm().call(&Request::Stats, &[])? {
+            Reply::Stats { cpus: 1, .. } => {}
+            other => anyhow::bail!("copy {i}: {other:?}"),
+        }
+    }
+    drop(lease);
+    Ok(())
+}
+
+/// Whatever a VMM was at when it was killed: nothing of it is there afterwards, and the next one works.
+async fn a_killed_vmm_leaves_nothing_behind(test: Test) -> Result<()> {
     blocking(test, |dir| {
-        const COUNT: usize = 10;
         let baked = baked()?;
-        let mut clones = Vec::new();
-        for i in 0..COUNT {
-            clones.push(Uvm::resume(
-                &folder(dir, &i.to_string())?,
-                &baked,
-                vec![],
-                &[],
-            )?);
+        for pause_us in [0, 300, 1_000, 3_000, 10_000, 30_000, 100_000] {
+            let vmm = Uvm::spawn(dir)?;
+            let pid = vmm.pid();
+            let killer = std::thread::spawn(move || {
+                std::thread::sleep(Duration::from_micros(pause_us));
+                // SAFETY: a plain number, of a child that nobody has waited for.
+                unsafe { libc::kill(pid.cast_signed(), libc::SIGKILL) }
+            });
+            // Too late is as good as too early.
+            let resumed = Uvm::resume_in(vmm, dir, &baked, vec![], &[]);
+            if let Ok(uvm) = &resumed {
+                let _ = uvm.snapshot(&dir.join("cut"), true);
+            }
+            killer.join().ok();
+            drop(resumed);
+            ensure!(
+                !Path::new(&format!("/proc/{pid}")).exists(),
+                "process {pid} outlives its kill after {pause_us} us"
+            );
         }
-        let mut numbers = std::collections::BTreeSet::new();
-        for uvm in &clones {
-            numbers.insert(uvm.sh("head -c 16 /dev/urandom | sha256sum")?);
+        // A state file is only whole when its memory is.
+        let cut = Baked::in_dir(&dir.join("cut"));
+        if cut.state.exists()
+            && let Ok(uvm) = Uvm::resume(dir, &cut, vec![], &[])
+        {
+            same!(uvm.sh("echo alive")?, "alive");
         }
-        same!(numbers.len(), COUNT, "different random numbers");
+        let threads = kvm_threads()?;
+        let uvm = Uvm::resume(dir, &baked, vec![], &[])?;
+        same!(uvm.sh("echo alive")?, "alive");
+        drop(uvm);
+        let deadline = Instant::now() + END;
+        while kvm_threads()? > threads {
+            ensure!(Instant::now() < deadline, "KVM's threads stay");
+            std::thread::sleep(Duration::from_millis(50));
+        }
         Ok(())
     })
     .await
+}
+
+/// Kernel threads that KVM starts for VMs.
+fn kvm_threads() -> Result<usize> {
+    let mut count = 0;
+    for entry in std::fs::read_dir("/proc")? {
+        let name = std::fs::read_to_string(entry?.path().join("comm")).unwrap_or_default();
+        count += usize::from(name.starts_with("kvm"));
+    }
+    Ok(count)
 }
 
 async fn a_machine_goes_on_after_its_snapshot(test: Test) -> Result<()> {
