@@ -91,9 +91,9 @@ const MIN_FREE: &str = "/proc/sys/vm/min_free_kbytes";
 /// And what it keeps while free memory is cleared, when nothing else goes on.
 const MIN_FREE_MEANWHILE: &str = "512";
 /// What is left alone when free memory is cleared: whoever needs memory meanwhile must find some.
-const LEFT_ALONE: u64 = 2 << 20;
+const LEFT_ALONE: u64 = 1 << 20;
 /// The most and the least that is cleared before looking again at how much is left.
-const STRIDE: (u64, u64) = (256 << 10, 8 << 20);
+const STRIDE: (u64, u64) = (128 << 10, 8 << 20);
 
 /// Fills free memory with zeros, by taking it (the kernel hands out cleared pages) and giving it back.
 pub(crate) fn zero_free_memory() -> io::Result<()> {

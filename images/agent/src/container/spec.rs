@@ -10,7 +10,8 @@ use std::path::{Path, PathBuf};
 
 use libcontainer::oci_spec::runtime::{
     Hooks, Linux, LinuxNamespace, LinuxNamespaceBuilder, LinuxNamespaceType, LinuxSeccompAction,
-    Mount, MountBuilder, Process, RootBuilder, Spec,
+    LinuxSeccompArg, LinuxSeccompArgBuilder, LinuxSeccompOperator, Mount, MountBuilder, Process,
+    RootBuilder, Spec,
 };
 use thiserror::Error;
 
@@ -92,6 +93,7 @@ pub(crate) fn adapt(mut spec: Spec, guest: &Guest) -> Result<Adapted, SpecError>
 
     let mut linux = spec.linux().clone().ok_or(SpecError::Missing("linux"))?;
     refuse_notify(&linux)?;
+    swap_masks(&mut linux)?;
     let kept = keep_namespaces(&linux, guest.pid_namespace.as_deref())?;
     let own = |kind: LinuxNamespaceType| kept.iter().any(|namespace| namespace.typ() == kind);
     if !own(LinuxNamespaceType::Uts) {
@@ -200,6 +202,38 @@ fn refuse_notify(linux: &Linux) -> Result<(), SpecError> {
     } else {
         Ok(())
     }
+}
+
+/// In a specification, a masked comparison's first value is the mask. libcontainer takes the second one for it:
+/// the rule by which engines allow `clone`, but for new namespaces, would never match, and nothing could fork.
+fn swap_masks(linux: &mut Linux) -> Result<(), SpecError> {
+    let Some(mut seccomp) = linux.seccomp().clone() else {
+        return Ok(());
+    };
+    let mut syscalls = seccomp.syscalls().clone().unwrap_or_default();
+    for syscall in &mut syscalls {
+        let Some(args) = syscall.args() else { continue };
+        let swapped = args
+            .iter()
+            .map(swapped_mask)
+            .collect::<Result<Vec<_>, _>>()?;
+        syscall.set_args(Some(swapped));
+    }
+    seccomp.set_syscalls(Some(syscalls));
+    linux.set_seccomp(Some(seccomp));
+    Ok(())
+}
+
+fn swapped_mask(arg: &LinuxSeccompArg) -> Result<LinuxSeccompArg, SpecError> {
+    if arg.op() != LinuxSeccompOperator::ScmpCmpMaskedEq {
+        return Ok(*arg);
+    }
+    Ok(LinuxSeccompArgBuilder::default()
+        .index(arg.index())
+        .op(arg.op())
+        .value(arg.value_two().unwrap_or(0))
+        .value_two(arg.value())
+        .build()?)
 }
 
 /// The namespaces that the container gets beside the guest's own.
@@ -484,6 +518,26 @@ mod tests {
         let json = POD_CONTAINER.replace(r#""namespaces""#, profile);
         let result = adapt(serde_json::from_str(&json).expect("spec"), &guest());
         assert!(matches!(result, Err(SpecError::SeccompNotify)));
+    }
+
+    #[test]
+    fn masks_are_where_libcontainer_looks_for_them() {
+        let profile = r#""seccomp": {"defaultAction": "SCMP_ACT_ERRNO", "syscalls": [
+            {"names": ["clone"], "action": "SCMP_ACT_ALLOW", "args":
+                [{"index": 0, "value": 2114060288, "op": "SCMP_CMP_MASKED_EQ"}]},
+            {"names": ["personality"], "action": "SCMP_ACT_ALLOW", "args":
+                [{"index": 0, "value": 8, "valueTwo": 3, "op": "SCMP_CMP_EQ"}]}]}, "namespaces""#;
+        let adapted = adapted(&POD_CONTAINER.replace(r#""namespaces""#, profile), &guest());
+        let linux = adapted.spec.linux().as_ref().expect("linux");
+        let seccomp = linux.seccomp().as_ref().expect("seccomp");
+        let values: Vec<(u64, Option<u64>)> = seccomp
+            .syscalls()
+            .iter()
+            .flatten()
+            .flat_map(|syscall| syscall.args().iter().flatten())
+            .map(|arg| (arg.value(), arg.value_two()))
+            .collect();
+        assert_eq!(values, [(0, Some(2_114_060_288)), (8, Some(3))]);
     }
 
     #[test]
