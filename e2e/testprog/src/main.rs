@@ -39,6 +39,7 @@ testprog COMMAND [ARGUMENTS]
   exit CODE                  exit
   signals [NAME=CODE|NAME=ignore]...  print signals as they come; exit with CODE where one is given
   lines COUNT [LENGTH] [ERR_EVERY]    print numbered lines, every n-th on stderr
+  pace RATE COUNT [LENGTH]   print COUNT numbered lines, RATE a second, then the milliseconds on stderr
   echo                       copy stdin to stdout, then print the count on stderr
   tty                        print whether stdio is a terminal and its size; again after each resize
   spawn COUNT                start COUNT sleeping children, print their pids, pause
@@ -88,6 +89,11 @@ fn run(arguments: &[String]) -> Result<ExitCode> {
         "lines" => text::lines(
             number(rest, 0)?,
             optional(rest, 1)?.unwrap_or(0),
+            optional(rest, 2)?.unwrap_or(0),
+        )?,
+        "pace" => text::pace(
+            number(rest, 0)?,
+            number(rest, 1)?,
             optional(rest, 2)?.unwrap_or(0),
         )?,
         "echo" => text::echo()?,

@@ -2,10 +2,14 @@
 
 use std::io::{self, BufWriter, IsTerminal, Read, Write};
 use std::process::ExitCode;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
 use crate::signals;
+
+/// How far ahead of its time [`pace`] may be.
+const PIECE: Duration = Duration::from_millis(5);
 
 /// Prints one line and flushes it, so that whoever waits for it need not wait for a full buffer.
 pub(crate) fn say(line: &str) -> Result<()> {
@@ -19,12 +23,7 @@ pub(crate) fn say(line: &str) -> Result<()> {
 pub(crate) fn lines(count: u64, length: usize, error_every: u64) -> Result<()> {
     let mut out = BufWriter::with_capacity(64 << 10, io::stdout().lock());
     for index in 0..count {
-        let mut line = index.to_string();
-        if line.len() + 1 < length {
-            line.push(' ');
-            line.extend(std::iter::repeat_n('x', length - line.len()));
-        }
-        line.push('\n');
+        let line = line(index, length);
         if error_every != 0 && index % error_every == 0 {
             io::stderr()
                 .write_all(line.as_bytes())
@@ -35,6 +34,34 @@ pub(crate) fn lines(count: u64, length: usize, error_every: u64) -> Result<()> {
         }
     }
     out.flush().context("cannot write to stdout")
+}
+
+fn line(index: u64, length: usize) -> String {
+    let mut line = index.to_string();
+    if line.len() + 1 < length {
+        line.push(' ');
+        line.extend(std::iter::repeat_n('x', length - line.len()));
+    }
+    line.push('\n');
+    line
+}
+
+/// Prints `count` lines as [`lines`] does, `rate` of them a second and each by a write of its own, as far as its
+/// output is taken so fast; then says on stderr how many milliseconds it took.
+pub(crate) fn pace(rate: u64, count: u64, length: usize) -> Result<()> {
+    let (mut out, start) = (io::stdout().lock(), Instant::now());
+    for index in 0..count {
+        let due = Duration::from_nanos(index.saturating_mul(1_000_000_000) / rate.max(1));
+        let ahead = due.saturating_sub(start.elapsed());
+        // A sleep is longer than the time between two lines.
+        if ahead > PIECE {
+            std::thread::sleep(ahead);
+        }
+        out.write_all(line(index, length).as_bytes())
+            .context("cannot write to stdout")?;
+    }
+    out.flush().context("cannot write to stdout")?;
+    writeln!(io::stderr(), "{}", start.elapsed().as_millis()).context("cannot write to stderr")
 }
 
 /// Copies stdin to stdout until its end, then says on stderr how much it was.

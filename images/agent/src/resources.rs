@@ -93,7 +93,7 @@ const MIN_FREE_MEANWHILE: &str = "512";
 /// What is left alone when free memory is cleared: whoever needs memory meanwhile must find some.
 const LEFT_ALONE: u64 = 3 << 20;
 /// The most and the least that is cleared before looking again at how much is left.
-const STRIDE: (u64, u64) = (256 << 10, 8 << 20);
+const STRIDE: (u64, u64) = (128 << 10, 8 << 20);
 
 /// Fills free memory with zeros, by taking it (the kernel hands out cleared pages) and giving it back.
 pub(crate) fn zero_free_memory() -> io::Result<()> {

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use kiln_agent_api::client::{ConnectError, Vsock};
 use kiln_agent_api::proto;
 use kiln_agent_api::{MIN_ENTROPY, PROTOCOL_VERSION};
-use kiln_store::{Class, Description, Digest, Kernel, Kind, Manifest, Staging, Store};
+use kiln_store::{Class, Description, Digest, Kernel, Kind, Manifest, Staging, Store, WorkingSet};
 use kiln_vmm_control::VmmError;
 use tokio::time::{sleep, timeout};
 use ttrpc::context;
@@ -18,7 +18,7 @@ use crate::machine::{Boot, Machine, MachineError};
 use crate::modules::{GUEST, ModuleError, Modules};
 use crate::recipe::Recipe;
 use crate::scratch::ScratchError;
-use crate::{cpu, elf, initramfs, scratch};
+use crate::{cpu, elf, initramfs, scratch, touched};
 
 /// The command line every guest kernel gets. The serial console is there while baking, and for
 /// whoever debugs a resumed guest.
@@ -80,8 +80,13 @@ pub enum Progress {
         /// Bytes on disk.
         bytes: u64,
     },
-    /// A copy was resumed, took its identity, and was ended. This long from start to answer.
-    Tried(Duration),
+    /// A copy was resumed, took its identity, and was ended.
+    Tried {
+        /// This long from start to answer.
+        took: Duration,
+        /// Bytes of memory it touched meanwhile.
+        touched: u64,
+    },
 }
 
 /// What came out.
@@ -215,8 +220,13 @@ pub async fn bake(
         .map(|kind| on_disk(&staging.path(*kind)))
         .sum();
     tell(Progress::Saved { bytes });
-    let took = try_out(&order.vmm, staging.dir(), &work).await?;
-    tell(Progress::Tried(took));
+    let (took, set) = try_out(&order.vmm, &staging, &work).await?;
+    tell(Progress::Tried {
+        took,
+        touched: set.pages() << 12,
+    });
+    let path = staging.path(Kind::WorkingSet);
+    fs::write(&path, set.encode()).map_err(|source| BakeError::Output { path, source })?;
     drop(work);
 
     let recipe = prepared.recipe;
@@ -445,8 +455,12 @@ fn check_hello(hello: &proto::HelloResponse, release: &str) -> Result<(), BakeEr
     Ok(())
 }
 
-/// Resumes what was saved, gives it an identity, and ends it.
-async fn try_out(vmm: &Path, dir: &Path, work: &Work) -> Result<Duration, BakeError> {
+/// Resumes what was saved, gives it an identity, and ends it. Returns how long that took, and the pages it needed.
+async fn try_out(
+    vmm: &Path,
+    staging: &Staging,
+    work: &Work,
+) -> Result<(Duration, WorkingSet), BakeError> {
     const STAGE: &str = "trying out the baked guest";
     let socket = work.path("try.vsock");
     let start = Instant::now();
@@ -454,7 +468,7 @@ async fn try_out(vmm: &Path, dir: &Path, work: &Work) -> Result<Duration, BakeEr
         stage: STAGE,
         source,
     };
-    let machine = Machine::resume(vmm, dir, &socket, RESUME_LIMIT)
+    let machine = Machine::resume(vmm, staging.dir(), &socket, RESUME_LIMIT)
         .await
         .map_err(on_machine)?;
     let agent = reach(&machine, &socket, Start::Resumed, STAGE).await?;
@@ -471,9 +485,16 @@ async fn try_out(vmm: &Path, dir: &Path, work: &Work) -> Result<Duration, BakeEr
             problem,
         });
     }
+    let path = staging.path(Kind::Memory);
+    let set = File::open(&path).and_then(|memory| touched::pages(machine.pid(), &memory));
+    let set = set.map_err(|source| BakeError::Input {
+        what: "which pages were touched of",
+        path,
+        source,
+    })?;
     drop(agent);
     machine.stop().await.map_err(on_machine)?;
-    Ok(took)
+    Ok((took, set))
 }
 
 /// Random bytes from the kernel. `stage` is what they are for.

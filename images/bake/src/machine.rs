@@ -406,6 +406,11 @@ impl Machine {
         Ok(machine)
     }
 
+    /// The VMM's process id.
+    pub fn pid(&self) -> u32 {
+        self.vmm.pid()
+    }
+
     /// What the guest wrote to its console of late.
     pub fn console(&self) -> String {
         self.console.text()

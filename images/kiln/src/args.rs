@@ -1,9 +1,12 @@
 //! The command line: what can be asked, and how it is explained.
 
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use clap::{CommandFactory, Parser, Subcommand, ValueHint};
+
+use crate::run::net::{Address, Wanted};
 
 const EXIT_CODES: &str = "Exit codes:
   0  done; for doctor: pods can run; for verify: nothing is damaged
@@ -20,10 +23,11 @@ const RUN_EXAMPLES: &str = "Examples:
   kiln run busybox.tar -- uname -a              another one
   kiln run -it --cpus 2 --memory 1G busybox.tar sh
   tar c . | kiln run -i busybox.tar tar t       streams pass through
+  kiln run --net tap:t0 --ip 10.0.0.2/24 --gateway 10.0.0.1 busybox.tar ping 10.0.0.1
 
 The archive is what `docker save`, `podman save` and `ctr image export` write. Its root file system is
 made into a read-only image once and kept; what the container writes lies in its memory and goes with
-it. A container has no network. Needs root and a baked μVM (`kiln bake`).";
+it. Needs root and a baked μVM (`kiln bake`).";
 
 /// Runs containers in μVMs that were baked beforehand.
 ///
@@ -82,7 +86,7 @@ pub(crate) enum Command {
     /// input, output and errors, signals and the exit code are the command's; when it ends, all is
     /// removed. Ctrl-C goes to the command; the fourth one kills it.
     #[command(after_help = RUN_EXAMPLES)]
-    Run(Run),
+    Run(Box<Run>),
 
     /// Run another command in a container that `kiln run` started.
     Exec(Exec),
@@ -94,6 +98,13 @@ pub(crate) enum Command {
     ///
     /// Nothing is there if nothing went wrong: a resumed guest has no reason to write.
     Console(Console),
+
+    /// Show where the time of a start went, step by step.
+    ///
+    /// Of a pod, of a container that `kiln run` runs, or of the last `kiln run` that reached its command.
+    /// Steps lie within each other: those of the VMM and of the guest's agent within the one that waited
+    /// for them.
+    Trace(Trace),
 
     /// List the baked μVMs, the newest first.
     #[command(visible_alias = "ls")]
@@ -224,7 +235,28 @@ pub(crate) struct Run {
     )]
     pub(crate) overlay_dir: PathBuf,
 
-    /// Print to standard error where the time until the command's start went.
+    /// The container's network: `none`, or `tap:NAME`, a tap that is there already and that nothing else uses.
+    #[arg(long, value_name = "none|tap:NAME", default_value = "none")]
+    pub(crate) net: Wanted,
+
+    /// An address of the container, with its network's prefix, such as 10.0.0.2/24. May be repeated.
+    #[arg(long, value_name = "ADDRESS/PREFIX")]
+    pub(crate) ip: Vec<Address>,
+
+    /// Where the container sends what is for other networks. Once for each of IPv4 and IPv6.
+    #[arg(long, value_name = "ADDRESS")]
+    pub(crate) gateway: Vec<IpAddr>,
+
+    /// A name server for the container. May be repeated.
+    #[arg(long, value_name = "ADDRESS")]
+    pub(crate) dns: Vec<IpAddr>,
+
+    /// Which system calls the container may make: a profile in the runtime specification's form (its
+    /// `linux.seccomp`), or `unconfined`. By default those that container engines allow.
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub(crate) seccomp: Option<PathBuf>,
+
+    /// Print to standard error where the time until the command's start went (see `kiln trace`).
     #[arg(long)]
     pub(crate) timings: bool,
 
@@ -290,6 +322,13 @@ pub(crate) struct Console {
 
     /// The name that `kiln ps` shows.
     pub(crate) name: String,
+}
+
+/// Whose start `kiln trace` shows.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Trace {
+    /// A name that `kiln ps` shows, or a pod's id or the first digits of it (4 at least).
+    pub(crate) name: Option<String>,
 }
 
 /// What `kiln bake` bakes.

@@ -119,10 +119,11 @@ fn progress_text(progress: &Progress) -> String {
         Progress::Ready(after) => format!("ready     after {} ms", after.as_millis()),
         Progress::Settled { used } => format!("settled   {} in use", size(*used)),
         Progress::Saved { bytes } => format!("saved     {} on disk", size(*bytes)),
-        Progress::Tried(took) => {
+        Progress::Tried { took, touched } => {
             format!(
-                "tried     a copy resumed and took its identity in {} ms",
-                took.as_millis()
+                "tried     a copy resumed and took its identity in {} ms, touching {}",
+                took.as_millis(),
+                size(*touched)
             )
         }
     }

@@ -10,6 +10,7 @@ mod output;
 mod pod;
 mod run;
 mod store;
+mod trace;
 
 use std::process::ExitCode;
 
@@ -40,6 +41,7 @@ fn run(args: &Args, output: &Output) -> Result<ExitCode, Failure> {
         Command::Exec(options) => Ok(run::exec(options)),
         Command::Ps => run::ps(output),
         Command::Console(options) => run::console(options),
+        Command::Trace(options) => trace::run(options, output),
         Command::List => store::list(&args.store, output),
         Command::Inspect { name } => match pod::find(name)? {
             Some(dir) => pod::inspect(&dir, output),

@@ -7,7 +7,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 
 use crate::error::Context;
-use crate::{Digest, Error, Kind, Manifest, Store, lock};
+use crate::{Digest, Error, Kind, Manifest, Store, WorkingSet, lock};
 
 /// The right to use a μVM: a shared lock on its manifest.
 ///
@@ -95,6 +95,20 @@ impl Lease {
             return Err(source).context("opening", &path);
         }
         Ok(file)
+    }
+}
+
+impl Lease {
+    /// Has the kernel read the pages of `memory` that a resumed guest touches first, if they are not in the page
+    /// cache and if it is known which they are. Does not wait. Returns whether there was anything to read.
+    pub fn read_ahead(&self, memory: &File) -> Result<bool, Error> {
+        if self.manifest.object(Kind::WorkingSet).is_none() {
+            return Ok(false);
+        }
+        let file = self.open(Kind::WorkingSet)?;
+        WorkingSet::read(&file)
+            .and_then(|set| set.read_ahead(memory))
+            .context("reading ahead by", &self.path(Kind::WorkingSet)?)
     }
 }
 

@@ -20,6 +20,7 @@ mod lock;
 mod manifest;
 mod staging;
 mod verify;
+mod working_set;
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read};
@@ -36,6 +37,7 @@ pub use manifest::{
 };
 pub use staging::Staging;
 pub use verify::{Damage, Verified};
+pub use working_set::WorkingSet;
 
 use disk::{Disk, RealDisk};
 use error::Context;

@@ -36,13 +36,13 @@ pub(crate) fn cases() -> Vec<Case> {
 const PLACES: &str = "/run/kiln/run";
 
 /// The test image as an archive, and a name that starts with the test's id.
-struct Kiln<'a> {
+pub(crate) struct Kiln<'a> {
     test: &'a Test,
     image: PathBuf,
 }
 
 impl<'a> Kiln<'a> {
-    fn new(test: &'a Test) -> Result<Self> {
+    pub(crate) fn new(test: &'a Test) -> Result<Self> {
         let image = test.scratch().join("busybox.tar");
         let file = std::fs::File::create(&image)?;
         setup::Images::make()?
@@ -52,7 +52,7 @@ impl<'a> Kiln<'a> {
     }
 
     /// `kiln run`, ready to be started; the name of the μVM goes with it.
-    fn command(&self, options: &[&str], command: &[&str]) -> (Command, String) {
+    pub(crate) fn command(&self, options: &[&str], command: &[&str]) -> (Command, String) {
         let name = self.test.unique("run");
         self.test.made(&name);
         let mut run = Command::new("kiln");
@@ -65,13 +65,13 @@ impl<'a> Kiln<'a> {
         (run, name)
     }
 
-    async fn run(&self, options: &[&str], command: &[&str]) -> Result<Output> {
+    pub(crate) async fn run(&self, options: &[&str], command: &[&str]) -> Result<Output> {
         let (mut run, _) = self.command(options, command);
         run.output().await.context("kiln is not on the PATH")
     }
 
     /// What the script prints; it has to succeed.
-    async fn shell(&self, options: &[&str], script: &str) -> Result<String> {
+    pub(crate) async fn shell(&self, options: &[&str], script: &str) -> Result<String> {
         let output = self.run(options, &["sh", "-c", script]).await?;
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
         if !output.status.success() {
@@ -82,7 +82,7 @@ impl<'a> Kiln<'a> {
     }
 
     /// Starts a script that prints `ready`, and comes back when it has.
-    async fn started(&self, options: &[&str], script: &str) -> Result<(Child, String)> {
+    pub(crate) async fn started(&self, options: &[&str], script: &str) -> Result<(Child, String)> {
         let (mut run, name) = self.command(options, &["sh", "-c", script]);
         let mut child = run.spawn().context("kiln is not on the PATH")?;
         let mut stdout = child.stdout.take().context("no output")?;
@@ -100,7 +100,7 @@ impl<'a> Kiln<'a> {
     }
 }
 
-fn send(child: &Child, signal: i32) -> Result<()> {
+pub(crate) fn send(child: &Child, signal: i32) -> Result<()> {
     let pid = child.id().context("it has ended")?;
     // SAFETY: kill takes numbers; the process is a child of ours that nobody has waited for.
     let sent = unsafe { libc::kill(pid.cast_signed(), signal) };
@@ -182,6 +182,12 @@ async fn signals_reach_the_command(test: Test) -> Result<()> {
         same!(output.status.code(), Some(33), "{name}");
         same!(&*output.stdout, format!("got {name}\n").as_bytes());
     }
+    // The shell's child has no handler: the signal that the shell hands on ends it, and the code says so.
+    let script = "trap 'kill $!; wait $!; exit $?' TERM; echo ready; sleep 600 & wait";
+    let (child, _) = kiln.started(&[], script).await?;
+    send(&child, libc::SIGTERM)?;
+    let output = child.wait_with_output().await?;
+    same!(output.status.code(), Some(128 + libc::SIGTERM));
     // Who ignores a signal gets an end from whoever insists.
     let (mut child, _) = kiln
         .started(&[], "trap '' INT; echo ready; exec sleep 600")
@@ -206,8 +212,10 @@ async fn twenty_at_once_are_all_different(test: Test) -> Result<()> {
     kiln.shell(&[], "true").await?;
     // Machine id: the guest's own; a container has its image's. The boot id is every container's.
     let script = "od -An -N16 -tx1 /dev/urandom | tr -d ' '; cat /proc/sys/kernel/random/boot_id; \
-                  cat /sys/class/net/e*/address; hostname; cat /proc/sys/kernel/random/uuid";
+                  cat /sys/class/net/e*/address; hostname; cat /proc/sys/kernel/random/uuid; date +%s";
+    let before = seconds()?;
     let all = try_join_all((0..MANY).map(|_| kiln.shell(&[], script))).await?;
+    let after = seconds()?;
     let kinds = [
         "random bytes",
         "boot id",
@@ -223,7 +231,20 @@ async fn twenty_at_once_are_all_different(test: Test) -> Result<()> {
             .collect();
         same!(values.len(), MANY, "different values of {kind}: {values:?}");
     }
+    // The clock is no clone's: it was baked at another time.
+    for text in &all {
+        let clock: u64 = text.lines().nth(kinds.len()).unwrap_or_default().parse()?;
+        ensure!(
+            (before..=after + 1).contains(&clock),
+            "the guest has {clock}, between {before} and {after}"
+        );
+    }
     Ok(())
+}
+
+fn seconds() -> Result<u64> {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?;
+    Ok(now.as_secs())
 }
 
 async fn nothing_is_left_when_the_vmm_is_killed(test: Test) -> Result<()> {

@@ -11,6 +11,11 @@ mod network;
 mod overlay;
 mod pods;
 mod resources;
+mod run_bake;
+mod run_load;
+mod run_net;
+mod run_seccomp;
+mod run_terminal;
 mod streams;
 mod tasks;
 mod vmm;
@@ -35,6 +40,11 @@ pub(crate) fn all() -> Vec<Case> {
         vmm::cases(),
         kiln_run::cases(),
         overlay::cases(),
+        run_terminal::cases(),
+        run_bake::cases(),
+        run_load::cases(),
+        run_net::cases(),
+        run_seccomp::cases(),
     ]
     .into_iter()
     .flatten()

@@ -97,22 +97,12 @@ impl Guest {
         &self,
         hostname: &str,
         scratch: ScratchLimits,
+        network: proto::Network,
     ) -> Result<proto::SetIdentityResponse> {
         let mut request = kiln_bake::identity("giving the guest its identity")?;
         request.scratch_limit_bytes = scratch.content();
         request.hostname = hostname.to_owned();
-        // No cable is in, but no two cards have one address either.
-        let mac: [u8; 5] = kiln_bake::random("making an address")?;
-        let mac = mac.map(|byte| format!("{byte:02x}")).join(":");
-        request.network = Some(proto::Network {
-            interfaces: vec![proto::Interface {
-                mac: format!("02:{mac}"),
-                down: true,
-                ..Default::default()
-            }],
-            ..Default::default()
-        })
-        .into();
+        request.network = Some(network).into();
         let generation = request.generation.clone();
         let answer = self
             .agent
@@ -140,14 +130,14 @@ impl Guest {
     }
 
     /// The files that are bound over the image's.
-    pub(crate) async fn write_files(&self, hostname: &str) -> Result<()> {
+    pub(crate) async fn write_files(&self, hostname: &str, resolv_conf: String) -> Result<()> {
         let hosts = format!(
             "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n127.0.1.1\t{hostname}\n"
         );
         for (name, text) in [
             ("hosts", hosts),
             ("hostname", format!("{hostname}\n")),
-            ("resolv.conf", String::new()),
+            ("resolv.conf", resolv_conf),
         ] {
             let request = proto::WriteFileRequest {
                 path: format!("{FILES}/{name}"),

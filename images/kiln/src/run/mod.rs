@@ -3,7 +3,9 @@
 //! The process that runs a μVM owns it: the VMM ends with it, whatever ends it. There is no daemon.
 
 mod guest;
+pub(crate) mod net;
 mod place;
+mod seccomp;
 mod session;
 mod spec;
 mod terminal;
@@ -13,7 +15,7 @@ use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail, ensure};
 use kiln_agent_api::stream::TOKEN_LEN;
@@ -23,7 +25,9 @@ use crate::args;
 use crate::failure::Failure;
 use crate::image::{self, Image};
 use crate::output::{Output, size};
+use crate::trace::{self, Timeline};
 use guest::{Guest, NotStarted, Process};
+use net::Net;
 use place::{Facts, PLACES, Place};
 use session::{Session, Signals};
 use spec::{Bind, Wanted};
@@ -35,6 +39,8 @@ const OWN_FAILURE: u8 = 125;
 const START_LIMIT: Duration = Duration::from_secs(120);
 /// Where the guest has the directories that `-v` names.
 const SHARE: &str = "/run/kiln/share";
+/// The timeline of a μVM's start, in its place.
+const TRACE: &str = "trace.json";
 /// How often a console that is followed is looked at.
 const FOLLOW: Duration = Duration::from_millis(200);
 
@@ -93,6 +99,8 @@ fn start(store: &Path, options: &args::Run) -> Result<u8> {
         .map(|text| Volume::parse(text))
         .collect::<Result<Vec<_>>>()?;
     let share = Share::make(&volumes)?;
+    let net = Net::open(&options.net, &options.ip, &options.gateway, &options.dns)?;
+    let seccomp = seccomp::profile(options.seccomp.as_deref())?;
     let vmm = crate::bake::program(options.vmm.as_deref(), "kiln-vmm", "--vmm")?;
     finish(resume_and_run(Start {
         store,
@@ -100,6 +108,8 @@ fn start(store: &Path, options: &args::Run) -> Result<u8> {
         image,
         process,
         share,
+        net,
+        seccomp,
         vmm,
     }))
 }
@@ -120,12 +130,14 @@ struct Start<'a> {
     image: Image,
     process: serde_json::Value,
     share: Option<Share>,
+    net: Net,
+    seccomp: Option<serde_json::Value>,
     vmm: PathBuf,
 }
 
 async fn resume_and_run(start: Start<'_>) -> Result<u8> {
     let mut signals = Signals::listen()?;
-    let begun = Instant::now();
+    let mut timeline = Timeline::begin();
     let options = start.options;
     let want = Size {
         cpus: options.cpus,
@@ -133,6 +145,7 @@ async fn resume_and_run(start: Start<'_>) -> Result<u8> {
     };
     let lease = uvm::lease(start.store, want)?;
     let id = lease.id();
+    timeline.since("store.lease", 0);
     let name = match &options.name {
         Some(name) => name.clone(),
         None => {
@@ -142,8 +155,10 @@ async fn resume_and_run(start: Start<'_>) -> Result<u8> {
     };
     let hostname = options.hostname.as_deref().unwrap_or(&name);
     let place = Place::make(Path::new(PLACES), &name)?;
+    let at = timeline.now();
     let root = start.image.root(&options.cache)?;
     let image_bytes = root.file.metadata()?.len();
+    timeline.since("image.root", at);
     let scratch = ScratchLimits {
         ram: options.overlay_ram,
         disk: options.overlay_disk,
@@ -151,11 +166,14 @@ async fn resume_and_run(start: Start<'_>) -> Result<u8> {
     let ends = Ends {
         root: root.file,
         share: start.share.as_ref().map(Share::open).transpose()?,
+        cable: start.net.cable()?,
         spill: spill_file(&options.overlay_dir)?,
         scratch,
     };
+    let at = timeline.now();
     let uvm = Uvm::resume(&start.vmm, lease, &place, ends).await?;
-    let resumed = begun.elapsed();
+    timeline.since("uvm.resume", at);
+    timeline.add_vmm(at, &uvm.steps);
 
     let process = Process {
         exec: String::new(),
@@ -164,10 +182,19 @@ async fn resume_and_run(start: Start<'_>) -> Result<u8> {
         terminal: options.tty,
     };
     let set_up = in_time("start the command", START_LIMIT, async {
+        let at = timeline.now();
         let guest = Guest::connect(&place.path("vsock")).await?;
-        let identity = guest.set_identity(hostname, scratch).await?;
+        timeline.since("agent.connect", at);
+        let at = timeline.now();
+        let identity = guest
+            .set_identity(hostname, scratch, start.net.in_the_guest()?)
+            .await?;
+        timeline.since("agent.identity", at);
+        timeline.add_guest(at, &identity.spans);
+        let at = timeline.now();
         uvm.resize(want).await?;
         let state = guest.set_cpus(want.cpus.max(uvm.class().cpus)).await?;
+        timeline.since("uvm.resize", at);
         place.tell(&Facts {
             name: name.clone(),
             pid: std::process::id(),
@@ -183,21 +210,34 @@ async fn resume_and_run(start: Start<'_>) -> Result<u8> {
             memory: state.memory_online_bytes,
             process: start.process.clone(),
         })?;
-        guest.write_files(hostname).await?;
+        let at = timeline.now();
+        guest.write_files(hostname, start.net.resolv_conf()).await?;
+        timeline.since("agent.files", at);
         let binds: Vec<Bind> = start.share.iter().flat_map(Share::binds).collect();
         let base = u64::from(uvm.class().memory_mib) << 20;
         // A guest cannot be smaller than it was baked; its container can.
         let limit = options.memory.filter(|memory| *memory < base);
-        let spec = spec::container(&start.process, hostname, limit, &binds);
+        let spec = spec::container(
+            &start.process,
+            hostname,
+            limit,
+            &binds,
+            start.seccomp.as_ref(),
+        );
         let mounts = guest::mounts(image_bytes, start.share.as_ref().map(|_| SHARE));
+        let at = timeline.now();
         let made = guest
             .start(&spec, &process, mounts, terminal::size())
             .await?;
-        Ok((guest, identity, made))
+        timeline.since("agent.start", at);
+        timeline.add_guest(at, &made.spans);
+        timeline.save(&place.path(TRACE))?;
+        timeline.save(&last_trace())?;
+        Ok(guest)
     });
-    let (guest, identity, made) = tokio::select! {
+    let guest = tokio::select! {
         result = set_up => match result {
-            Ok(set_up) => set_up,
+            Ok(guest) => guest,
             Err(error) if error.is::<NotStarted>() => return Err(error),
             Err(error) => return Err(uvm.reason(error).await),
         },
@@ -205,7 +245,7 @@ async fn resume_and_run(start: Start<'_>) -> Result<u8> {
         number = signals.end() => return Ok(128 + number.unsigned_abs() as u8),
     };
     if options.timings {
-        timings(&uvm, resumed, begun.elapsed(), &identity.spans, &made.spans);
+        eprint!("{}", trace::drawn(&timeline.steps(), str::to_owned));
     }
     let session = Session::attach(&guest, &process).await;
     let code = tokio::select! {
@@ -220,23 +260,16 @@ async fn resume_and_run(start: Start<'_>) -> Result<u8> {
     code
 }
 
-/// Where the time went, on standard error.
-fn timings(
-    uvm: &Uvm,
-    resumed: Duration,
-    started: Duration,
-    identity: &[kiln_agent_api::proto::Span],
-    container: &[kiln_agent_api::proto::Span],
-) {
-    let line = |step: &str, micros: u128| eprintln!("{step:<28} {micros:>9} µs");
-    for step in &uvm.steps {
-        line(&step.name, u128::from(step.duration_ns / 1000));
-    }
-    line("resumed", resumed.as_micros());
-    for span in identity.iter().chain(container) {
-        line(&format!("guest.{}", span.name), span.duration_us.into());
-    }
-    line("command started", started.as_micros());
+/// The timeline of the last `kiln run` that got as far as its command.
+pub(crate) fn last_trace() -> PathBuf {
+    Path::new(PLACES).join(".last-trace.json")
+}
+
+/// The timeline of what runs by this name, if something does.
+pub(crate) fn trace_of(name: &str) -> Result<Option<PathBuf>> {
+    let all = place::all(Path::new(PLACES))?;
+    let runs = all.iter().any(|one| one.name == name);
+    Ok(runs.then(|| Path::new(PLACES).join(name).join(TRACE)))
 }
 
 /// A directory or file of the host for the container: `SOURCE:TARGET[:ro]`.

@@ -109,7 +109,9 @@ impl Session {
             let thread = std::thread::Builder::new().name("output".to_owned());
             outputs.push(thread.spawn(copy).context("starting a thread")?);
         }
-        let raw = match process.terminal && terminal::is_terminal(0) {
+        // Without input for the process, Ctrl-C stays the terminal's own: it comes as a signal.
+        let lent = process.terminal && process.stdin && terminal::is_terminal(0);
+        let raw = match lent {
             true => Some(Raw::take().context("taking the terminal")?),
             false => None,
         };

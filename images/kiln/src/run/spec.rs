@@ -162,6 +162,7 @@ pub(crate) fn container(
     hostname: &str,
     limit: Option<u64>,
     binds: &[Bind],
+    seccomp: Option<&Value>,
 ) -> Value {
     let plain = |target: &str, kind: &str, options: &[&str]| json!({"destination": target, "type": kind, "source": kind, "options": options});
     let file = |name: &str| {
@@ -212,7 +213,7 @@ pub(crate) fn container(
         }));
     }
     let memory = limit.map_or(json!({}), |bytes| json!({"limit": bytes}));
-    json!({
+    let mut spec = json!({
         "ociVersion": "1.1.0",
         "process": process,
         "root": {"path": format!("{GUEST_STATE_DIR}/root"), "readonly": false},
@@ -230,7 +231,11 @@ pub(crate) fn container(
                 "/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"
             ],
         },
-    })
+    });
+    if let Some(profile) = seccomp {
+        spec["linux"]["seccomp"] = profile.clone();
+    }
+    spec
 }
 
 #[cfg(test)]
@@ -309,7 +314,8 @@ mod tests {
             target: "/data".into(),
             read_only: true,
         };
-        let spec = container(&process, "web", Some(64 << 20), &[bind]);
+        let spec = container(&process, "web", Some(64 << 20), &[bind], None);
+        assert!(spec["linux"].get("seccomp").is_none());
         assert_eq!(spec["linux"]["resources"]["memory"]["limit"], 64 << 20);
         let mounts = spec["mounts"].as_array().unwrap();
         let data = mounts.iter().find(|m| m["destination"] == "/data").unwrap();

@@ -97,6 +97,8 @@ pub(crate) struct Ends {
     pub(crate) spill: File,
     /// How much it may write.
     pub(crate) scratch: ScratchLimits,
+    /// The tap that the network card is connected to.
+    pub(crate) cable: Option<OwnedFd>,
 }
 
 impl Uvm {
@@ -136,9 +138,14 @@ impl Uvm {
         if let Some(share) = ends.share {
             host.push((slots::FS, End::Directory(fds.add(share))));
         }
+        if let Some(cable) = ends.cable {
+            host.push((slots::NET, End::Tap(vec![fds.add(cable)])));
+        }
+        let memory = lease.open(Kind::Memory)?;
+        lease.read_ahead(&memory)?;
         let request = Request::Resume {
             state: fds.add(lease.open(Kind::State)?),
-            memory: fds.add(lease.open(Kind::Memory)?),
+            memory: fds.add(memory),
             console: Some(fds.add(make(&place.path("console"))?)),
             ends: host,
         };
