@@ -359,6 +359,7 @@ fn resume(
         memory,
         console: console(o)?,
         ends,
+        touched: Vec::new(),
     };
     let enter = Arc::new(|| Ok(()));
     let machine = Machine::resume(

@@ -11,6 +11,7 @@ pub mod devices;
 pub mod event;
 pub mod layout;
 pub mod machine;
+mod map_ahead;
 pub mod memory;
 pub mod pci;
 pub mod platform;

@@ -148,19 +148,30 @@ impl Mapping {
     /// of them. Small holes stay: every replacement is one more mapping.
     fn free_holes(&self, holes: &[(u64, u64)]) -> io::Result<()> {
         for &(start, end) in holes {
-            let invalid = |_| io::Error::from(io::ErrorKind::InvalidInput);
             let len = end.checked_sub(start).filter(|_| start % HUGE_PAGE == 0);
             let len = len.ok_or(io::ErrorKind::InvalidInput)?;
             self.replace(start, len, None)?;
-            let at = usize::try_from(start).map_err(invalid)?;
-            let len = usize::try_from(len).map_err(invalid)?;
-            // SAFETY: the range was replaced just now, so it is in this mapping; the advice changes no contents.
             // A kernel without huge pages refuses it, and small ones do as well.
-            let _ = unsafe {
-                libc::madvise(self.start.as_ptr().add(at).cast(), len, libc::MADV_HUGEPAGE)
-            };
+            let _ = self.advise(start, len, libc::MADV_HUGEPAGE);
         }
         Ok(())
+    }
+
+    /// Gives the kernel an advice that leaves contents as they are.
+    fn advise(&self, at: u64, len: u64, advice: libc::c_int) -> io::Result<()> {
+        let invalid = |_| io::Error::from(io::ErrorKind::InvalidInput);
+        if at.checked_add(len).is_none_or(|end| end > self.len) {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        let at = usize::try_from(at).map_err(invalid)?;
+        let len = usize::try_from(len).map_err(invalid)?;
+        // SAFETY: the range is in this mapping, and whatever the advice, its bytes stay what they are.
+        let failed = unsafe { libc::madvise(self.start.as_ptr().add(at).cast(), len, advice) };
+        if failed == 0 {
+            Ok(())
+        } else {
+            Err(io::Error::last_os_error())
+        }
     }
 
     fn from_mmap(start: *mut libc::c_void, len: u64) -> Result<Self, MemoryError> {
@@ -368,6 +379,13 @@ impl HostMemory {
         })
     }
 
+    /// Has no page of the memory file read but those that are touched.
+    pub fn read_singly(&self) -> Result<(), MemoryError> {
+        let len = self.base.len;
+        let advised = self.base.advise(0, len, libc::MADV_RANDOM);
+        advised.map_err(|source| MemoryError::Map { bytes: len, source })
+    }
+
     fn window(shape: &MemoryShape) -> Result<Option<Mapping>, MemoryError> {
         if shape.hotplug == 0 {
             Ok(None)
@@ -442,6 +460,11 @@ impl Memory {
             usable: self.slots().lens.iter().sum(),
             ..self.shape
         }
+    }
+
+    /// Makes this process's own copies of pages of base RAM, at an offset of the memory file.
+    pub fn copy_pages(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.base.advise(offset, len, libc::MADV_POPULATE_WRITE)
     }
 
     /// The memory in the order of a memory file. The machine must stand still while the slices live.

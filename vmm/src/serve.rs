@@ -234,6 +234,8 @@ fn start(
             memory,
             console,
             ends: _,
+            touched,
+            one_by_one,
         } => {
             let bytes = snapshot::read_file(&mut fds.file(state)?)?;
             let (header, state) = snapshot::decode(&bytes)?;
@@ -241,12 +243,16 @@ fn start(
             snapshot::check_memory_file(&header, &memory)?;
             timeline.mark("vmm.state");
             let host_memory = HostMemory::from_file(state.config.memory, &memory, &state.holes)?;
+            if one_by_one {
+                host_memory.read_singly()?;
+            }
             timeline.mark("vmm.map");
             let spec = ResumeSpec {
                 state,
                 memory,
                 console: console.map(|fd| fds.file(fd)).transpose()?,
                 ends,
+                touched,
             };
             let seed: Result<VmSeed> = join();
             timeline.mark("vmm.seed");

@@ -19,6 +19,7 @@ pub fn baked() -> Result<(Lease, Baked)> {
     let baked = Baked {
         state: lease.path(Kind::State)?,
         memory: lease.path(Kind::Memory)?,
+        touched: lease.touched_first(&lease.open(Kind::Memory)?)?,
     };
     Ok((lease, baked))
 }

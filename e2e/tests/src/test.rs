@@ -8,9 +8,11 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use containerd_client::Client;
+use containerd_client::services::v1 as leases;
 use k8s_cri::v1 as api;
 
-use crate::node::TESTS_CGROUP;
+use crate::api::{CRI_NAMESPACE, request};
+use crate::node::{Census, TESTS_CGROUP};
 use crate::pod::Identity;
 use crate::{Cri, Pod, PodSpec, node, plain, wait};
 
@@ -20,6 +22,8 @@ pub(crate) const LABEL: &str = "dev.kiln.e2e";
 const SCRATCH: &str = "/var/lib/kiln-e2e";
 /// After a pod's removal, its traces may take this long to go.
 const SETTLE: Duration = Duration::from_secs(10);
+/// And everything else of it, which containerd may clean up when it is back, this long.
+const NODE_SETTLES: Duration = Duration::from_secs(60);
 
 /// One run of one test with one runtime.
 #[derive(Clone)]
@@ -158,6 +162,42 @@ impl Test {
     /// Removes the (empty) cgroups of this run's pods, which are kubelet's part, not the runtime's.
     pub fn remove_pod_cgroups(&self) -> std::io::Result<()> {
         node::remove_cgroup(&format!("{TESTS_CGROUP}/{}", self.inner.id))
+    }
+
+    /// Waits until nothing is on the node that was not there before.
+    pub async fn node_is_as(&self, before: &Census) -> Result<()> {
+        let more = || -> Result<Vec<String>> {
+            let mut more = Census::take()?.more_than(before);
+            // containerd's cleaning up after runc's shim finds its socket by a file that the pod's removal may take first.
+            if self.handler() == "runc" {
+                more.retain(|item| !item.starts_with("shim sockets"));
+            }
+            Ok(more)
+        };
+        let same = wait::until("the node as it was before", NODE_SETTLES, || async {
+            self.remove_pod_cgroups()?;
+            self.collect_garbage().await?;
+            Ok(more()?.is_empty().then_some(()))
+        });
+        same.await.with_context(|| match more() {
+            Ok(more) => more.join("\n"),
+            Err(error) => error.to_string(),
+        })
+    }
+
+    /// Has containerd remove what nothing refers to any more, such as the files of removed snapshots, which it does in
+    /// its own time otherwise.
+    async fn collect_garbage(&self) -> Result<()> {
+        let id = self.unique("garbage");
+        let lease = leases::CreateRequest {
+            id: id.clone(),
+            ..Default::default()
+        };
+        let mut service = self.client().leases();
+        service.create(request(CRI_NAMESPACE, lease)?).await?;
+        let end = leases::DeleteRequest { id, sync: true };
+        service.delete(request(CRI_NAMESPACE, end)?).await?;
+        Ok(())
     }
 
     /// Ids of this run's sandboxes that containerd still knows.

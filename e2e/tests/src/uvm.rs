@@ -12,9 +12,10 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use kiln_bake::cpio::Archive;
 use kiln_bake::kernel::{self, GuestKernel};
 use kiln_bake::modules::{GUEST, Modules, Wanted};
+use kiln_bake::touched::Watch;
 use kiln_vmm_control::{
-    DeviceKind, DeviceSpec, End, Jail, MachineSpec, Overlay, OverlayPool, Reply, Request, Spawn,
-    Vmm,
+    DeviceKind, DeviceSpec, End, Jail, MachineSpec, Overlay, OverlayPool, PageRun, Reply, Request,
+    Spawn, Vmm,
 };
 
 /// Where a node has the VMM.
@@ -202,6 +203,8 @@ pub struct Baked {
     pub state: PathBuf,
     /// The memory file.
     pub memory: PathBuf,
+    /// The pages of it that a copy is resumed with.
+    pub touched: Vec<PageRun>,
 }
 
 impl Baked {
@@ -210,7 +213,18 @@ impl Baked {
         Self {
             state: dir.join("state"),
             memory: dir.join("memory"),
+            touched: Vec::new(),
         }
+    }
+
+    /// Resumes a copy in `dir` until it answers, to learn which pages copies touch first.
+    pub fn learn(&mut self, dir: &Path) -> Result<()> {
+        let watch = Watch::begin(File::open(&self.memory)?)?;
+        let vmm = Uvm::spawn(dir)?;
+        let uvm = Uvm::resume_as(vmm, dir, self, vec![], &[], true)?;
+        uvm.ask()?;
+        self.touched = watch.end(uvm.vmm().pid())?.into_runs();
+        Ok(())
     }
 }
 
@@ -308,6 +322,17 @@ impl Uvm {
         ends: Vec<(u8, End)>,
         fds: &[BorrowedFd<'_>],
     ) -> Result<Self> {
+        Self::resume_as(vmm, dir, baked, ends, fds, false)
+    }
+
+    fn resume_as(
+        vmm: Vmm,
+        dir: &Path,
+        baked: &Baked,
+        ends: Vec<(u8, End)>,
+        fds: &[BorrowedFd<'_>],
+        one_by_one: bool,
+    ) -> Result<Self> {
         /// Descriptors of ours before the caller's.
         const OURS: u8 = 4;
         let mut uvm = Self {
@@ -358,6 +383,8 @@ impl Uvm {
                 .into_iter()
                 .chain(shifted)
                 .collect(),
+            touched: baked.touched.clone(),
+            one_by_one,
         };
         match uvm.vmm.call(&request, &all) {
             Ok(Reply::Started { steps, .. }) => {

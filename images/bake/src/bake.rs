@@ -18,7 +18,8 @@ use crate::machine::{Boot, Machine, MachineError};
 use crate::modules::{GUEST, ModuleError, Modules};
 use crate::recipe::Recipe;
 use crate::scratch::ScratchError;
-use crate::{cpu, elf, initramfs, scratch, touched};
+use crate::touched::Watch;
+use crate::{cpu, elf, initramfs, scratch};
 
 /// The command line every guest kernel gets. The serial console is there while baking, and for
 /// whoever debugs a resumed guest.
@@ -468,6 +469,15 @@ async fn try_out(
         stage: STAGE,
         source,
     };
+    let path = staging.path(Kind::Memory);
+    let on_memory = |source| BakeError::Input {
+        what: "which pages were touched of",
+        path: path.clone(),
+        source,
+    };
+    let watch = File::open(&path)
+        .and_then(Watch::begin)
+        .map_err(on_memory)?;
     let machine = Machine::resume(vmm, staging.dir(), &socket, RESUME_LIMIT)
         .await
         .map_err(on_machine)?;
@@ -485,13 +495,7 @@ async fn try_out(
             problem,
         });
     }
-    let path = staging.path(Kind::Memory);
-    let set = File::open(&path).and_then(|memory| touched::pages(machine.pid(), &memory));
-    let set = set.map_err(|source| BakeError::Input {
-        what: "which pages were touched of",
-        path,
-        source,
-    })?;
+    let set = watch.end(machine.pid()).map_err(on_memory)?;
     drop(agent);
     machine.stop().await.map_err(on_machine)?;
     Ok((took, set))

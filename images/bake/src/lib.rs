@@ -13,7 +13,7 @@ mod machine;
 pub mod modules;
 mod recipe;
 mod scratch;
-mod touched;
+pub mod touched;
 
 pub use bake::{BakeError, Baked, COMMAND_LINE, Order, Progress, bake, identity, random};
 pub use machine::{Boot, Machine, MachineError, jail};

@@ -324,7 +324,7 @@ impl Machine {
         Machine::start(vmm, request, vsock, files, "start the guest", limit).await
     }
 
-    /// Resumes what [`Machine::save`] left in a directory.
+    /// Resumes what [`Machine::save`] left in a directory, and reads the memory file only where the guest does.
     pub async fn resume(
         vmm: &Path,
         dir: &Path,
@@ -354,6 +354,8 @@ impl Machine {
                 (slots::VSOCK, End::Listener(1)),
                 (slots::SCRATCH, End::scratch(4, size, None, limits)),
             ],
+            touched: Vec::new(),
+            one_by_one: true,
         };
         let files = [
             open(&dir.join(Kind::State.name()))?,

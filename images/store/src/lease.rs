@@ -6,6 +6,8 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 
+use kiln_vmm_control::PageRun;
+
 use crate::error::Context;
 use crate::{Digest, Error, Kind, Manifest, Store, WorkingSet, lock};
 
@@ -99,16 +101,19 @@ impl Lease {
 }
 
 impl Lease {
-    /// Has the kernel read the pages of `memory` that a resumed guest touches first, if they are not in the page
-    /// cache and if it is known which they are. Does not wait. Returns whether there was anything to read.
-    pub fn read_ahead(&self, memory: &File) -> Result<bool, Error> {
+    /// The pages of `memory` that a resumed guest touches first, if it is known which they are. Those that are not in
+    /// the page cache are being read when this comes back.
+    pub fn touched_first(&self, memory: &File) -> Result<Vec<PageRun>, Error> {
         if self.manifest.object(Kind::WorkingSet).is_none() {
-            return Ok(false);
+            return Ok(Vec::new());
         }
         let file = self.open(Kind::WorkingSet)?;
-        WorkingSet::read(&file)
-            .and_then(|set| set.read_ahead(memory))
-            .context("reading ahead by", &self.path(Kind::WorkingSet)?)
+        let set = WorkingSet::read(&file).and_then(|set| {
+            set.read_ahead(memory)?;
+            Ok(set)
+        });
+        let set = set.context("reading ahead by", &self.path(Kind::WorkingSet)?)?;
+        Ok(set.into_runs())
     }
 }
 

@@ -17,7 +17,7 @@ use kiln_agent_api::client::Vsock;
 use kiln_agent_api::{proto, slots};
 use kiln_store::{Class, Kind, Lease, Store};
 use kiln_vmm_control::{
-    End, Jail, Reply, Request, ScratchLimits, Spawn, Vmm, VmmError, spill_file,
+    End, Jail, PageRun, Reply, Request, ScratchLimits, Spawn, Vmm, VmmError, spill_file,
 };
 use tokio::sync::watch;
 
@@ -77,6 +77,7 @@ struct Baked {
     lease: Lease,
     state: File,
     memory: File,
+    touched: Vec<PageRun>,
     scratch: Scratch,
 }
 
@@ -153,6 +154,9 @@ impl StoreLauncher {
             open(Kind::Memory)?,
             open(Kind::Scratch)?,
         );
+        let touched = lease.touched_first(&memory).map_err(|e| {
+            Error::failed("read what a μVM needs first; bake it again: kiln bake", e)
+        })?;
         let size = base
             .metadata()
             .map_err(|e| Error::failed("look at a μVM of the store", e))?
@@ -163,6 +167,7 @@ impl StoreLauncher {
             lease,
             state,
             memory,
+            touched,
             scratch: Scratch {
                 base,
                 size,
@@ -309,6 +314,7 @@ impl StoreLauncher {
                 lease,
                 state,
                 memory,
+                touched,
                 scratch,
             } = baked;
             let grow = (size != base).then_some(size);
@@ -320,7 +326,7 @@ impl StoreLauncher {
                     scratch: &scratch,
                 };
                 timeline.time("vmm.resume", || {
-                    resume(&vmm, &state, &memory, &ends, &timeline)
+                    resume(&vmm, (&state, &memory, touched), &ends, &timeline)
                 })?;
                 if let Some(size) = grow {
                     timeline
@@ -431,8 +437,7 @@ struct Ends<'a> {
 /// Resumes the μVM in a VMM that waits for it.
 fn resume(
     vmm: &Vmm,
-    state: &File,
-    memory: &File,
+    (state, memory, touched): (&File, &File, Vec<PageRun>),
     ends: &Ends<'_>,
     timeline: &Timeline,
 ) -> Result<()> {
@@ -464,6 +469,8 @@ fn resume(
                 memory: 1,
                 console: None,
                 ends: by_slot,
+                touched,
+                one_by_one: false,
             },
             &fds,
         )

@@ -146,6 +146,8 @@ impl Driver {
             memory: 1,
             console: Some(3),
             ends: vec![(1, End::Listener(2))],
+            touched: Vec::new(),
+            one_by_one: false,
         };
         let fds = [s.as_fd(), m.as_fd(), listener.as_fd(), console.as_fd()];
         println!("{:?}", vmm.call(&resume, &fds)?);

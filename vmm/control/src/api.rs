@@ -114,6 +114,17 @@ pub struct OverlayPool {
     pub budget: Option<FdIndex>,
 }
 
+/// Pages of a memory file that follow each other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PageRun {
+    /// The first one's number.
+    pub first: u32,
+    /// How many.
+    pub pages: u32,
+    /// Whether the guest writes them.
+    pub written: bool,
+}
+
 /// What the client asks.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Request {
@@ -142,6 +153,11 @@ pub enum Request {
         console: Option<FdIndex>,
         /// Host sides by slot.
         ends: Vec<(u8, End)>,
+        /// Pages that the guest touches first. They are mapped before it runs: it need not leave for each of them.
+        touched: Vec<PageRun>,
+        /// Whether to read pages of the memory file singly, as the guest needs them, so that the page cache tells
+        /// afterwards which ones it did.
+        one_by_one: bool,
     },
     /// Saves the machine, which is paused for it.
     Snapshot {

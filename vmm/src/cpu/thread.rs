@@ -133,13 +133,14 @@ impl Default for Vcpus {
 impl Vcpus {
     /// Adds a vCPU with its thread. It runs when the machine runs.
     ///
-    /// `enter` is called first on the new thread: the jail's filter goes there.
+    /// `enter` is called first on the new thread: the jail's filter goes there, and what has to be done before the
+    /// vCPU runs and need not hold up anyone else.
     pub fn add(
         self: &Arc<Self>,
         index: u8,
         fd: VcpuFd,
         handler: Arc<dyn ExitHandler>,
-        enter: impl FnOnce() -> io::Result<()> + Send + 'static,
+        enter: impl FnOnce(&VcpuFd) -> io::Result<()> + Send + 'static,
     ) -> Result<(), CpuError> {
         let fd = Arc::new(Mutex::new(fd));
         let shared = Arc::new(ThreadShared::default());
@@ -153,7 +154,8 @@ impl Vcpus {
                     shared
                         .tid
                         .store(unsafe { libc::gettid() }, Ordering::Release);
-                    match enter() {
+                    let entered = enter(&lock(&fd));
+                    match entered {
                         Ok(()) => vcpus.run(index, &fd, handler.as_ref()),
                         Err(e) => handler.vcpu_ended(
                             index,

@@ -7,6 +7,7 @@ use std::os::unix::net::UnixListener;
 use std::sync::{Arc, Mutex, OnceLock};
 
 use kiln_overlay::Overlay;
+use kiln_vmm_control::PageRun;
 use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
 
 use super::config::{DeviceKind, DeviceSpec, MachineConfig};
@@ -25,6 +26,7 @@ use crate::devices::rng::Rng;
 use crate::devices::vsock::Vsock;
 use crate::event::EventLoop;
 use crate::layout;
+use crate::map_ahead::map_ahead;
 use crate::memory::{HostMemory, Memory};
 use crate::pci::PciRoot;
 use crate::pci::msix::KvmMsi;
@@ -86,6 +88,8 @@ pub struct ResumeSpec {
     pub console: Option<File>,
     /// Host sides of devices.
     pub ends: HostEnds,
+    /// Pages of the memory file that the guest touches first.
+    pub touched: Vec<PageRun>,
 }
 
 impl Machine {
@@ -142,7 +146,7 @@ impl Machine {
                     }
                 })?;
             }
-            machine.start_vcpu(index, fd)?;
+            machine.start_vcpu(index, fd, Vec::new())?;
         }
         Ok((machine, loaded.version))
     }
@@ -200,7 +204,11 @@ impl Machine {
                     source,
                 })?;
             saved.restore(&fd)?;
-            machine.start_vcpu(index, fd)?;
+            let touched = match index {
+                0 => std::mem::take(&mut spec.touched),
+                _ => Vec::new(),
+            };
+            machine.start_vcpu(index, fd, touched)?;
         }
         timeline.mark("vmm.vcpus");
 
@@ -281,10 +289,19 @@ impl Machine {
         Ok(fd)
     }
 
-    pub(super) fn start_vcpu(&self, index: u8, fd: kvm_ioctls::VcpuFd) -> Result<(), CpuError> {
+    /// Starts a vCPU's thread, which maps these pages before the vCPU runs.
+    pub(super) fn start_vcpu(
+        &self,
+        index: u8,
+        fd: kvm_ioctls::VcpuFd,
+        touched: Vec<PageRun>,
+    ) -> Result<(), CpuError> {
         let handler: Arc<dyn ExitHandler> = self.board.clone();
-        let enter = self.enter_vcpu.0.clone();
-        self.board.vcpus.add(index, fd, handler, move || enter())
+        let (enter, memory) = (self.enter_vcpu.0.clone(), self.memory.clone());
+        self.board.vcpus.add(index, fd, handler, move |fd| {
+            map_ahead(fd, &memory, &touched);
+            enter()
+        })
     }
 
     /// Gives the machine a new generation id and announces it: a resumed guest learns that it is a copy.

@@ -83,7 +83,7 @@ impl Machine {
         };
         let apic = fd.get_lapic().map_err(kvm("KVM_GET_LAPIC"))?;
         fd.set_lapic(&apic).map_err(kvm("KVM_SET_LAPIC"))?;
-        self.start_vcpu(index, fd)?;
+        self.start_vcpu(index, fd, Vec::new())?;
         Ok(())
     }
 

@@ -91,10 +91,16 @@ impl Prepared {
             std::fs::create_dir_all(&dir)?;
             let uvm = Uvm::boot(&dir, &kit, shape(memory))?;
             uvm.sh(&fill_script(&fill.to_string()))?;
-            let saved = uvm.snapshot(&dir, false)?;
+            let mut saved = uvm.snapshot(&dir, false)?;
+            drop(uvm);
+            saved.learn(&dir)?;
             // Once read, it stays in the page cache.
             std::io::copy(&mut File::open(&saved.memory)?, &mut std::io::sink())?;
-            println!("  {memory} MiB with {fill} of data saved");
+            let touched = saved.touched.iter().map(|run| u64::from(run.pages));
+            println!(
+                "  {memory} MiB with {fill} of data saved; {} pages are touched first",
+                touched.sum::<u64>()
+            );
             baked.push((memory, saved));
         }
         Ok(Self {

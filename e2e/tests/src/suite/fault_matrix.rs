@@ -10,7 +10,7 @@ use kiln_e2e::node::Census;
 use kiln_e2e::plain::{Plain, PlainSpec};
 use kiln_e2e::{Test, cases};
 
-use super::faults::{SEEN, as_before, kill};
+use super::faults::{SEEN, kill};
 use super::same;
 
 /// How often each step is disturbed; each time at another moment of it.
@@ -71,7 +71,7 @@ async fn killed_containerd_at_any_step(test: Test) -> Result<()> {
             round(test, step, moment).await.with_context(what)?;
             test.clean_up().await.with_context(what)?;
             std::fs::create_dir_all(test.scratch())?;
-            as_before(test, &before).await.with_context(what)?;
+            test.node_is_as(&before).await.with_context(what)?;
         }
     }
     // The node is none the worse for it.

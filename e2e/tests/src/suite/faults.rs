@@ -66,25 +66,6 @@ fn children_of(pid: u32) -> Result<Vec<u32>> {
         .collect())
 }
 
-pub(super) async fn as_before(test: &Test, before: &Census) -> Result<()> {
-    let more = || -> Result<Vec<String>> {
-        let mut more = Census::take()?.more_than(before);
-        // containerd's cleaning up after runc's shim finds its socket by a file that the pod's removal may take first.
-        if test.handler() == "runc" {
-            more.retain(|item| !item.starts_with("shim sockets"));
-        }
-        Ok(more)
-    };
-    let same = wait::until("the node as it was before", SEEN, || async {
-        test.remove_pod_cgroups()?;
-        Ok(more()?.is_empty().then_some(()))
-    });
-    same.await.with_context(|| match more() {
-        Ok(more) => more.join("\n"),
-        Err(error) => error.to_string(),
-    })
-}
-
 async fn task_killed_from_the_node_ends_as_killed(test: Test) -> Result<()> {
     let task = Plain::run(&test, &PlainSpec::testprog(&["started"])).await?;
     task.streams.wait_for("started").await?;
@@ -152,7 +133,7 @@ async fn pod_without_its_shim_ends_and_leaves_nothing(test: Test) -> Result<()> 
     })
     .await?;
     pod.remove().await?;
-    as_before(&test, &before).await?;
+    test.node_is_as(&before).await?;
     // The node is none the worse for it.
     let (pod, _) = running(&test).await?;
     pod.remove().await
@@ -166,7 +147,7 @@ async fn pod_whose_processes_are_killed_ends_and_leaves_nothing(test: Test) -> R
         kill(process)?;
     }
     ends(&pod, &container).await?;
-    as_before(&test, &before).await
+    test.node_is_as(&before).await
 }
 
 async fn shim_killed_while_a_pod_starts_leaves_nothing(test: Test) -> Result<()> {
@@ -195,7 +176,7 @@ async fn shim_killed_while_a_pod_starts_leaves_nothing(test: Test) -> Result<()>
             .await?;
         }
         test.clean_up().await?;
-        as_before(&test, &before)
+        test.node_is_as(&before)
             .await
             .with_context(|| format!("killed after {milliseconds} ms"))?;
     }

@@ -10,7 +10,7 @@ use k8s_cri::v1::{
 use kiln_e2e::harness::Case;
 use kiln_e2e::node::Census;
 use kiln_e2e::pod::STEP;
-use kiln_e2e::{ContainerSpec, PodSpec, Test, cases, wait};
+use kiln_e2e::{ContainerSpec, PodSpec, Test, cases};
 
 use super::same;
 
@@ -253,14 +253,5 @@ async fn ten_pods_at_once_leave_nothing(test: Test) -> Result<()> {
     addresses.dedup();
     same!(addresses.len(), 10, "different addresses");
     try_join_all(pods.iter().map(|(pod, _)| pod.remove())).await?;
-    let limit = Duration::from_secs(60);
-    let as_before = wait::until("the node as it was before", limit, || async {
-        test.remove_pod_cgroups()?;
-        Ok(Census::take()?.more_than(&before).is_empty().then_some(()))
-    });
-    if let Err(error) = as_before.await {
-        let more = Census::take()?.more_than(&before);
-        bail!("{error:#}\n  {}", more.join("\n  "));
-    }
-    Ok(())
+    test.node_is_as(&before).await
 }

@@ -142,12 +142,14 @@ impl Uvm {
             host.push((slots::NET, End::Tap(vec![fds.add(cable)])));
         }
         let memory = lease.open(Kind::Memory)?;
-        lease.read_ahead(&memory)?;
+        let touched = lease.touched_first(&memory)?;
         let request = Request::Resume {
             state: fds.add(lease.open(Kind::State)?),
             memory: fds.add(memory),
             console: Some(fds.add(make(&place.path("console"))?)),
             ends: host,
+            touched,
+            one_by_one: false,
         };
         let vmm = Arc::new(Vmm::spawn(spawn)?);
         let (tell, exit) = watch::channel(None);

@@ -175,7 +175,7 @@ async fn a_damaged_state_file_is_refused_by_name(test: Test) -> Result<()> {
         let bytes = std::fs::read(&good.state)?;
         let bad = Baked {
             state: dir.join("bad-state"),
-            memory: good.memory.clone(),
+            ..good.clone()
         };
         let refused = |bytes: &[u8], memory: &Path, word: &str| -> Result<()> {
             std::fs::write(&bad.state, bytes)?;
