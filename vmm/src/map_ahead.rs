@@ -18,21 +18,42 @@ const _: () = assert!(size_of::<kvm_pre_fault_memory>() == 0x40);
 /// Maps runs of base RAM. What can't be mapped now (Linux has the call since 6.9) is mapped when it is touched.
 pub(crate) fn map_ahead(vcpu: &VcpuFd, memory: &Memory, runs: &[PageRun]) {
     let ram = memory.shape().ram;
-    let mut guest_side = true;
-    for run in runs {
-        let (start, len) = (u64::from(run.first) * PAGE, u64::from(run.pages) * PAGE);
-        if start + len > ram {
-            // The rest is hot-plugged memory, or the list is another guest's.
+    // What lies beyond is hot-plugged memory, or the list is another guest's.
+    let in_ram = |run: &&PageRun| start(run) + len(run) <= ram;
+    // A page that the guest writes is mapped as its copy, so that writing it needs no exit either.
+    for run in runs.iter().filter(in_ram).filter(|run| run.written) {
+        if memory.copy_pages(start(run), len(run)).is_err() {
             return;
-        }
-        // A page that the guest writes is mapped as its copy, so that writing it needs no exit either.
-        if run.written && memory.copy_pages(start, len).is_err() {
-            return;
-        }
-        for (gpa, len) in in_guest(ram, start, len) {
-            guest_side = guest_side && pre_fault(vcpu, gpa, len).is_ok();
         }
     }
+    let mut rest = runs;
+    while let [first, after @ ..] = rest {
+        // Read or written, neighbours are one call.
+        let mut end = start(first) + len(first);
+        rest = after;
+        while let [next, after @ ..] = rest
+            && start(next) == end
+        {
+            end += len(next);
+            rest = after;
+        }
+        if end > ram {
+            return;
+        }
+        for (gpa, len) in in_guest(ram, start(first), end - start(first)) {
+            if pre_fault(vcpu, gpa, len).is_err() {
+                return;
+            }
+        }
+    }
+}
+
+fn start(run: &PageRun) -> u64 {
+    u64::from(run.first) * PAGE
+}
+
+fn len(run: &PageRun) -> u64 {
+    u64::from(run.pages) * PAGE
 }
 
 /// Where a range of the memory file's base RAM is for the guest: in two parts, if it spans the gap below 4 GiB.

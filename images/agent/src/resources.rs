@@ -111,11 +111,21 @@ fn take_free_memory() -> io::Result<Vec<sys::Pages>> {
         let free = meminfo_bytes(&fs::read_to_string("/proc/meminfo")?, "MemFree");
         let more = free.saturating_sub(LEFT_ALONE) / 2;
         if more < STRIDE.0 {
-            return Ok(taken);
+            break;
         }
         let pages = usize::try_from(more.min(STRIDE.1) >> 12).unwrap_or(0);
         taken.push(sys::Pages::take(pages << 12)?);
     }
+    // What was left alone lies about in small pieces, which the kernel hands out before it breaks a large one up. So
+    // with a large one given back there is enough for everyone, and what is taken now is what was left.
+    if taken.len() > 1 {
+        taken.swap_remove(0);
+        // Piece by piece: taken at once it would be a huge page, and of the large one.
+        for _ in 0..LEFT_ALONE / STRIDE.0 {
+            taken.push(sys::Pages::take(usize::try_from(STRIDE.0).unwrap_or(0))?);
+        }
+    }
+    Ok(taken)
 }
 
 fn set_cpus(wanted: u32, limit: Duration) -> Result<()> {

@@ -19,7 +19,7 @@ use crate::modules::{GUEST, ModuleError, Modules};
 use crate::recipe::Recipe;
 use crate::scratch::ScratchError;
 use crate::touched::Watch;
-use crate::{cpu, elf, initramfs, scratch};
+use crate::{cpu, elf, initramfs, rehearsal, scratch};
 
 /// The command line every guest kernel gets. The serial console is there while baking, and for
 /// whoever debugs a resumed guest.
@@ -81,9 +81,9 @@ pub enum Progress {
         /// Bytes on disk.
         bytes: u64,
     },
-    /// A copy was resumed, took its identity, and was ended.
+    /// A copy was resumed, took its identity, had a container, and was ended.
     Tried {
-        /// This long from start to answer.
+        /// This long from start to the identity's answer.
         took: Duration,
         /// Bytes of memory it touched meanwhile.
         touched: u64,
@@ -456,7 +456,7 @@ fn check_hello(hello: &proto::HelloResponse, release: &str) -> Result<(), BakeEr
     Ok(())
 }
 
-/// Resumes what was saved, gives it an identity, and ends it. Returns how long that took, and the pages it needed.
+/// Resumes what was saved, gives it an identity, starts a container, and ends it. Returns how long that took, and the pages it needed.
 async fn try_out(
     vmm: &Path,
     staging: &Staging,
@@ -494,6 +494,17 @@ async fn try_out(
             stage: STAGE,
             problem,
         });
+    }
+    match rehearsal::container(&agent, deadline()).await {
+        Ok(0) => {}
+        Ok(code) => {
+            let problem = format!("a container's program ended with {code}");
+            return Err(BakeError::Wrong {
+                stage: STAGE,
+                problem,
+            });
+        }
+        Err(error) => return Err(refused(STAGE)(error)),
     }
     let set = watch.end(machine.pid()).map_err(on_memory)?;
     drop(agent);

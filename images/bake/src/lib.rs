@@ -12,6 +12,7 @@ pub mod kernel;
 mod machine;
 pub mod modules;
 mod recipe;
+mod rehearsal;
 mod scratch;
 pub mod touched;
 
