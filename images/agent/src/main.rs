@@ -91,7 +91,11 @@ fn main() {
 /// The arguments of a PID 1 that was started by a program, not by the kernel.
 fn listen_arguments() -> Vec<String> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
-    if arguments.first().is_some_and(|one| one == "--listen") {
+    let known = ["--listen", "--version"];
+    if arguments
+        .first()
+        .is_some_and(|one| known.contains(&one.as_str()))
+    {
         arguments
     } else {
         Vec::new()

@@ -1,7 +1,6 @@
 //! A container started and ended in the guest that is tried out: a bake whose containers do not start is none, and the
 //! pages that a start needs are known afterwards.
 
-use kiln_agent_api::client::AgentClient;
 use kiln_agent_api::{GUEST_SCRATCH, GUEST_STATE_DIR, proto};
 use serde_json::{Value, json};
 use ttrpc::context::Context;
@@ -9,7 +8,7 @@ use ttrpc::context::Context;
 const CONTAINER: &str = "rehearsal";
 
 /// Starts a container whose only program is the agent's, which says its version. Returns the program's exit code.
-pub(crate) async fn container(agent: &AgentClient, deadline: Context) -> ttrpc::Result<u32> {
+pub(crate) async fn container(agent: &proto::AgentClient, deadline: Context) -> ttrpc::Result<u32> {
     let root = format!("{GUEST_STATE_DIR}/containers/{CONTAINER}/rootfs");
     let request = proto::CreateContainerRequest {
         container_id: CONTAINER.to_owned(),
@@ -54,7 +53,7 @@ fn root_mount(root: &str) -> proto::Mount {
     }
 }
 
-/// What Kubernetes gives a container, but for a PID namespace: as its first process, the agent would begin its service.
+/// Much of what Kubernetes gives a container.
 fn spec(root: &str) -> Value {
     let mount = |target: &str, kind: &str, options: &[&str]| json!({"destination": target, "type": kind, "source": kind, "options": options});
     json!({
@@ -78,7 +77,7 @@ fn spec(root: &str) -> Value {
         ],
         "linux": {
             "resources": {"cpu": {"shares": 2}, "memory": {"limit": 64 << 20}},
-            "namespaces": [{"type": "mount"}, {"type": "cgroup"}, {"type": "ipc"}],
+            "namespaces": [{"type": "mount"}, {"type": "cgroup"}, {"type": "pid"}],
             "maskedPaths": ["/proc/kcore", "/proc/keys", "/proc/timer_list", "/sys/firmware"],
             "readonlyPaths": ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"],
         },
