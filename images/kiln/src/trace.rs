@@ -94,7 +94,8 @@ impl Timeline {
 
     /// Keeps them in a file.
     pub(crate) fn save(&self, path: &Path) -> Result<()> {
-        let fresh = path.with_extension("new");
+        // Others may be keeping theirs in the same place.
+        let fresh = path.with_extension(std::process::id().to_string());
         fs::write(&fresh, serde_json::to_vec(&self.steps())?)
             .and_then(|()| fs::rename(&fresh, path))
             .with_context(|| format!("writing {}", path.display()))

@@ -231,8 +231,12 @@ async fn resume_and_run(start: Start<'_>) -> Result<u8> {
             .await?;
         timeline.since("agent.start", at);
         timeline.add_guest(at, &made.spans);
-        timeline.save(&place.path(TRACE))?;
-        timeline.save(&last_trace())?;
+        for path in [place.path(TRACE), last_trace()] {
+            // The container is none the worse for it.
+            if let Err(error) = timeline.save(&path) {
+                eprintln!("kiln: the timeline is not kept: {error:#}");
+            }
+        }
         Ok(guest)
     });
     let guest = tokio::select! {
