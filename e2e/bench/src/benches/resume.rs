@@ -21,6 +21,8 @@ const FOLDER: &str = "/var/lib/kiln-e2e/bench-resume";
 const SIZES: [(u64, u64); 3] = [(256, 128), (1024, 700), (2048, 1600)];
 /// How many resume at once.
 const CROWD: usize = 16;
+/// A guest is saved when it has nothing left to do, as `kiln bake` sees to: every copy would do it again.
+const SETTLE: Duration = Duration::from_secs(3);
 /// What has to settle between two runs: KVM takes a VM down behind its process.
 const PAUSE: Duration = Duration::from_millis(200);
 /// How long before its request a VMM is started where it is started ahead of time.
@@ -91,6 +93,7 @@ impl Prepared {
             std::fs::create_dir_all(&dir)?;
             let uvm = Uvm::boot(&dir, &kit, shape(memory))?;
             uvm.sh(&fill_script(&fill.to_string()))?;
+            std::thread::sleep(SETTLE);
             let mut saved = uvm.snapshot(&dir, false)?;
             drop(uvm);
             saved.learn(&dir)?;
