@@ -11,6 +11,8 @@ RUNTIMES ?= runc kiln
 T ?=
 # Only these benches.
 BENCH ?=
+# How often tests that try their luck do so.
+ROUNDS ?= 1
 # How long each fuzz target runs.
 SECONDS ?= 60
 
@@ -55,7 +57,7 @@ test-unit: setup ## Run the unit tests
 
 test-e2e: build ## Run the end-to-end tests (T=… selects)
 	@rm -rf $(RESULTS)
-	@run() { $(NODE_TEST) --timeout 4200 --get /var/log/kiln-e2e:$(RESULTS) --env KILN_E2E_OUT=/var/log/kiln-e2e \
+	@run() { $(NODE_TEST) --timeout 4200 --get /var/log/kiln-e2e:$(RESULTS) --env KILN_E2E_OUT=/var/log/kiln-e2e --env KILN_E2E_ROUNDS=$(ROUNDS) \
 	    --env KILN_E2E_RUNTIMES=$(subst $(space),$(comma),$(RUNTIMES)) -- /opt/kiln-e2e/kiln-e2e $(T); }; \
 	status=0; run || status=$$?; \
 	if [ $$status -eq 126 ]; then \

@@ -115,7 +115,7 @@ pub(crate) fn private_memory(id: &str, owner: &str) -> Result<f64> {
     Ok(sum)
 }
 
-fn private(memory: &str) -> f64 {
+pub(crate) fn private(memory: &str) -> f64 {
     memory
         .lines()
         .filter(|line| line.starts_with("Private_"))

@@ -1,5 +1,6 @@
 //! The benches, one file each. A new one is a file here and a line in [`all`].
 
+mod density;
 mod overlay;
 mod pod_start;
 mod resume;
@@ -42,6 +43,10 @@ pub(crate) fn all() -> Vec<Bench> {
         Bench {
             name: "resume",
             run: |settings| Box::pin(resume::run(settings)),
+        },
+        Bench {
+            name: "density",
+            run: |settings| Box::pin(density::run(settings)),
         },
     ]
 }

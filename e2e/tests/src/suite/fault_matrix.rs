@@ -13,8 +13,6 @@ use kiln_e2e::{Test, cases};
 use super::faults::{SEEN, kill};
 use super::same;
 
-/// How often each step is disturbed; each time at another moment of it.
-const ROUNDS: &str = "KILN_E2E_ROUNDS";
 /// A step takes about so long on an emulated node, in milliseconds.
 const STEP: u64 = 600;
 /// A step whose counterpart died must end, in an error or not.
@@ -56,15 +54,12 @@ impl Moments {
 
 async fn killed_containerd_at_any_step(test: Test) -> Result<()> {
     let test = &test;
-    let rounds: u32 = match std::env::var(ROUNDS) {
-        Ok(text) => text.parse().context(ROUNDS)?,
-        Err(_) => 1,
-    };
     // The first task leaves containerd's own directories.
     end(Plain::run(test, &sleeper()).await?).await?;
     let before = Census::take()?;
     let mut moments = Moments::new()?;
-    for _ in 0..rounds {
+    // Each time at another moment of a step.
+    for _ in 0..super::rounds()? {
         for step in [Step::Create, Step::Start, Step::Exec, Step::Delete] {
             let moment = moments.next();
             let what = || format!("killed {moment:?} into {step:?}");

@@ -21,6 +21,7 @@ mod tasks;
 mod vmm;
 mod volumes;
 
+use anyhow::Context;
 use kiln_e2e::harness::Case;
 
 pub(crate) fn all() -> Vec<Case> {
@@ -49,6 +50,15 @@ pub(crate) fn all() -> Vec<Case> {
     .into_iter()
     .flatten()
     .collect()
+}
+
+/// How often tests that try their luck do so: `KILN_E2E_ROUNDS`, or once.
+fn rounds() -> anyhow::Result<u32> {
+    const NAME: &str = "KILN_E2E_ROUNDS";
+    match std::env::var(NAME) {
+        Ok(text) => text.parse().context(NAME),
+        Err(_) => Ok(1),
+    }
 }
 
 /// Fails unless two values are equal, and shows both.

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use futures_util::future::try_join_all;
 use k8s_cri::v1::{
     ContainerState, PodSandboxState, RemovePodSandboxRequest, StopPodSandboxRequest,
@@ -26,6 +26,13 @@ pub(crate) fn cases() -> Vec<Case> {
         failed_create_leaves_the_pod_usable,
         ten_pods_at_once_leave_nothing.alone().limit(400),
     ]
+    .into_iter()
+    .chain(
+        cases![thirty_pods_at_once_leave_nothing.alone().limit(1800)]
+            .into_iter()
+            .map(|case| case.only_with("kiln", "pods")),
+    )
+    .collect()
 }
 
 async fn pod_up(test: Test) -> Result<()> {
@@ -225,8 +232,20 @@ async fn failed_create_leaves_the_pod_usable(test: Test) -> Result<()> {
 }
 
 async fn ten_pods_at_once_leave_nothing(test: Test) -> Result<()> {
+    at_once(&test, 10).await
+}
+
+async fn thirty_pods_at_once_leave_nothing(test: Test) -> Result<()> {
+    for round in 0..super::rounds()? {
+        let all = at_once(&test, 30).await;
+        all.with_context(|| format!("round {round}"))?;
+    }
+    Ok(())
+}
+
+async fn at_once(test: &Test, many: usize) -> Result<()> {
     let before = Census::take()?;
-    let pods = try_join_all((0..10).map(|_| {
+    let pods = try_join_all((0..many).map(|_| {
         let test = test.clone();
         async move {
             let pod = test.pod().await?;
@@ -251,7 +270,7 @@ async fn ten_pods_at_once_leave_nothing(test: Test) -> Result<()> {
     }
     addresses.sort();
     addresses.dedup();
-    same!(addresses.len(), 10, "different addresses");
+    same!(addresses.len(), many, "different addresses");
     try_join_all(pods.iter().map(|(pod, _)| pod.remove())).await?;
     test.node_is_as(&before).await
 }
