@@ -1,16 +1,16 @@
-//! containerd dies at every step of a task's life: it tells the truth when it is back, nothing is left, and the next
-//! task starts.
+//! containerd, a shim, a VMM or a container dies at every step of a task's life: containerd tells the truth in the end,
+//! nothing is left, and the next task starts.
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail, ensure};
 use containerd_client::types::v1::Status;
 use kiln_e2e::harness::Case;
 use kiln_e2e::node::Census;
 use kiln_e2e::plain::{Plain, PlainSpec};
-use kiln_e2e::{Test, cases};
+use kiln_e2e::{Test, cases, wait};
 
-use super::faults::{SEEN, kill};
+use super::faults::{SEEN, children_of, kill, shim_of};
 use super::same;
 
 /// A step takes about so long on an emulated node, in milliseconds.
@@ -21,6 +21,9 @@ const STEP_LIMIT: Duration = Duration::from_secs(60);
 pub(crate) fn cases() -> Vec<Case> {
     let all = cases![
         killed_containerd_at_any_step.alone().limit(600),
+        killed_shim_at_any_step.alone().limit(600),
+        killed_vmm_at_any_step.alone().limit(600),
+        killed_container_at_any_step.alone().limit(600),
         restarted_containerd_finds_its_tasks.alone().limit(300),
     ];
     let named = |case: Case| case.only_with("kiln", "faults");
@@ -33,6 +36,15 @@ enum Step {
     Start,
     Exec,
     Delete,
+}
+
+/// Who dies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Victim {
+    Containerd,
+    Shim,
+    Vmm,
+    Container,
 }
 
 /// Moments that differ from run to run, and can be told.
@@ -53,7 +65,22 @@ impl Moments {
 }
 
 async fn killed_containerd_at_any_step(test: Test) -> Result<()> {
-    let test = &test;
+    disturb(&test, Victim::Containerd).await
+}
+
+async fn killed_shim_at_any_step(test: Test) -> Result<()> {
+    disturb(&test, Victim::Shim).await
+}
+
+async fn killed_vmm_at_any_step(test: Test) -> Result<()> {
+    disturb(&test, Victim::Vmm).await
+}
+
+async fn killed_container_at_any_step(test: Test) -> Result<()> {
+    disturb(&test, Victim::Container).await
+}
+
+async fn disturb(test: &Test, victim: Victim) -> Result<()> {
     // The first task leaves containerd's own directories.
     end(Plain::run(test, &sleeper()).await?).await?;
     let before = Census::take()?;
@@ -62,8 +89,8 @@ async fn killed_containerd_at_any_step(test: Test) -> Result<()> {
     for _ in 0..super::rounds()? {
         for step in [Step::Create, Step::Start, Step::Exec, Step::Delete] {
             let moment = moments.next();
-            let what = || format!("killed {moment:?} into {step:?}");
-            round(test, step, moment).await.with_context(what)?;
+            let what = || format!("{victim:?} killed {moment:?} into {step:?}");
+            round(test, victim, step, moment).await.with_context(what)?;
             test.clean_up().await.with_context(what)?;
             std::fs::create_dir_all(test.scratch())?;
             test.node_is_as(&before).await.with_context(what)?;
@@ -86,7 +113,7 @@ async fn end(task: Plain) -> Result<()> {
     Ok(())
 }
 
-async fn round(test: &Test, step: Step, moment: Duration) -> Result<()> {
+async fn round(test: &Test, victim: Victim, step: Step, moment: Duration) -> Result<()> {
     let task = match step {
         Step::Create => None,
         Step::Start => Some(Plain::create(test, &sleeper()).await?),
@@ -102,8 +129,11 @@ async fn round(test: &Test, step: Step, moment: Duration) -> Result<()> {
     }
     let stepping = tokio::time::timeout(STEP_LIMIT, take(test, step, task.as_ref()));
     let striking = async {
+        if step == Step::Create {
+            wait::until("the victim", STEP_LIMIT, || async { there(victim) }).await?;
+        }
         tokio::time::sleep(moment).await;
-        kill_containerd()
+        strike(victim, task.as_ref()).await
     };
     let (stepped, struck) = tokio::join!(stepping, striking);
     struck?;
@@ -113,11 +143,23 @@ async fn round(test: &Test, step: Step, moment: Duration) -> Result<()> {
         Ok(Err(_)) => None,
         Ok(Ok(made)) => made,
     };
-    start_containerd().await?;
+    if victim == Victim::Containerd {
+        start_containerd().await?;
+    }
     let Some(task) = made.or(task) else {
         return Ok(());
     };
-    truth(&task, step).await
+    // It may take containerd a moment to see who died.
+    let deadline = Instant::now() + SEEN;
+    let mut questions = 0;
+    loop {
+        questions += 1;
+        match truth(&task, step, questions).await {
+            Err(error) if Instant::now() > deadline => return Err(error),
+            Err(_) => tokio::time::sleep(Duration::from_millis(200)).await,
+            Ok(()) => return Ok(()),
+        }
+    }
 }
 
 /// Does the step; creating gives the new task.
@@ -133,6 +175,38 @@ async fn take(test: &Test, step: Step, task: Option<&Plain>) -> Result<Option<Pl
         (_, None) => bail!("there is no task"),
     }
     Ok(None)
+}
+
+/// Something when the victim can be killed. No other task runs meanwhile.
+fn there(victim: Victim) -> Result<Option<()>> {
+    let found = match (victim, shim_of("")?) {
+        (Victim::Containerd, _) => true,
+        // A container that is not made yet has no process; its start is another step.
+        (Victim::Container, shim) => shim.is_some(),
+        (_, None) => false,
+        (Victim::Shim, Some(_)) => true,
+        (Victim::Vmm, Some(shim)) => !children_of(shim)?.is_empty(),
+    };
+    Ok(found.then_some(()))
+}
+
+async fn strike(victim: Victim, task: Option<&Plain>) -> Result<()> {
+    if victim == Victim::Containerd {
+        return kill_containerd();
+    }
+    // Who has ended meanwhile cannot be killed.
+    let shim = shim_of("")?;
+    match (victim, shim, task) {
+        (Victim::Shim, Some(shim), _) => drop(kill(shim)),
+        (Victim::Vmm, Some(shim), _) => {
+            for child in children_of(shim)? {
+                drop(kill(child));
+            }
+        }
+        (Victim::Container, _, Some(task)) => drop(task.kill("", libc::SIGKILL, true).await),
+        _ => {}
+    }
+    Ok(())
 }
 
 fn kill_containerd() -> Result<()> {
@@ -158,7 +232,7 @@ fn not_found(error: &anyhow::Error) -> bool {
 }
 
 /// What containerd says of the task is so, and it can be ended and deleted.
-async fn truth(task: &Plain, step: Step) -> Result<()> {
+async fn truth(task: &Plain, step: Step, question: u32) -> Result<()> {
     let state = match task.state().await {
         Err(error) if not_found(&error) => return Ok(()),
         other => other?,
@@ -166,9 +240,10 @@ async fn truth(task: &Plain, step: Step) -> Result<()> {
     match state.status() {
         Status::Running => {
             // It says so, then it does.
-            task.exec("truth", &PlainSpec::shell("exit 7")).await?;
-            same!(task.wait("truth").await?, 7);
-            task.delete_exec("truth").await?;
+            let name = format!("truth{question}");
+            task.exec(&name, &PlainSpec::shell("exit 7")).await?;
+            same!(task.wait(&name).await?, 7);
+            task.delete_exec(&name).await?;
             task.kill("", libc::SIGKILL, true).await?;
             same!(task.wait("").await?, 137);
         }

@@ -49,7 +49,7 @@ fn parent(pid: u32) -> Result<u32> {
 }
 
 /// The shim that serves a pod or a task. The tests that ask run alone.
-fn shim_of(id: &str) -> Result<Option<u32>> {
+pub(super) fn shim_of(id: &str) -> Result<Option<u32>> {
     let shim = node::processes()?.into_iter().find(|process| {
         let command = &process.command;
         command.contains("containerd-shim-")
@@ -59,7 +59,7 @@ fn shim_of(id: &str) -> Result<Option<u32>> {
     Ok(shim.map(|process| process.pid))
 }
 
-fn children_of(pid: u32) -> Result<Vec<u32>> {
+pub(super) fn children_of(pid: u32) -> Result<Vec<u32>> {
     let all = node::processes()?.into_iter().map(|process| process.pid);
     Ok(all
         .filter(|child| parent(*child).is_ok_and(|parent| parent == pid))
