@@ -257,7 +257,9 @@ mod tests {
     fn a_process_is_a_trace_of_a_word_in_its_arguments() {
         let word = format!("kiln-trace-{}", std::process::id());
         let mut child = std::process::Command::new("sh")
-            .args(["-c", "sleep 60; true", &word])
+            // Without a child of its own, which would have the same arguments for a moment.
+            .args(["-c", "read line", &word])
+            .stdin(std::process::Stdio::piped())
             .spawn()
             .unwrap();
         // A process that has just replaced its program has no arguments to read for a moment.
