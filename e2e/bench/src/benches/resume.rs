@@ -20,7 +20,7 @@ const FOLDER: &str = "/var/lib/kiln-e2e/bench-resume";
 /// Machines: MiB of memory, and of those filled with data.
 const SIZES: [(u64, u64); 3] = [(256, 128), (1024, 700), (2048, 1600)];
 /// How many resume at once.
-const CROWD: usize = 16;
+const CROWDS: [usize; 2] = [16, 64];
 /// A guest is saved when it has nothing left to do, as `kiln bake` sees to: every copy would do it again.
 const SETTLE: Duration = Duration::from_secs(3);
 /// What has to settle between two runs: KVM takes a VM down behind its process.
@@ -59,6 +59,7 @@ fn measure(settings: &Settings) -> Result<Measured> {
         ("kiln-256/floor", "kiln-256", "floor"),
         ("kiln-256/cold-boot", "kiln-256", "cold-boot"),
         ("kiln-x16/kiln-x1", "kiln-x16", "kiln-256"),
+        ("kiln-x64/kiln-x1", "kiln-x64", "kiln-256"),
     ] {
         measured.ratio(name, of, to)?;
     }
@@ -137,8 +138,10 @@ impl Prepared {
         uvm.ask()?;
         measured.add("kiln-256, VMM started ahead", "ms", ms(begin.elapsed()));
         end(uvm);
-        let took = self.crowd(CROWD)?;
-        measured.add(&format!("kiln-x{CROWD}"), "ms", ms(took));
+        for crowd in CROWDS {
+            let took = self.crowd(crowd)?;
+            measured.add(&format!("kiln-x{crowd}"), "ms", ms(took));
+        }
         let begin = Instant::now();
         let uvm = Uvm::boot(&dir, &self.kit, shape(SIZES[0].0))?;
         measured.add("cold-boot", "ms", ms(begin.elapsed()));
