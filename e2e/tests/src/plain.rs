@@ -649,6 +649,9 @@ fn unless_gone<T>(answer: Result<T, Status>) -> Result<(), Status> {
     }
 }
 
+/// How often a removal that fails is tried again.
+const REMOVALS: u32 = 20;
+
 /// Removes the plain containers of one run of a test, or of all.
 pub(crate) async fn remove_all(client: &Client, run: Option<&str>) -> Result<()> {
     let message = ListContainersRequest {
@@ -666,12 +669,23 @@ pub(crate) async fn remove_all(client: &Client, run: Option<&str>) -> Result<()>
             (label, _) => label.is_some() && run.is_none(),
         };
         if ours {
-            remove(client, &container.id)
+            remove_in_the_end(client, &container.id)
                 .await
                 .with_context(|| format!("cannot remove container {}", container.id))?;
         }
     }
     Ok(())
+}
+
+/// Where a shim was killed, containerd may need a moment to see it.
+async fn remove_in_the_end(client: &Client, id: &str) -> Result<()> {
+    for _ in 0..REMOVALS {
+        match remove(client, id).await {
+            Ok(()) => return Ok(()),
+            Err(_) => tokio::time::sleep(Duration::from_millis(500)).await,
+        }
+    }
+    remove(client, id).await
 }
 
 async fn remove(client: &Client, id: &str) -> Result<()> {
