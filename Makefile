@@ -25,6 +25,8 @@ put = $(foreach program,$(1),$(if $(wildcard $(BIN)/$(program)),--put $(BIN)/$(p
 NODE_VM = $(BIN)/kiln-node-vm --suite $(NODE) $(call put,$(SHIPPED),/usr/local/bin)
 NODE_TEST = $(NODE_VM) $(call put,$(TESTERS),/opt/kiln-e2e)
 RESULTS = target/e2e
+# Tests that passed before their node died.
+PASSED := target/e2e-passed
 comma := ,
 space := $() $()
 quote = '$(subst ','\'',$(1))'
@@ -56,12 +58,16 @@ test-unit: setup ## Run the unit tests
 	@cargo test --release --workspace --no-fail-fast
 
 test-e2e: build ## Run the end-to-end tests (T=… selects)
-	@rm -rf $(RESULTS)
-	@run() { $(NODE_TEST) --timeout 4200 --get /var/log/kiln-e2e:$(RESULTS) --env KILN_E2E_OUT=/var/log/kiln-e2e --env KILN_E2E_ROUNDS=$(ROUNDS) \
-	    --env KILN_E2E_RUNTIMES=$(subst $(space),$(comma),$(RUNTIMES)) -- /opt/kiln-e2e/kiln-e2e $(T); }; \
+	@rm -rf $(RESULTS); mkdir -p target; : > $(PASSED)
+	@set -o pipefail; \
+	run() { $(NODE_TEST) --timeout 4200 --get /var/log/kiln-e2e:$(RESULTS) --env KILN_E2E_OUT=/var/log/kiln-e2e \
+	    --put $(PASSED):/opt/kiln-e2e/passed --env KILN_E2E_PASSED=/opt/kiln-e2e/passed --env KILN_E2E_ROUNDS=$(ROUNDS) \
+	    --env KILN_E2E_RUNTIMES=$(subst $(space),$(comma),$(RUNTIMES)) -- /opt/kiln-e2e/kiln-e2e $(T) \
+	    | tee target/e2e.log; }; \
 	status=0; run || status=$$?; \
 	if [ $$status -eq 126 ]; then \
-	    echo "the node itself died, which an emulated one does now and then (docs/node.md): once more"; \
+	    echo "the node itself died, which an emulated one does now and then (docs/node.md): the tests that it had left, in a new one"; \
+	    awk '/^test .* ok$$/ { print $$2 }' target/e2e.log > $(PASSED); \
 	    status=0; run || status=$$?; \
 	fi; \
 	[ $$status -eq 0 ] || echo "logs of failed tests: $(RESULTS)"; exit $$status
