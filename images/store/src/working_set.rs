@@ -160,10 +160,7 @@ mod tests {
     #[test]
     fn pages_of_a_kind_that_follow_each_other_are_one_run() {
         let written = |page: &u32| (*page, *page > 11);
-        let set: WorkingSet = [3, 4, 5, 9, 11, 12]
-            .iter()
-            .map(|page| written(page))
-            .collect();
+        let set: WorkingSet = [3, 4, 5, 9, 11, 12].iter().map(written).collect();
         assert_eq!((set.runs.len(), set.pages()), (4, 6));
         assert_eq!(WorkingSet::decode(&set.encode()), Some(set));
     }
