@@ -17,12 +17,14 @@ ROUNDS ?= 1
 SECONDS ?= 60
 
 BIN := target/x86_64-unknown-linux-gnu/release
+# The agent has a profile of its own (Cargo.toml says why).
+AGENT := target/x86_64-unknown-linux-gnu/guest/kiln-agent
 # What a node gets in /usr/local/bin, and what the tests bring along.
-SHIPPED := kiln kiln-vmm kiln-agent containerd-shim-kiln-v2
+SHIPPED := kiln kiln-vmm containerd-shim-kiln-v2
 TESTERS := kiln-e2e kiln-testprog kiln-bench kiln-floor kiln-demo
 put = $(foreach program,$(1),$(if $(wildcard $(BIN)/$(program)),--put $(BIN)/$(program):$(2)/$(program)))
 
-NODE_VM = $(BIN)/kiln-node-vm --suite $(NODE) $(call put,$(SHIPPED),/usr/local/bin)
+NODE_VM = $(BIN)/kiln-node-vm --suite $(NODE) $(call put,$(SHIPPED),/usr/local/bin) --put $(AGENT):/usr/local/bin/kiln-agent
 NODE_TEST = $(NODE_VM) $(call put,$(TESTERS),/opt/kiln-e2e)
 RESULTS = target/e2e
 # Tests that passed before their node died.
@@ -41,6 +43,7 @@ setup: ## Install what building and testing need (Debian packages), once
 
 build: setup ## Build everything
 	@cargo build --release --workspace --bins
+	@cargo build --profile guest --package kiln-agent
 
 node: build ## Boot the node VM and run CMD='…' in it, or a shell
 	@$(NODE_VM) $(if $(CMD),-- bash -c $(call quote,$(CMD)))

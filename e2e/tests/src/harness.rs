@@ -2,6 +2,7 @@
 //! case, and the results printed as `cargo test` prints them.
 
 use std::future::Future;
+use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, RwLock};
@@ -208,38 +209,78 @@ struct Shared {
     repeated: AtomicU32,
 }
 
-/// Runs a test. If it fails it is repeated once, with nothing else running: what an emulated
-/// machine does rarely, or only under two tests at a time, then passes, and a fault of ours has to
-/// be lucky twice. Every repetition is printed with its reason and counted, and there are [`REPEATS`] in a run.
+/// Runs a test. One that ran into what an emulated machine is known to do to a guest is repeated once, with nothing else
+/// running. Every repetition is printed with its reason and counted, and there are [`REPEATS`] in a run.
 fn run(case: &Case, handler: &str, shared: &Shared) -> Result<()> {
     let first = if case.alone {
         let _alone = shared.alone.write();
-        attempt_blocking(case, handler)
+        attempt_blocking(case, handler)?
     } else {
         let _beside = shared.alone.read();
-        attempt_blocking(case, handler)
+        attempt_blocking(case, handler)?
     };
-    let Err(error) = first else { return Ok(()) };
-    let repeated = shared.repeated.fetch_add(1, Ordering::Relaxed);
-    if repeated >= REPEATS {
-        return Err(error);
+    let Some(failure) = first else { return Ok(()) };
+    let Some(why) = failure.of_the_machine() else {
+        return Err(failure.error);
+    };
+    if shared.repeated.fetch_add(1, Ordering::Relaxed) >= REPEATS {
+        return Err(failure.error);
     }
-    println!("{handler}::{} failed, once more: {error:#}", case.name);
+    println!(
+        "{handler}::{}: {why}, once more: {:#}",
+        case.name, failure.error
+    );
     let _alone = shared.alone.write();
-    attempt_blocking(case, handler)
+    match attempt_blocking(case, handler)? {
+        None => Ok(()),
+        Some(failure) => Err(failure.error),
+    }
 }
 
-fn attempt_blocking(case: &Case, handler: &str) -> Result<()> {
+fn attempt_blocking(case: &Case, handler: &str) -> Result<Option<Failure>> {
     let runtime = runtime()?;
     let (outcome, place) = runtime.block_on(attempt(case, handler))?;
     // A blocked thread of a hung test is left to itself.
     runtime.shutdown_timeout(Duration::from_secs(1));
-    match outcome {
-        Outcome::Passed => Ok(()),
-        Outcome::Failed(error) => Err(with_place(&error, &place)),
-        Outcome::TimedOut => {
-            let error = anyhow!("not finished in {} s", case.limit.as_secs());
-            Err(with_place(&error, &place))
+    let (error, timed_out) = match outcome {
+        Outcome::Passed => return Ok(None),
+        Outcome::Failed(error) => (error, false),
+        Outcome::TimedOut => (anyhow!("not finished in {} s", case.limit.as_secs()), true),
+    };
+    Ok(Some(Failure {
+        error: with_place(&error, &place),
+        place: place.into(),
+        timed_out,
+    }))
+}
+
+/// A test that did not pass.
+struct Failure {
+    error: anyhow::Error,
+    place: PathBuf,
+    timed_out: bool,
+}
+
+impl Failure {
+    /// What an emulated machine, and nothing else that is known, did to the test; docs/node.md has the figures.
+    fn of_the_machine(&self) -> Option<&'static str> {
+        const SILENT: [&str; 4] = [
+            "no answer from vsock port",
+            "Request deadline elapsed",
+            "the guest is not up: Resource temporarily unavailable",
+            "exec_sync failed: Timeout expired",
+        ];
+        const FAULTED: &str = "ended: TripleFault";
+        let error = format!("{:#}", self.error);
+        let log = || std::fs::read_to_string(self.place.join("containerd.log")).unwrap_or_default();
+        if self.timed_out {
+            Some("a machine hung")
+        } else if SILENT.iter().any(|sign| error.contains(sign)) {
+            Some("the guest fell silent")
+        } else if error.contains(FAULTED) || log().contains(FAULTED) {
+            Some("the guest's CPU gave up")
+        } else {
+            None
         }
     }
 }

@@ -83,7 +83,7 @@ impl Agent {
         blocking(move || {
             nix::unistd::sync();
             if drop_caches {
-                fs::write("/proc/sys/vm/drop_caches", "3").action("drop caches")?;
+                resources::give_back_caches().action("give back caches")?;
             }
             if compact {
                 fs::write("/proc/sys/vm/compact_memory", "1").action("compact memory")?;

@@ -6,6 +6,7 @@
 use std::fs;
 use std::io;
 use std::path::Path;
+use std::thread;
 use std::time::Duration;
 
 use kiln_agent_api::proto;
@@ -86,6 +87,50 @@ pub(crate) fn state() -> Result<proto::ResourceState> {
     Ok(state)
 }
 
+/// How often, and how many times, free memory is looked at until it grows no more.
+const LOOKS: (Duration, u32) = (Duration::from_millis(100), 20);
+
+/// Gives back what the kernel keeps only because it might be of use again.
+pub(crate) fn give_back_caches() -> io::Result<()> {
+    fs::write("/proc/sys/vm/drop_caches", "2")?;
+    shrink_slabs()?;
+    // Shrinking looked up many files.
+    fs::write("/proc/sys/vm/drop_caches", "3")?;
+    // What is dropped is free when every CPU has forgotten it, which the kernel does not tell.
+    let mut before = free_memory()?;
+    for _ in 0..LOOKS.1 {
+        thread::sleep(LOOKS.0);
+        let now = free_memory()?;
+        if now <= before {
+            break;
+        }
+        before = now;
+    }
+    Ok(())
+}
+
+/// Gives back the pages of slabs that have no object left; the kernel keeps some of each kind. Kernels without these
+/// files keep them.
+fn shrink_slabs() -> io::Result<()> {
+    let slabs = match fs::read_dir("/sys/kernel/slab") {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        slabs => slabs?,
+    };
+    for slab in slabs {
+        let slab = slab?;
+        // The other names of one that several kinds share are links.
+        if slab.file_type()?.is_dir() {
+            fs::write(slab.path().join("shrink"), "1")?;
+        }
+    }
+    Ok(())
+}
+
+fn free_memory() -> io::Result<u64> {
+    let meminfo = fs::read_to_string("/proc/meminfo")?;
+    Ok(meminfo_bytes(&meminfo, "MemFree"))
+}
+
 /// What the kernel keeps free for itself.
 const MIN_FREE: &str = "/proc/sys/vm/min_free_kbytes";
 /// And what it keeps while free memory is cleared, when nothing else goes on.
@@ -108,8 +153,7 @@ pub(crate) fn zero_free_memory() -> io::Result<()> {
 fn take_free_memory() -> io::Result<Vec<sys::Pages>> {
     let mut taken = Vec::new();
     loop {
-        let free = meminfo_bytes(&fs::read_to_string("/proc/meminfo")?, "MemFree");
-        let more = free.saturating_sub(LEFT_ALONE) / 2;
+        let more = free_memory()?.saturating_sub(LEFT_ALONE) / 2;
         if more < STRIDE.0 {
             break;
         }

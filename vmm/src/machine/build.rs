@@ -358,7 +358,7 @@ pub(super) fn make_device(
             let mut block = Block::new(&BlockConfig {
                 id: id.clone(),
                 queues: *queues,
-                queue_size: 256,
+                queue_size: 128,
                 read_only: false,
             });
             match end {

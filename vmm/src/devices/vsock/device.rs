@@ -26,7 +26,7 @@ use crate::virtio::{
 
 const KIND: &str = "vsock";
 const VERSION: u16 = 1;
-const QUEUE_SIZES: [u16; 3] = [256, 256, 16];
+const QUEUE_SIZES: [u16; 3] = [128, 256, 16];
 const RX: u16 = 0;
 const TX: u16 = 1;
 const EVENTS: u16 = 2;
