@@ -457,7 +457,7 @@ fn attach(machine: &Machine, slot: Option<u8>, disk: HostEnd) -> Result<u8> {
 
 /// A guest that has given nothing back for so long tries again only much later: Linux' driver waits most of a
 /// minute after a block that was busy.
-const SHRINK_PATIENCE: Duration = Duration::from_secs(10);
+const SHRINK_PATIENCE: Duration = Duration::from_secs(20);
 
 /// Asks the guest for a size and waits until it has followed, or has given back what memory it can.
 fn resize(server: &Server, cpus: u8, memory: u64, timeout: Duration) -> Result<()> {

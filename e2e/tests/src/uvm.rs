@@ -24,7 +24,7 @@ const BUSYBOX: &str = "/bin/busybox";
 /// The guest's scripts come in here.
 const PORT: u32 = 1024;
 /// What its kernel is told.
-const CMDLINE: &str = "console=ttyS0 panic=-1 no_timer_check memhp_default_state=online";
+const CMDLINE: &str = "console=ttyS0 panic=-1 no_timer_check memhp_default_state=online_movable";
 /// What the guest says on its console when it takes scripts.
 const READY: &str = "guest: ready";
 /// How long a guest may take to boot, on an emulated machine with other work.

@@ -9,7 +9,7 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kiln_agent_api::stream::{Kind, Status, TOKEN_LEN};
 use nix::fcntl::OFlag;
@@ -269,16 +269,54 @@ pub(crate) async fn answer(connection: &mut Box<dyn Connection>, status: Status)
     }
 }
 
+/// Keeps a process that writes many small pieces from costing the host a message for each. Whatever says little, or much
+/// at a time, is not held up.
+#[derive(Debug)]
+struct Gathering {
+    since: Instant,
+    pieces: u32,
+}
+
+impl Gathering {
+    /// A piece that is worth a message.
+    const ENOUGH: usize = 4 << 10;
+    /// So many smaller ones may follow each other within this time.
+    const FEW: (u32, Duration) = (8, Duration::from_millis(10));
+    /// How long more is waited for then.
+    const PAUSE: Duration = Duration::from_millis(1);
+
+    fn new() -> Self {
+        Self {
+            since: Instant::now(),
+            pieces: 0,
+        }
+    }
+
+    /// Whether to let more come together before the next piece is read.
+    fn pauses_after(&mut self, length: usize) -> bool {
+        if self.since.elapsed() >= Self::FEW.1 {
+            *self = Self::new();
+        }
+        self.pieces += u32::from(length < Self::ENOUGH);
+        self.pieces > Self::FEW.0
+    }
+}
+
 async fn deliver_output(channel: &mut Channel, connection: &mut Box<dyn Connection>) -> Stop {
     let (mut from_host, mut to_host) = tokio::io::split(connection);
     let mut buffer = vec![0; BUFFER];
+    let mut gathering = Gathering::new();
     let mut ignored = [0; 64];
     loop {
+        let length = channel.pending.len();
         while !channel.pending.is_empty() {
             match to_host.write(&channel.pending).await {
                 Ok(0) | Err(_) => return Stop::Disconnected,
                 Ok(written) => drop(channel.pending.drain(..written)),
             }
+        }
+        if length > 0 && gathering.pauses_after(length) {
+            tokio::time::sleep(Gathering::PAUSE).await;
         }
         let length = tokio::select! {
             biased;
@@ -434,6 +472,35 @@ mod tests {
         }
         assert!(writer.join().expect("writer").is_ok());
         assert!(got == expected, "{} bytes of {}", got.len(), expected.len());
+    }
+
+    #[tokio::test]
+    async fn many_small_pieces_are_gathered_and_few_are_not() {
+        let mut gathering = Gathering::new();
+        let few = Gathering::FEW.0;
+        // However slow this machine: a new start only asks for more pieces.
+        let pauses = (0..few).filter(|_| gathering.pauses_after(10)).count();
+        assert_eq!(pauses, 0);
+        let (stdio, mut process) = pipes();
+        let (mut host, _) = connect(&stdio, Kind::Stdout).await;
+        let lines: Vec<String> = (0..20_000).map(|i| format!("line {i}\n")).collect();
+        let expected = lines.concat();
+        let writer = std::thread::spawn(move || {
+            lines
+                .iter()
+                .try_for_each(|line| process.stdout.write_all(line.as_bytes()))
+        });
+        let (mut got, mut piece, mut pieces) = (Vec::new(), [0; 64 << 10], 0);
+        loop {
+            match host.read(&mut piece).await.expect("read") {
+                0 => break,
+                length => got.extend_from_slice(&piece[..length]),
+            }
+            pieces += 1;
+        }
+        assert!(writer.join().expect("writer").is_ok());
+        assert!(got == expected.as_bytes(), "{} bytes", got.len());
+        assert!(pieces < 10_000, "{pieces} messages");
     }
 
     #[tokio::test]

@@ -98,7 +98,8 @@ impl Driver {
             machine,
             kernel: 0,
             initrd: Some(1),
-            cmdline: "console=ttyS0 panic=-1 no_timer_check memhp_default_state=online".to_owned(),
+            cmdline: "console=ttyS0 panic=-1 no_timer_check memhp_default_state=online_movable"
+                .to_owned(),
             console: Some(2),
             ends: vec![(1, End::Listener(3))],
         };

@@ -2,9 +2,10 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Output, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use futures_util::future::try_join;
 use kiln_e2e::harness::Case;
 use kiln_e2e::{Test, cases};
 use tokio::io::{AsyncBufReadExt, BufReader, Lines};
@@ -15,6 +16,8 @@ use super::same;
 pub(crate) fn cases() -> Vec<Case> {
     let all = cases![
         baked_guest_is_small_and_says_what_it_uses,
+        store_is_clean_after_fifty_kills_of_a_bake.limit(900),
+        full_disk_in_the_middle_of_a_bake_leaves_nothing.limit(300),
         interrupted_bake_cleans_up_and_says_so,
     ];
     let named = |case: Case| case.only_with("kiln", "run");
@@ -107,9 +110,126 @@ async fn baked_guest_is_small_and_says_what_it_uses(test: Test) -> Result<()> {
     Ok(())
 }
 
+/// A phase of a bake: it begins with the line of progress that begins with this word.
+#[derive(Debug, Clone)]
+struct Phase {
+    word: String,
+    length: Duration,
+}
+
+/// How many of the kills fall into each phase. The late ones cost a whole bake each; those that write to the
+/// store get several all the same.
+const KILLS: [(&str, u32); 7] = [
+    ("", 15),
+    ("guest", 12),
+    ("boot", 5),
+    ("ready", 3),
+    ("settled", 6),
+    ("saved", 4),
+    ("tried", 5),
+];
+
+/// Bakes once, undisturbed, and notes how long each phase takes.
+async fn phases(store: &Store) -> Result<Vec<Phase>> {
+    let (mut bake, mut lines) = store.bake()?;
+    let mut phases = Vec::new();
+    let (mut word, mut since) = (String::new(), Instant::now());
+    loop {
+        let line = lines.next_line().await?;
+        phases.push(Phase {
+            word: std::mem::take(&mut word),
+            length: since.elapsed(),
+        });
+        since = Instant::now();
+        match line {
+            Some(line) => word = line.split(' ').next().unwrap_or_default().to_owned(),
+            None => break,
+        }
+    }
+    ensure!(bake.wait().await?.success(), "{phases:?}");
+    let words: Vec<&str> = phases.iter().map(|phase| &*phase.word).collect();
+    same!(words, KILLS.map(|(word, _)| word).to_vec());
+    Ok(phases)
+}
+
+/// A bake that is killed this long after a phase has begun.
+async fn kill(store: &Store, word: &str, after: Duration) -> Result<()> {
+    let (mut bake, mut lines) = store.bake()?;
+    let begun = async {
+        while !word.is_empty() {
+            match lines.next_line().await? {
+                Some(line) if !line.starts_with(word) => {}
+                _ => break,
+            }
+        }
+        tokio::time::sleep(after).await;
+        anyhow::Ok(())
+    };
+    begun.await?;
+    // A bake that was quicker than the one before has ended, and that is a moment too.
+    bake.kill().await?;
+    store.done(&["verify"]).await?;
+    Ok(())
+}
+
+async fn store_is_clean_after_fifty_kills_of_a_bake(test: Test) -> Result<()> {
+    let store = Store::new(&test);
+    let phases = phases(&store).await?;
+    let random: [u8; 8] = kiln_bake::random("choosing moments")?;
+    let seed = u64::from_le_bytes(random) | 1;
+    println!("moments of the kills: seed {seed:#x}, phases {phases:?}");
+    let mut moments = Vec::new();
+    let mut state = seed;
+    for (phase, (word, kills)) in phases.iter().zip(KILLS) {
+        for _ in 0..kills {
+            // xorshift
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            let share = (state >> 11) as f64 / (1u64 << 53) as f64;
+            moments.push((word, phase.length.mul_f64(share)));
+        }
+    }
+    same!(moments.len(), 50);
+    // Two at a time: whoever bakes or verifies meets another one's remains, and its work.
+    let lane = |first: usize| {
+        let (store, moments) = (&store, &moments);
+        async move {
+            for (number, (word, after)) in moments.iter().enumerate().skip(first).step_by(2) {
+                kill(store, word, *after)
+                    .await
+                    .with_context(|| format!("kill {number}, {after:?} into {word:?}"))?;
+            }
+            anyhow::Ok(())
+        }
+    };
+    try_join(lane(0), lane(1)).await?;
+    store.done(&["bake", "--again"]).await?;
+    store.done(&["verify"]).await?;
+    nothing_in(&store.0.join("tmp"))
+}
+
 fn nothing_in(dir: &Path) -> Result<()> {
     let left: Vec<_> = std::fs::read_dir(dir)?.collect();
     ensure!(left.is_empty(), "{left:?}");
+    Ok(())
+}
+
+async fn full_disk_in_the_middle_of_a_bake_leaves_nothing(test: Test) -> Result<()> {
+    // A disk with room for the initramfs and a part of the memory.
+    let small = test.scratch().join("small");
+    std::fs::create_dir(&small)?;
+    let script = "busybox mount -t tmpfs -o size=40m none $1 && kiln --store $1/s bake; code=$?; \
+                  kiln --store $1/s verify > /dev/null && busybox find $1/s/tmp $1/s/uvms -mindepth 1 && \
+                  busybox mount -o remount,size=200m $1 && kiln --store $1/s bake >&2 && \
+                  kiln --store $1/s verify >&2 && exit $code";
+    let mut unshare = Command::new("unshare");
+    unshare.args(["-m", "sh", "-c", script, "sh"]).arg(&small);
+    let output = unshare.stdin(Stdio::null()).output().await?;
+    let errors = String::from_utf8_lossy(&output.stderr).into_owned();
+    same!(output.status.code(), Some(5), "{errors}");
+    let left = String::from_utf8_lossy(&output.stdout).into_owned();
+    same!(left, String::new(), "left on the full disk");
     Ok(())
 }
 

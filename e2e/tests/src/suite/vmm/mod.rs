@@ -4,6 +4,7 @@ mod disks;
 mod files;
 mod life;
 mod size;
+mod traffic;
 
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
@@ -14,7 +15,13 @@ use kiln_e2e::harness::Case;
 use kiln_e2e::uvm::{Baked, Kit, Shape, Uvm};
 
 pub(crate) fn cases() -> Vec<Case> {
-    let all = [files::cases(), disks::cases(), size::cases(), life::cases()];
+    let all = [
+        files::cases(),
+        disks::cases(),
+        size::cases(),
+        life::cases(),
+        traffic::cases(),
+    ];
     let named = |case: Case| case.only_with("kiln", "vmm");
     all.into_iter().flatten().map(named).collect()
 }
