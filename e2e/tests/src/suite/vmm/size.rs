@@ -20,7 +20,7 @@ pub(super) fn cases() -> Vec<Case> {
 }
 
 const MIB: u64 = 1 << 20;
-const LIMIT_MS: u32 = 90_000;
+const LIMIT_MS: u32 = 60_000;
 const SOON: Duration = Duration::from_secs(20);
 
 /// Asks for a size; what was reached.
