@@ -14,6 +14,7 @@ mod boot;
 mod container;
 mod error;
 mod gate;
+mod gathering;
 mod helper;
 mod listen;
 mod network;

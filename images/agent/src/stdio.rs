@@ -9,7 +9,7 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use kiln_agent_api::stream::{Kind, Status, TOKEN_LEN};
 use nix::fcntl::OFlag;
@@ -18,6 +18,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::Notify;
 
+use crate::gathering::Gathering;
 use crate::sys;
 
 /// Bytes on their way in one stream.
@@ -30,7 +31,7 @@ impl<T: AsyncRead + AsyncWrite + Send + Sync + Unpin> Connection for T {}
 /// The agent's end of one stream.
 #[derive(Debug)]
 struct Channel {
-    fd: AsyncFd<OwnedFd>,
+    fd: OwnedFd,
     /// Output that was read but could not be delivered.
     pending: Vec<u8>,
 }
@@ -55,11 +56,10 @@ impl Slot {
         }
     }
 
-    /// Must run inside the runtime.
     fn with(fd: OwnedFd) -> io::Result<Self> {
         sys::set_nonblocking(&fd)?;
         let channel = Channel {
-            fd: sys::watch(fd)?,
+            fd,
             pending: Vec::new(),
         };
         Ok(Self {
@@ -269,58 +269,38 @@ pub(crate) async fn answer(connection: &mut Box<dyn Connection>, status: Status)
     }
 }
 
-/// Keeps a process that writes many small pieces from costing the host a message for each. Whatever says little, or much
-/// at a time, is not held up.
-#[derive(Debug)]
-struct Gathering {
-    since: Instant,
-    pieces: u32,
-}
-
-impl Gathering {
-    /// A piece that is worth a message.
-    const ENOUGH: usize = 4 << 10;
-    /// So many smaller ones may follow each other within this time.
-    const FEW: (u32, Duration) = (8, Duration::from_millis(10));
-    /// How long more is waited for then.
-    const PAUSE: Duration = Duration::from_millis(1);
-
-    fn new() -> Self {
-        Self {
-            since: Instant::now(),
-            pieces: 0,
-        }
-    }
-
-    /// Whether to let more come together before the next piece is read.
-    fn pauses_after(&mut self, length: usize) -> bool {
-        if self.since.elapsed() >= Self::FEW.1 {
-            *self = Self::new();
-        }
-        self.pieces += u32::from(length < Self::ENOUGH);
-        self.pieces > Self::FEW.0
-    }
-}
-
 async fn deliver_output(channel: &mut Channel, connection: &mut Box<dyn Connection>) -> Stop {
+    let Channel { fd, pending } = channel;
     let (mut from_host, mut to_host) = tokio::io::split(connection);
     let mut buffer = vec![0; BUFFER];
     let mut gathering = Gathering::new();
+    let mut watched = None;
     let mut ignored = [0; 64];
     loop {
-        let length = channel.pending.len();
-        while !channel.pending.is_empty() {
-            match to_host.write(&channel.pending).await {
+        let length = pending.len();
+        while !pending.is_empty() {
+            match to_host.write(pending).await {
                 Ok(0) | Err(_) => return Stop::Disconnected,
-                Ok(written) => drop(channel.pending.drain(..written)),
+                Ok(written) => drop(pending.drain(..written)),
             }
         }
-        if length > 0 && gathering.pauses_after(length) {
-            tokio::time::sleep(Gathering::PAUSE).await;
+        if length > 0
+            && let Some(pause) = gathering.pause_after(length)
+        {
+            // Else every piece would wake the runtime meanwhile.
+            watched = None;
+            tokio::time::sleep(pause).await;
         }
+        let read = async {
+            let fd = match &watched {
+                Some(fd) => fd,
+                None => watched.insert(sys::watch_lent(fd.as_fd())?),
+            };
+            read_channel(fd, &mut buffer).await
+        };
         let length = tokio::select! {
             biased;
-            read = read_channel(&channel.fd, &mut buffer) => read,
+            read = read => read,
             read = from_host.read(&mut ignored) => match read {
                 Ok(0) | Err(_) => return Stop::Disconnected,
                 Ok(_) => continue,
@@ -328,7 +308,7 @@ async fn deliver_output(channel: &mut Channel, connection: &mut Box<dyn Connecti
         };
         match length {
             Ok(0) => return Stop::Ended,
-            Ok(length) => channel.pending.extend_from_slice(&buffer[..length]),
+            Ok(length) => pending.extend_from_slice(&buffer[..length]),
             Err(error) => {
                 tracing::warn!(%error, "reading a process's output failed; its stream ends here");
                 return Stop::Ended;
@@ -342,6 +322,13 @@ async fn deliver_input(
     connection: &mut Box<dyn Connection>,
     close: &Notify,
 ) -> Stop {
+    let fd = match sys::watch_lent(channel.fd.as_fd()) {
+        Ok(fd) => fd,
+        Err(error) => {
+            tracing::warn!(%error, "a process's input can't be watched; it ends here");
+            return Stop::Ended;
+        }
+    };
     let mut buffer = vec![0; BUFFER];
     let mut closing = false;
     loop {
@@ -367,7 +354,7 @@ async fn deliver_input(
             Err(_) => return Stop::Disconnected,
         };
         while !bytes.is_empty() {
-            match write_channel(&channel.fd, bytes).await {
+            match write_channel(&fd, bytes).await {
                 Ok(written) => bytes = &bytes[written..],
                 // Nobody reads any more.
                 Err(_) => return Stop::Ended,
@@ -376,7 +363,7 @@ async fn deliver_input(
     }
 }
 
-async fn read_channel(fd: &AsyncFd<OwnedFd>, buffer: &mut [u8]) -> io::Result<usize> {
+async fn read_channel(fd: &AsyncFd<BorrowedFd<'_>>, buffer: &mut [u8]) -> io::Result<usize> {
     loop {
         let mut ready = fd.readable().await?;
         match ready.try_io(|fd| Ok(nix::unistd::read(fd, buffer)?)) {
@@ -389,7 +376,7 @@ async fn read_channel(fd: &AsyncFd<OwnedFd>, buffer: &mut [u8]) -> io::Result<us
     }
 }
 
-async fn write_channel(fd: &AsyncFd<OwnedFd>, bytes: &[u8]) -> io::Result<usize> {
+async fn write_channel(fd: &AsyncFd<BorrowedFd<'_>>, bytes: &[u8]) -> io::Result<usize> {
     loop {
         let mut ready = fd.writable().await?;
         match ready.try_io(|fd| Ok(nix::unistd::write(fd, bytes)?)) {
@@ -475,12 +462,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn many_small_pieces_are_gathered_and_few_are_not() {
-        let mut gathering = Gathering::new();
-        let few = Gathering::FEW.0;
-        // However slow this machine: a new start only asks for more pieces.
-        let pauses = (0..few).filter(|_| gathering.pauses_after(10)).count();
-        assert_eq!(pauses, 0);
+    async fn many_small_pieces_are_gathered() {
         let (stdio, mut process) = pipes();
         let (mut host, _) = connect(&stdio, Kind::Stdout).await;
         let lines: Vec<String> = (0..20_000).map(|i| format!("line {i}\n")).collect();

@@ -284,6 +284,12 @@ pub(crate) fn watch(fd: impl Into<OwnedFd>) -> io::Result<AsyncFd<OwnedFd>> {
     unsafe { AsyncFd::register(fd.into()) }.map_err(Into::into)
 }
 
+/// The same for one that is only lent, until what comes back is dropped.
+pub(crate) fn watch_lent(fd: BorrowedFd<'_>) -> io::Result<AsyncFd<BorrowedFd<'_>>> {
+    // SAFETY: a `BorrowedFd` stands for the same open descriptor as long as it lives, and the `AsyncFd` lives no longer.
+    unsafe { AsyncFd::register(fd) }.map_err(Into::into)
+}
+
 /// Makes a descriptor non-blocking, for all who share it.
 pub(crate) fn set_nonblocking(fd: impl AsFd) -> io::Result<()> {
     use nix::fcntl::{FcntlArg, OFlag, fcntl};

@@ -1,19 +1,21 @@
-//! Many execs in one container at once.
+//! Much at once: many execs in one container, and much output.
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use futures_util::future::try_join_all;
 use k8s_cri::v1::ExecSyncRequest;
 use kiln_e2e::harness::Case;
+use kiln_e2e::plain::{Plain, PlainSpec};
 use kiln_e2e::{ContainerSpec, Test, cases};
 
 use super::same;
 
 pub(crate) fn cases() -> Vec<Case> {
-    let all = cases![hundred_execs_at_once_are_all_right.limit(300).alone()];
+    let of_kiln = cases![hundred_execs_at_once_are_all_right.limit(300).alone()];
+    let of_all = cases![fifty_thousand_lines_a_second_arrive_whole.limit(240)];
     let named = |case: Case| case.only_with("kiln", "run");
-    all.into_iter().map(named).collect()
+    of_kiln.into_iter().map(named).chain(of_all).collect()
 }
 
 /// How long one of a hundred may wait for its turn on two emulated CPUs.
@@ -50,5 +52,35 @@ async fn hundred_execs_at_once_are_all_right(test: Test) -> Result<()> {
     // All of them are gone, and the next one finds the container as it was.
     let left = container.read(&["ps", "-o", "args"]).await?;
     ensure!(!left.contains("echo out"), "left:\n{left}");
+    Ok(())
+}
+
+async fn fifty_thousand_lines_a_second_arrive_whole(test: Test) -> Result<()> {
+    const RATE: usize = 50_000;
+    const LINES: usize = 3 * RATE;
+    let (rate, lines) = (RATE.to_string(), LINES.to_string());
+    let spec = PlainSpec::testprog(&["pace", &rate, &lines, "30"]);
+    let plain = Plain::run(&test, &spec).await?;
+    let code = tokio::time::timeout(LIMIT, plain.wait("")).await;
+    same!(code.context("it still runs")??, 0);
+    let text = plain.streams.all_output().await?;
+    let mut whole = 0;
+    for (index, line) in text.lines().enumerate() {
+        ensure!(
+            line.len() == 30 && line.split(' ').next() == Some(&*index.to_string()),
+            "line {index} is {line:?}"
+        );
+        whole += 1;
+    }
+    same!(whole, LINES);
+    ensure!(text.ends_with('\n'), "the last line has no end");
+    // How fast it could be written, by the writer's own clock, is no matter of right or wrong here.
+    let took: f64 = plain.streams.all_errors().await?.trim().parse()?;
+    println!(
+        "{}: {LINES} lines at {RATE} a second took {:.1} s",
+        test.handler(),
+        took / 1000.0
+    );
+    plain.delete().await?;
     Ok(())
 }
