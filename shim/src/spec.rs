@@ -59,6 +59,17 @@ impl SpecMount {
     }
 }
 
+/// A block device of the host that a container is given by name (`volumeDevices`).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BlockDevice {
+    /// Where in the container.
+    pub path: String,
+    /// Its numbers on the host.
+    pub number: (i64, i64),
+    /// Whether it may not be written to.
+    pub read_only: bool,
+}
+
 /// A specification.
 #[derive(Debug, Clone)]
 pub struct Spec {
@@ -213,6 +224,27 @@ impl Spec {
         }
     }
 
+    /// The block devices meant for this container. The list of devices alone does not tell: a privileged container's names
+    /// every device of the host, but only one that is given has a rule of its own.
+    pub fn block_devices(&self) -> Vec<BlockDevice> {
+        let number = |entry: &Value| Some((entry["major"].as_i64()?, entry["minor"].as_i64()?));
+        let list = |pointer: &str| {
+            let list = self.value.pointer(pointer).and_then(Value::as_array);
+            list.into_iter().flatten().filter(|entry| is_block(entry))
+        };
+        let given = |entry: &Value| {
+            let wanted = number(entry)?;
+            let rule = list("/linux/resources/devices")
+                .find(|rule| rule["allow"] == true && number(rule) == Some(wanted))?;
+            Some(BlockDevice {
+                path: entry["path"].as_str()?.to_owned(),
+                number: wanted,
+                read_only: !rule["access"].as_str()?.contains('w'),
+            })
+        };
+        list("/linux/devices").filter_map(given).collect()
+    }
+
     /// The specification for the agent: `mounts` in place of the spec's own, no path of the host
     /// left in it, and nothing that only makes sense on the host.
     pub fn for_guest(&self, mounts: &[SpecMount]) -> Result<Vec<u8>> {
@@ -236,6 +268,13 @@ impl Spec {
         remove(&mut value, "/process", "apparmorProfile");
         remove(&mut value, "/process", "selinuxLabel");
         remove(&mut value, "/linux", "mountLabel");
+        // Their numbers are the host's; those the container is given are among the mounts.
+        if let Some(list) = value
+            .pointer_mut("/linux/devices")
+            .and_then(Value::as_array_mut)
+        {
+            list.retain(|entry| !is_block(entry));
+        }
         // Cache and bandwidth classes of the host's CPUs.
         remove(&mut value, "/linux", "intelRdt");
         if let Some(list) = value
@@ -271,6 +310,10 @@ pub fn sandbox_limits(annotations: &BTreeMap<String, String>) -> Limits {
         cpu_period: u64::try_from(number(SANDBOX_CPU_PERIOD)).unwrap_or(0),
         memory: number(SANDBOX_MEMORY),
     }
+}
+
+fn is_block(entry: &Value) -> bool {
+    entry["type"] == "b"
 }
 
 fn remove(value: &mut Value, parent: &str, key: &str) {
@@ -377,6 +420,36 @@ mod tests {
             json!([{"type": "mount"}, {"type": "pid"}])
         );
         assert_eq!(guest["mounts"][0]["source"], "/run/kiln/volumes/0");
+    }
+
+    #[test]
+    fn only_block_devices_that_are_given_by_name_are_the_containers() {
+        let spec = spec(&json!({"linux": {
+            "devices": [
+                {"path": "/dev/xvda", "type": "b", "major": 7, "minor": 1},
+                {"path": "/dev/xvdb", "type": "b", "major": 7, "minor": 2},
+                {"path": "/dev/vda", "type": "b", "major": 253, "minor": 0},
+                {"path": "/dev/fuse", "type": "c", "major": 10, "minor": 229},
+            ],
+            "resources": {"devices": [
+                {"allow": false, "access": "rwm"},
+                {"allow": true, "type": "b", "major": 7, "minor": 1, "access": "rwm"},
+                {"allow": true, "type": "b", "major": 7, "minor": 2, "access": "r"},
+                {"allow": true, "type": "b", "access": "rwm"},
+            ]},
+        }}));
+        let device = |path: &str, minor, read_only| BlockDevice {
+            path: path.into(),
+            number: (7, minor),
+            read_only,
+        };
+        assert_eq!(
+            spec.block_devices(),
+            [device("/dev/xvda", 1, false), device("/dev/xvdb", 2, true)]
+        );
+        let guest: Value = serde_json::from_slice(&spec.for_guest(&[]).unwrap()).unwrap();
+        let left = guest["linux"]["devices"].as_array().unwrap();
+        assert_eq!((left.len(), &left[0]["path"]), (1, &json!("/dev/fuse")));
     }
 
     #[test]

@@ -373,6 +373,7 @@ pub struct ContainerSpec {
     env: Vec<(String, String)>,
     workdir: String,
     mounts: Vec<api::Mount>,
+    devices: Vec<api::Device>,
     resources: Resources,
     security: api::LinuxContainerSecurityContext,
     attempt: u32,
@@ -392,6 +393,7 @@ impl ContainerSpec {
             env: Vec::new(),
             workdir: String::new(),
             mounts: Vec::new(),
+            devices: Vec::new(),
             resources: Resources::default(),
             security: api::LinuxContainerSecurityContext {
                 namespace_options: Some(api::NamespaceOption {
@@ -491,6 +493,16 @@ impl ContainerSpec {
             readonly,
             propagation: propagation.into(),
             ..Default::default()
+        });
+        self
+    }
+
+    /// A device of the node; `permissions` as in a device cgroup (`rwm`).
+    pub fn device(mut self, host: &str, path: &str, permissions: &str) -> Self {
+        self.devices.push(api::Device {
+            container_path: path.to_owned(),
+            host_path: host.to_owned(),
+            permissions: permissions.to_owned(),
         });
         self
     }
@@ -622,6 +634,7 @@ impl ContainerSpec {
                 })
                 .collect(),
             mounts: self.mounts.clone(),
+            devices: self.devices.clone(),
             log_path: format!("{}/{}.log", self.name, self.attempt),
             stdin: self.stdin,
             stdin_once: self.stdin_once,

@@ -2,7 +2,8 @@
 
 use std::fs::{self, File};
 use std::io::{self, Seek, SeekFrom, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -165,6 +166,11 @@ fn add_one(wanted: &proto::Mount) -> Result<()> {
         wait_for_device(wanted)?;
     }
     let options = parse_options(&wanted.type_, &wanted.options);
+    let read_only = options.flags.contains(MsFlags::MS_RDONLY);
+    // A file system that is mounted read-only needs nothing of its device.
+    if wanted.source.starts_with("/dev/") && (options.bind.is_some() || !read_only) {
+        set_read_only(&wanted.source, read_only)?;
+    }
     if wanted.make_target {
         let file = options.bind.is_some() && !Path::new(&wanted.source).is_dir();
         make_target(Path::new(&wanted.target), file, wanted.target_mode)?;
@@ -236,6 +242,26 @@ fn wait_for_device(wanted: &proto::Mount) -> Result<()> {
         device: wanted.source.clone(),
         size: wanted.min_size,
         limit,
+    })
+}
+
+/// Has the kernel refuse writes to a disk, or take them. A slot keeps this for whatever disk comes next.
+fn set_read_only(device: &str, read_only: bool) -> Result<()> {
+    nix::ioctl_write_ptr_bad!(blkroset, nix::request_code_none!(0x12, 93), libc::c_int);
+    let set = || -> io::Result<()> {
+        let file = File::open(device)?;
+        if !file.metadata()?.file_type().is_block_device() {
+            return Ok(());
+        }
+        let value = libc::c_int::from(read_only);
+        // SAFETY: BLKROSET reads one int, which lives until the call returns.
+        unsafe { blkroset(file.as_raw_fd(), &raw const value) }?;
+        Ok(())
+    };
+    set().map_err(|source| StorageError::File {
+        action: "set whether to write to",
+        path: device.to_owned(),
+        source,
     })
 }
 

@@ -6,8 +6,9 @@
 //! snapshotter that gives directories (`overlayfs`, `native`) the image is an EROFS one, made once
 //! for each chain of layers and kept on the node; one that gives a device or image file
 //! (`blockfile`, `devmapper`) is used as it is. Volumes stay where they are and are shown to the
-//! guest through the pod's shared directory.
+//! guest through the pod's shared directory; block volumes are disks of the guest.
 
+mod devices;
 mod image;
 mod volumes;
 
@@ -90,7 +91,7 @@ impl Storage {
             rootfs,
         } = *wanted;
         // Volumes first: what can't be had is found out before a disk is attached.
-        let mounts = volumes::prepare(uvm, &mut self.volumes, spec.mounts()?)?;
+        let mut mounts = volumes::prepare(uvm, &mut self.volumes, spec.mounts()?)?;
         let (file, read_only, kind) = match image::find(rootfs, bundle)? {
             Source::Committed(lowers) => (
                 image_of(config, lowers, true).await?,
@@ -116,8 +117,18 @@ impl Storage {
             }
         };
         let disk = uvm.attach_disk(file, read_only).await?;
-        let mounts_in_guest = guest_mounts(id, &disk, &kind, read_only);
+        let mut mounts_in_guest = guest_mounts(id, &disk, &kind, read_only);
         self.disks.push(disk);
+        for (number, device) in spec.block_devices().iter().enumerate() {
+            let disk = uvm
+                .attach_disk(devices::open(device)?, device.read_only)
+                .await?;
+            let at = format!("{}/device-{number}", storage_path(id));
+            let (in_guest, in_container) = devices::mounts(device, &disk, at);
+            self.disks.push(disk);
+            mounts_in_guest.push(in_guest);
+            mounts.push(in_container);
+        }
         Ok(GuestFiles {
             spec: spec.for_guest(&mounts)?,
             mounts: mounts_in_guest,
@@ -160,9 +171,13 @@ fn rootfs_path(id: &str) -> String {
     format!("{}/containers/{id}/rootfs", kiln_agent_api::GUEST_STATE_DIR)
 }
 
+fn storage_path(id: &str) -> String {
+    format!("{}/storage/{id}", kiln_agent_api::GUEST_STATE_DIR)
+}
+
 /// The mounts, in order, that end with the root.
 fn guest_mounts(id: &str, disk: &GuestDisk, kind: &str, read_only: bool) -> Vec<proto::Mount> {
-    let base = format!("{}/storage/{id}", kiln_agent_api::GUEST_STATE_DIR);
+    let base = storage_path(id);
     let device = |target: String, options: &[&str]| proto::Mount {
         source: disk.path.clone(),
         target,

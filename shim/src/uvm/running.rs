@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fs::File;
+use std::io::{Seek, SeekFrom};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use async_trait::async_trait;
@@ -258,10 +259,10 @@ impl Uvm for RunningUvm {
     }
 
     async fn attach_disk(&self, image: File, read_only: bool) -> Result<GuestDisk> {
-        let size = image
-            .metadata()
-            .map_err(|e| Error::failed("read the size of a disk image", e))?
-            .len();
+        // A device's metadata has no size.
+        let size = (&image)
+            .seek(SeekFrom::End(0))
+            .map_err(|e| Error::failed("read the size of a disk image", e))?;
         let slot = self.disks().take().ok_or_else(|| {
             Error::ResourceExhausted(
                 "all disk slots of the pod's μVM are in use, one for each container and block \

@@ -4,6 +4,7 @@ mod density;
 mod overlay;
 mod pod_start;
 mod resume;
+mod steady;
 
 use std::future::Future;
 use std::pin::Pin;
@@ -35,6 +36,10 @@ pub(crate) fn all() -> Vec<Bench> {
         Bench {
             name: "pod-start",
             run: |settings| Box::pin(pod_start::run(settings)),
+        },
+        Bench {
+            name: "steady",
+            run: |settings| Box::pin(steady::run(settings)),
         },
         Bench {
             name: "overlay-fsync",

@@ -254,6 +254,12 @@ async fn spill_disk_that_is_full_is_an_error_of_the_write_alone(test: Test) -> R
     // What was acknowledged is there, the VMM lives, and with room all goes on.
     check(&container, "/kept", 8 * MIB, 1).await?;
     container.shell("rm /large; sync").await?;
+    // ext4 tells of what it has freed after the sync, in its own time.
+    wait::until("the room of the deleted file", SOON, || async {
+        let held = figure(&pod, "ram")? + figure(&pod, "spill")?;
+        Ok((held < 16 * MIB).then_some(()))
+    })
+    .await?;
     put(&container, "/again", 8 * MIB, 3).await?;
     check(&container, "/again", 8 * MIB, 3).await?;
     pod.remove().await?;

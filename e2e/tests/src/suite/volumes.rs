@@ -19,6 +19,7 @@ pub(crate) fn cases() -> Vec<Case> {
         empty_dir_is_shared_between_containers,
         config_map_update_is_seen_atomically,
         large_file_keeps_its_hash_both_ways,
+        block_volume_is_a_disk_that_keeps_what_is_written,
     ]
 }
 
@@ -256,4 +257,72 @@ async fn large_file_keeps_its_hash_both_ways(test: Test) -> Result<()> {
         hash
     );
     Ok(())
+}
+
+/// A loop device of the node, as long as this lives.
+struct LoopDevice(String);
+
+impl LoopDevice {
+    fn over(file: &Path, bytes: u64) -> Result<Self> {
+        std::fs::File::create(file)?.set_len(bytes)?;
+        // One that takes the device between the two calls makes the second fail: then anew.
+        for _ in 0..8 {
+            let device = busybox(&["losetup", "-f"])?;
+            if busybox(&["losetup", &device, &file.display().to_string()]).is_ok() {
+                return Ok(LoopDevice(device));
+            }
+        }
+        anyhow::bail!("no free loop device")
+    }
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        // A failure shows in what is left on the node.
+        let _ = busybox(&["losetup", "-d", &self.0]);
+    }
+}
+
+fn busybox(command: &[&str]) -> Result<String> {
+    let output = std::process::Command::new("busybox")
+        .args(command)
+        .output()?;
+    let errors = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "{command:?}: {errors}");
+    Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
+}
+
+async fn block_volume_is_a_disk_that_keeps_what_is_written(test: Test) -> Result<()> {
+    const SIZE: u64 = 24 << 20;
+    let (file, other) = (test.scratch().join("volume"), test.scratch().join("fixed"));
+    let volume = LoopDevice::over(&file, SIZE)?;
+    let fixed = LoopDevice::over(&other, 1 << 20)?;
+    let pod = test.pod().await?;
+    let spec = ContainerSpec::pause("main")
+        .device(&volume.0, "/dev/volume", "rwm")
+        .device(&fixed.0, "/dev/fixed", "r");
+    let container = pod.start(&spec).await?;
+    for (device, bytes) in [("/dev/volume", SIZE), ("/dev/fixed", 1 << 20)] {
+        let size = container.read(&["blockdev", "--getsize64", device]).await?;
+        same!(size, bytes.to_string());
+    }
+    container
+        .shell("test -b /dev/volume && yes 0123456789abcde | dd of=/dev/volume bs=1M count=20 iflag=fullblock conv=fsync")
+        .await?;
+    let written = std::fs::read(&file)?;
+    let (data, rest) = written.split_at(20 << 20);
+    ensure!(data.chunks(16).all(|line| line == b"0123456789abcde\n"));
+    ensure!(rest.iter().all(|byte| *byte == 0));
+    let refused = container.exec(&["sh", "-c", "echo x > /dev/fixed"]).await?;
+    ensure!(refused.code != 0, "a read-only volume was written to");
+    // Another container of the pod has it next.
+    container.stop(Duration::from_secs(1)).await?;
+    container.remove().await?;
+    let spec = ContainerSpec::pause("next").device(&volume.0, "/dev/again", "rwm");
+    let next = pod.start(&spec).await?;
+    let line = next
+        .read(&["dd", "if=/dev/again", "bs=16", "count=1", "skip=1000"])
+        .await?;
+    same!(line, "0123456789abcde");
+    pod.remove().await
 }
