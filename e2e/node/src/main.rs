@@ -66,6 +66,8 @@ fn parse_variable(text: &str) -> Result<(String, String), String> {
 
 /// A cold boot under emulation takes about ten seconds; a busy host may need many times that.
 const BOOT_PATIENCE: Duration = Duration::from_secs(300);
+/// The first time; most that take longer never come up.
+const EMULATED_BOOT_PATIENCE: Duration = Duration::from_secs(120);
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -102,7 +104,7 @@ fn run(cli: &Cli) -> Result<ExitCode> {
     }
     let start = Instant::now();
     let init = read_init(cli.init.as_deref())?;
-    let machine = Machine::boot(&machine::Options {
+    let options = machine::Options {
         image: &image,
         clock: cli.clock,
         engine: &engine,
@@ -111,8 +113,9 @@ fn run(cli: &Cli) -> Result<ExitCode> {
         payload: &payload::archive(&cli.put)?,
         init: &init,
         show_console: cli.console,
-    })?;
-    let mut session = Session::open(&machine, BOOT_PATIENCE)?;
+    };
+    let machine = boot(&options)?;
+    let mut session = Session::of(&machine)?;
     eprintln!("node: up after {:.1} s", start.elapsed().as_secs_f64());
 
     let interactive = cli.command.is_empty();
@@ -137,6 +140,22 @@ fn run(cli: &Cli) -> Result<ExitCode> {
             .with_context(|| format!("fetching {from}"))?;
     }
     Ok(ExitCode::from(u8::try_from(result?).unwrap_or(1)))
+}
+
+/// Boots the node. An emulated one hangs now and then before its first program runs, and is given up for another then.
+fn boot(options: &machine::Options) -> Result<Machine> {
+    if let Engine::Emulation { .. } = options.engine {
+        let machine = Machine::boot(options)?;
+        let begin = Instant::now();
+        match Session::wait_until_up(&machine, EMULATED_BOOT_PATIENCE) {
+            Ok(()) => return Ok(machine),
+            Err(error) if begin.elapsed() < EMULATED_BOOT_PATIENCE => return Err(error),
+            Err(error) => eprintln!("node: {error:#}\nnode: booting another one (docs/node.md)"),
+        }
+    }
+    let machine = Machine::boot(options)?;
+    Session::wait_until_up(&machine, BOOT_PATIENCE)?;
+    Ok(machine)
 }
 
 fn read_init(given: Option<&Path>) -> Result<Vec<u8>> {

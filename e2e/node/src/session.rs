@@ -42,18 +42,14 @@ impl Input {
 
 impl Session<'_> {
     /// Waits until the node is up.
-    pub(crate) fn open(machine: &Machine, patience: Duration) -> Result<Session<'_>> {
-        let channel = machine.channel.try_clone()?;
-        let mut session = Session {
-            machine,
-            channel,
-            deadline: Some(Instant::now() + patience),
-        };
+    pub(crate) fn wait_until_up(machine: &Machine, patience: Duration) -> Result<()> {
+        let mut session = Session::of(machine)?;
+        session.limit(Some(patience));
         match session
             .next_frame()
             .context("waiting for the node to come up")?
         {
-            Frame::Ready(problem) if problem.is_empty() => Ok(session),
+            Frame::Ready(problem) if problem.is_empty() => Ok(()),
             Frame::Ready(problem) => {
                 bail!(
                     "the node came up with a problem: {problem}\n{}",
@@ -62,6 +58,15 @@ impl Session<'_> {
             }
             other => bail!("the node sent {other:?} before it was ready"),
         }
+    }
+
+    /// With a node that is up.
+    pub(crate) fn of(machine: &Machine) -> Result<Session<'_>> {
+        Ok(Session {
+            machine,
+            channel: machine.channel.try_clone()?,
+            deadline: None,
+        })
     }
 
     pub(crate) fn limit(&mut self, time: Option<Duration>) {
