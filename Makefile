@@ -77,7 +77,8 @@ test-e2e: build ## Run the end-to-end tests (T=… selects)
 
 bench: build ## Run the benches on the counted clock (BENCH=… selects); writes target/bench
 	@mkdir -p target/bench
-	@$(NODE_TEST) --clock counted --timeout 7200 --get /var/log/kiln-bench:target/bench \
+	@e2e/bench/pack-qemu target/qemu
+	@$(NODE_TEST) --clock counted --timeout 7200 --put target/qemu:/opt/kiln-e2e/qemu --get /var/log/kiln-bench:target/bench \
 	    --env KILN_E2E_RUNTIMES=$(subst $(space),$(comma),$(RUNTIMES)) \
 	    --env KILN_COMMIT=$$(git describe --always --dirty) \
 	    --env KILN_MACHINE="$$(nproc) cores, $$(uname -m), node VM on the counted clock" \

@@ -53,6 +53,8 @@ pub struct Config {
     pub max_cpus: u32,
     /// What a pod's containers may write to their root file systems.
     pub overlay: ScratchLimits,
+    /// The RAM that all pods' writes may take together.
+    pub overlay_node_ram: u64,
     /// Where the part of it lies that has left RAM.
     pub overlay_dir: PathBuf,
     /// Answer every old-protocol `start` in this form instead of asking containerd's version.
@@ -94,6 +96,7 @@ struct FileUvm {
 struct FileOverlay {
     ram: Option<String>,
     disk: Option<String>,
+    node_ram: Option<String>,
     dir: Option<PathBuf>,
 }
 
@@ -194,6 +197,7 @@ impl Default for Config {
             guest_overhead: 64 * MIB,
             max_cpus: host_cpus(),
             overlay: ScratchLimits::default(),
+            overlay_node_ram: host_memory() / 2,
             overlay_dir: DEFAULT_SPILL_DIRECTORY.into(),
             answer: None,
             debug: false,
@@ -257,6 +261,11 @@ impl Config {
                 ram: size("overlay.ram", file.overlay.ram, d.overlay.ram)?,
                 disk: size("overlay.disk", file.overlay.disk, d.overlay.disk)?,
             },
+            overlay_node_ram: size(
+                "overlay.node_ram",
+                file.overlay.node_ram,
+                d.overlay_node_ram,
+            )?,
             overlay_dir: file.overlay.dir.unwrap_or(d.overlay_dir),
             answer: file.answer,
             debug: file.debug.unwrap_or(false),
@@ -331,6 +340,11 @@ fn default_vmm() -> PathBuf {
         path.exists().then_some(path)
     });
     beside.unwrap_or_else(|| PathBuf::from("/usr/local/bin/kiln-vmm"))
+}
+
+/// The node's RAM in bytes; none if it can't be told, which makes every pod spill early rather than none.
+fn host_memory() -> u64 {
+    nix::sys::sysinfo::sysinfo().map_or(0, |info| info.ram_total())
 }
 
 fn host_cpus() -> u32 {

@@ -114,7 +114,7 @@ where
     }
     // SAFETY: nothing so far has started a thread.
     match unsafe { bootstrap::fork_daemon() }.context("go into the background")? {
-        Fork::Daemon => {
+        Fork::Daemon { starter } => {
             let shim = Shim {
                 namespace: args.namespace.clone(),
                 group,
@@ -124,20 +124,27 @@ where
                 debug: params.debug,
                 config,
             };
-            run_in_background(shim, listener, spec.as_ref(), launcher)
+            run_in_background(shim, starter, listener, spec.as_ref(), launcher)
         }
-        Fork::Starter { daemon } => {
+        Fork::Starter {
+            daemon,
+            mut answered,
+        } => {
             // Ours is a copy; the daemon's stays open.
             drop(listener);
             // A shim that is killed a little later than it should be is no reason not to start.
             let _ = bootstrap::adjust_oom_score(daemon);
-            answer(&params, &config, None, address)
+            answer(&params, &config, None, address)?;
+            answered
+                .write_all(&[1])
+                .context("tell the shim that it is known")
         }
     }
 }
 
 fn run_in_background<L>(
     shim: Shim,
+    starter: io::PipeReader,
     listener: std::os::unix::net::UnixListener,
     spec: Option<&Spec>,
     launcher: L,
@@ -151,7 +158,7 @@ where
         .ok()
         .and_then(ProcessRef::of);
     dir.save(&record).context("write the pod's record")?;
-    shim.run(listener, spec, launcher).context("serve")
+    shim.run(starter, listener, spec, launcher).context("serve")
 }
 
 /// Tells containerd where the shim listens, in the form it takes.

@@ -1,12 +1,14 @@
 //! The shim in the background: its socket, its services, and its end.
 
 use std::future::Future;
-use std::io;
+use std::io::{self, PipeReader};
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::io::AsyncReadExt;
+use tokio::net::unix::pipe::Receiver;
 use tokio::signal::unix::{SignalKind, signal};
 use ttrpc::asynchronous::Server;
 use ttrpc::asynchronous::transport::Listener;
@@ -52,7 +54,13 @@ impl Shim {
 
     /// Serves until the pod is gone, then cleans up. Called in the background process; makes the
     /// runtime.
-    pub fn run<L>(self, listener: UnixListener, spec: Option<&Spec>, launcher: L) -> io::Result<()>
+    pub fn run<L>(
+        self,
+        starter: PipeReader,
+        listener: UnixListener,
+        spec: Option<&Spec>,
+        launcher: L,
+    ) -> io::Result<()>
     where
         L: FnOnce(&Self) -> Arc<dyn Launcher>,
     {
@@ -61,7 +69,7 @@ impl Shim {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()?;
-        let result = runtime.block_on(self.serve(listener, spec, launcher));
+        let result = runtime.block_on(self.serve(starter, listener, spec, launcher));
         // Threads that wait in open() for a FIFO's other end must not keep the process.
         runtime.shutdown_background();
         cleanup::pod(&self.pod_dir(), &self.address);
@@ -70,6 +78,7 @@ impl Shim {
 
     async fn serve<L>(
         &self,
+        starter: PipeReader,
         listener: UnixListener,
         spec: Option<&Spec>,
         launcher: L,
@@ -101,6 +110,7 @@ impl Shim {
 
         let asked = wait_for_end(
             &pod,
+            starter,
             signal(SignalKind::terminate())?,
             signal(SignalKind::interrupt())?,
         );
@@ -124,6 +134,7 @@ impl Shim {
 
 fn wait_for_end(
     pod: &Arc<Pod>,
+    starter: PipeReader,
     mut terminate: tokio::signal::unix::Signal,
     mut interrupt: tokio::signal::unix::Signal,
 ) -> impl Future<Output = &'static str> {
@@ -131,8 +142,17 @@ fn wait_for_end(
     async move {
         tokio::select! {
             () = pod.until_shutdown() => "containerd asked for it",
+            () = unknown_to_containerd(starter) => "`start` was killed before it had answered",
             _ = terminate.recv() => "SIGTERM",
             _ = interrupt.recv() => "SIGINT",
         }
+    }
+}
+
+/// Returns if `start` ends without having answered. Nobody would ever ask anything of this shim.
+async fn unknown_to_containerd(starter: PipeReader) {
+    let word = async { Receiver::from_owned_fd(starter.into())?.read_u8().await };
+    if word.await.is_ok() {
+        std::future::pending::<()>().await;
     }
 }

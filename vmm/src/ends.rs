@@ -33,6 +33,10 @@ impl Fds {
             .with_context(|| format!("descriptor {index} did not come with the request"))
     }
 
+    pub(crate) fn take_all(&mut self, indexes: Vec<u8>) -> Result<Vec<OwnedFd>> {
+        indexes.into_iter().map(|index| self.take(index)).collect()
+    }
+
     pub(crate) fn file(&mut self, index: u8) -> Result<File> {
         self.take(index).map(File::from)
     }

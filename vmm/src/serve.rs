@@ -14,7 +14,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use kiln_vmm::cpu::thread::install_kick_handler;
 use kiln_vmm::event::EventLoop;
 use kiln_vmm::machine::{
@@ -352,11 +352,18 @@ fn answer(server: &Server, request: Request, mut fds: Fds) -> Result<Reply> {
         Request::LimitOverlays { ram, spill_limit } => server.overlays.limit(ram, spill_limit)?,
         Request::DetachBlock { slot } => detach(server, slot)?,
         Request::SetNet { slot, taps, mac } => {
-            let taps = taps
-                .into_iter()
-                .map(|fd| fds.take(fd))
-                .collect::<Result<_>>()?;
-            machine.set_net(slot, taps, mac)?;
+            machine.set_net(slot, fds.take_all(taps)?, mac)?;
+        }
+        Request::SaveOverlay { slot, into } => {
+            let bytes = machine.save_overlay(slot, &fds.file(into)?)?;
+            return Ok(Reply::SavedOverlay { bytes });
+        }
+        Request::PlugNet { taps, mac } => {
+            let pairs = u16::try_from(taps.len())?;
+            ensure!(pairs > 0, "a plugged network card wants a tap");
+            let end = HostEnd::Tap(fds.take_all(taps)?);
+            let slot = machine.plug_device(DeviceKind::Net { pairs, mac }, Some(end))?;
+            return Ok(Reply::Slot(slot));
         }
         Request::Resize {
             cpus,

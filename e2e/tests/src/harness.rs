@@ -1,6 +1,7 @@
 //! Running tests: a time limit for each, everything kept when one fails, everything removed in any
 //! case, and the results printed as `cargo test` prints them.
 
+use std::cmp::Reverse;
 use std::future::Future;
 use std::path::PathBuf;
 use std::pin::Pin;
@@ -18,6 +19,8 @@ use crate::{Test, setup};
 /// How long a test may take, unless it says otherwise: several times what it needs on an emulated
 /// machine with other work.
 const LIMIT: Duration = Duration::from_secs(180);
+/// Tests that take longer are told of: they are what a whole run waits for.
+const LONG: Duration = Duration::from_secs(45);
 /// How long the removal of what a test made may take.
 const CLEAN_UP_LIMIT: Duration = Duration::from_secs(90);
 
@@ -116,27 +119,32 @@ pub fn main(cases: &[Case]) -> std::process::ExitCode {
     }
     let passed = passed_before();
     let shared = Arc::new(Shared::default());
-    let mut trials = Vec::new();
-    for handler in handlers() {
-        for case in cases {
-            let (case, handler) = (case.clone(), handler.clone());
-            let shared = Arc::clone(&shared);
-            let Some(name) = case.full_name(&handler) else {
-                continue;
-            };
-            if passed.contains(&name) {
-                continue;
+    let mut selected: Vec<_> = handlers()
+        .into_iter()
+        .flat_map(|handler| cases.iter().map(move |case| (case, handler.clone())))
+        .filter_map(|(case, handler)| Some((case.full_name(&handler)?, case.clone(), handler)))
+        .filter(|(name, ..)| !passed.contains(name))
+        .collect();
+    // Nothing is to wait: not for the last one of many, so the long ones begin, and not to be alone, so those end.
+    selected.sort_by_key(|(_, case, _)| (case.alone, Reverse(case.limit)));
+    let trial = |(name, case, handler): (String, Case, String)| {
+        let shared = Arc::clone(&shared);
+        Trial::test(name, move || {
+            let start = Instant::now();
+            let result = run(&case, &handler, &shared);
+            if start.elapsed() > LONG {
+                let seconds = start.elapsed().as_secs();
+                println!("{handler}::{} took {seconds} s", case.name);
             }
-            trials.push(Trial::test(name, move || {
-                run(&case, &handler, &shared).map_err(|error| {
-                    let error = format!("{error:#}");
-                    // At once, not only in the list at the end: a run may be cut short.
-                    println!("{handler}::{} failed: {error}", case.name);
-                    Failed::from(error)
-                })
-            }));
-        }
-    }
+            result.map_err(|error| {
+                let error = format!("{error:#}");
+                // At once, not only in the list at the end: a run may be cut short.
+                println!("{handler}::{} failed: {error}", case.name);
+                Failed::from(error)
+            })
+        })
+    };
+    let trials = selected.into_iter().map(trial).collect();
     if !passed.is_empty() {
         // As libtest has it, for whoever adds these lines up.
         println!(

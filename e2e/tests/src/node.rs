@@ -18,6 +18,8 @@ const STATE: &[&str] = &[
     "/var/lib/containerd/io.containerd.runtime.v2.task",
     "/var/lib/containerd/io.containerd.grpc.v1.cri",
 ];
+/// One for all pods; it stays.
+pub const OVERLAY_BUDGET: &str = "/run/kiln/overlay-budget";
 /// cgroup parent of the tests' pods, as kubelet has `kubepods`. It stays.
 pub(crate) const TESTS_CGROUP: &str = "/kiln-e2e";
 const CNI: &str = "/var/lib/cni/networks";
@@ -224,7 +226,9 @@ impl Census {
             ),
         ]);
         for root in STATE {
-            let paths = tree(Path::new(root), 2).into_iter();
+            let paths = tree(Path::new(root), 2)
+                .into_iter()
+                .filter(|path| path != Path::new(OVERLAY_BUDGET));
             census.insert(root, paths.map(|path| path.display().to_string()).collect());
         }
         for list in census.values_mut() {

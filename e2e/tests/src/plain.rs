@@ -39,6 +39,7 @@ pub struct PlainSpec {
     args: Vec<String>,
     terminal: bool,
     stdin: bool,
+    netns: Option<PathBuf>,
 }
 
 impl PlainSpec {
@@ -50,6 +51,7 @@ impl PlainSpec {
             args,
             terminal: false,
             stdin: false,
+            netns: None,
         }
     }
 
@@ -60,6 +62,7 @@ impl PlainSpec {
             args,
             terminal: false,
             stdin: false,
+            netns: None,
         }
     }
 
@@ -72,6 +75,12 @@ impl PlainSpec {
     /// With standard input.
     pub fn stdin(mut self) -> Self {
         self.stdin = true;
+        self
+    }
+
+    /// In a network namespace that exists already.
+    pub fn netns(mut self, path: &Path) -> Self {
+        self.netns = Some(path.to_owned());
         self
     }
 
@@ -99,8 +108,12 @@ impl PlainSpec {
 
     fn oci(&self, id: &str) -> Value {
         let mount = |target: &str, kind: &str, options: &[&str]| json!({"destination": target, "type": kind, "source": kind, "options": options});
-        let namespaces =
-            ["pid", "ipc", "uts", "mount", "network"].map(|kind| json!({"type": kind}));
+        let mut namespaces =
+            Vec::from(["pid", "ipc", "uts", "mount"].map(|kind| json!({"type": kind})));
+        namespaces.push(match &self.netns {
+            Some(path) => json!({"type": "network", "path": path}),
+            None => json!({"type": "network"}),
+        });
         json!({
             "ociVersion": "1.1.0",
             "process": self.process(),
@@ -583,7 +596,8 @@ async fn prepare_rootfs(client: &Client, id: &str) -> Result<Vec<Mount>> {
         snapshotter: SNAPSHOTTER.to_owned(),
         key: id.to_owned(),
         parent: top_layer(client).await?,
-        labels: HashMap::new(),
+        // Until the container is made nothing refers to it, and containerd's garbage collection would take it.
+        labels: HashMap::from([("containerd.io/gc.root".to_owned(), id.to_owned())]),
     };
     Ok(client
         .snapshots()

@@ -23,8 +23,9 @@ const PROGRAM: &str = "/usr/local/bin/kiln-vmm";
 const BUSYBOX: &str = "/bin/busybox";
 /// The guest's scripts come in here.
 const PORT: u32 = 1024;
-/// What its kernel is told.
-const CMDLINE: &str = "console=ttyS0 panic=-1 no_timer_check memhp_default_state=online_movable";
+/// What the guest's kernel is told.
+pub const CMDLINE: &str =
+    "console=ttyS0 panic=-1 no_timer_check memhp_default_state=online_movable";
 /// What the guest says on its console when it takes scripts.
 const READY: &str = "guest: ready";
 /// How long a guest may take to boot, on an emulated machine with other work.
@@ -108,10 +109,15 @@ fn initramfs(kernel: &GuestKernel) -> Result<Vec<u8>> {
             module.name
         );
     }
+    // For VMMs that the guest's port does not lead to: lines on the console, for ever.
+    let filled = format!(
+        "[ -z \"$FILL\" ] || {{ {}; exec testprog pace 1000 1000000000 12; }}\n",
+        fill_script("$FILL")
+    );
     archive.file(
         "init",
         0o755,
-        format!("{init}exec testprog guest {PORT}\n").as_bytes(),
+        format!("{init}{filled}exec testprog guest {PORT}\n").as_bytes(),
     );
     Ok(archive.finish())
 }

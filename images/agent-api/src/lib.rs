@@ -65,6 +65,9 @@ pub const GUEST_STATE_DIR: &str = "/run/kiln";
 /// The file that `Network.dns` becomes, in the guest.
 pub const GUEST_RESOLV_CONF: &str = "/run/kiln/resolv.conf";
 
+/// Where whoever runs the guest writes files that are bound over the images' (`WriteFile`), in the guest.
+pub const GUEST_FILES: &str = "/run/kiln/etc";
+
 /// Where the file system of the containers' writable layers is mounted, in the guest.
 pub const GUEST_SCRATCH: &str = "/run/kiln/scratch";
 

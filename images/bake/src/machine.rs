@@ -352,7 +352,7 @@ impl Machine {
             console: Some(0),
             ends: vec![
                 (slots::VSOCK, End::Listener(1)),
-                (slots::SCRATCH, End::scratch(4, size, None, limits)),
+                (slots::SCRATCH, End::scratch(4, size, None, None, limits)),
             ],
             touched: Vec::new(),
             one_by_one: true,

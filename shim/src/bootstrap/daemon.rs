@@ -1,21 +1,26 @@
 //! The step into the background.
 
 use std::fs::{self, File, OpenOptions};
-use std::io;
+use std::io::{self, PipeReader, PipeWriter};
 use std::os::fd::AsRawFd;
 
 use nix::unistd::{ForkResult, Pid, fork, getppid, setsid};
 
 /// Which side of the fork this is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug)]
 pub enum Fork {
     /// `start`, which answers and ends.
     Starter {
         /// The daemon's process id.
         daemon: i32,
+        /// Where to say that the answer was given.
+        answered: PipeWriter,
     },
     /// The shim itself, detached from containerd's pipes.
-    Daemon,
+    Daemon {
+        /// Ends without a word if `start` was killed before it had answered: then nobody knows of this shim.
+        starter: PipeReader,
+    },
 }
 
 /// Splits the shim off from `start`.
@@ -32,16 +37,19 @@ pub unsafe fn fork_daemon() -> io::Result<Fork> {
         .read(true)
         .write(true)
         .open("/dev/null")?;
+    let (starter, answered) = io::pipe()?;
     // SAFETY: the caller promises that this is the only thread, so no lock can be held by another
     // one in the child's copy of the memory.
     match unsafe { fork() }? {
         ForkResult::Parent { child } => Ok(Fork::Starter {
             daemon: child.as_raw(),
+            answered,
         }),
         ForkResult::Child => {
+            drop(answered);
             setsid()?;
             detach_stdio(&null)?;
-            Ok(Fork::Daemon)
+            Ok(Fork::Daemon { starter })
         }
     }
 }

@@ -24,7 +24,7 @@ pub struct Interface {
     /// Its index in the namespace.
     pub index: u32,
     /// Its MAC address.
-    pub mac: String,
+    pub mac: [u8; 6],
     /// Its MTU.
     pub mtu: u32,
     /// Its addresses with their prefix lengths.
@@ -34,7 +34,7 @@ pub struct Interface {
 /// All that the guest is to take over.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct PodNetwork {
-    /// Interfaces, in the order of their indexes.
+    /// Interfaces: `eth0`, if there is one, then the others by name.
     pub interfaces: Vec<Interface>,
     /// Routes.
     pub routes: Vec<proto::Route>,
@@ -43,20 +43,20 @@ pub struct PodNetwork {
 }
 
 impl PodNetwork {
-    /// What the agent is told. The guest's interfaces come in the same order.
+    /// What the agent is told: the first interface is the card that the guest was baked with, the others are
+    /// plugged, with their addresses.
     pub fn for_agent(&self) -> proto::Network {
-        let interfaces = self
-            .interfaces
-            .iter()
-            .zip(0..)
-            .map(|(i, position)| proto::Interface {
-                find_position: position,
+        let interfaces = self.interfaces.iter().enumerate().map(|(n, i)| {
+            let mac = mac_text(&i.mac);
+            proto::Interface {
+                find_mac: if n == 0 { String::new() } else { mac.clone() },
                 name: i.name.clone(),
-                mac: i.mac.clone(),
+                mac,
                 mtu: i.mtu,
                 addresses: i.addresses.clone(),
                 ..Default::default()
-            });
+            }
+        });
         proto::Network {
             interfaces: interfaces.collect(),
             routes: self.routes.clone(),
@@ -98,7 +98,7 @@ pub(super) async fn inspect(handle: &Handle) -> Result<PodNetwork, NetworkError>
     addresses(handle, &mut interfaces).await?;
     // Without an address it is one of the kernel's fallback devices (tunl0, sit0) or not CNI's.
     interfaces.retain(|i| !i.addresses.is_empty());
-    interfaces.sort_by_key(|i| i.index);
+    interfaces.sort_by_key(|i| (i.name != "eth0", i.name.clone()));
     let mut routes = Vec::new();
     let v4 = RouteMessageBuilder::<std::net::Ipv4Addr>::new().build();
     let v6 = RouteMessageBuilder::<std::net::Ipv6Addr>::new().build();
@@ -133,17 +133,17 @@ async fn links(handle: &Handle) -> Result<Vec<Interface>, NetworkError> {
         if link.header.flags.contains(LinkFlags::Loopback) {
             continue;
         }
-        let (mut mac, mut mtu) = (String::new(), 0);
+        let (mut mac, mut mtu) = (None, 0);
         for attribute in &link.attributes {
             match attribute {
-                LinkAttribute::Address(bytes) if bytes.len() == 6 => mac = mac_text(bytes),
+                LinkAttribute::Address(bytes) => mac = <[u8; 6]>::try_from(bytes.as_slice()).ok(),
                 LinkAttribute::Mtu(n) => mtu = *n,
                 _ => {}
             }
         }
         let name = name_of(&link).unwrap_or_default().to_owned();
         // One without a MAC address (a point-to-point tunnel) can't be bridged frame by frame.
-        if !mac.is_empty() {
+        if let Some(mac) = mac {
             let addresses = Vec::new();
             interfaces.push(Interface {
                 name,

@@ -79,7 +79,7 @@ pub fn connect(netns: &File, network: &PodNetwork) -> Result<Vec<Tap>, NetworkEr
 }
 
 async fn wire(handle: &Handle, interface: &Interface, name: String) -> Result<Tap, NetworkError> {
-    let tap = Tap::create(&name)?;
+    let tap = Tap::create(&name, interface.mac)?;
     let index = inspect::index_of(handle, &name).await?;
     let failed = |action, name: &str| {
         let name = name.to_owned();

@@ -15,6 +15,8 @@ const VNET_HEADER: libc::c_int = 12;
 pub struct Tap {
     /// Its name in the namespace.
     pub name: String,
+    /// The address of the guest's card.
+    pub mac: [u8; 6],
     /// The descriptor frames are read from and written to.
     pub fd: OwnedFd,
 }
@@ -29,7 +31,7 @@ const _: () = assert!(TUNSETIFF == 0x4004_54ca && TUNSETVNETHDRSZ == 0x4004_54d8
 
 impl Tap {
     /// Makes a tap in the calling thread's network namespace.
-    pub fn create(name: &str) -> Result<Self, NetworkError> {
+    pub fn create(name: &str, mac: [u8; 6]) -> Result<Self, NetworkError> {
         let failed = |source| NetworkError::Tap {
             name: name.to_owned(),
             source,
@@ -48,6 +50,7 @@ impl Tap {
         }
         Ok(Self {
             name: name.to_owned(),
+            mac,
             fd: file.into(),
         })
     }

@@ -71,7 +71,7 @@ fn what_cni_set_up_is_what_the_guest_is_told() {
     assert_eq!(network.interfaces.len(), 1, "{network:?}");
     let eth0 = &network.interfaces[0];
     assert_eq!((eth0.name.as_str(), eth0.mtu), ("eth0", 1400));
-    assert_eq!(eth0.mac, "0a:58:0a:58:00:05");
+    assert_eq!(eth0.mac, [0x0a, 0x58, 0x0a, 0x58, 0, 5]);
     assert_eq!(eth0.addresses, ["10.88.0.5/16", "fd00:88::5/64"]);
     let routes: Vec<_> = network
         .routes

@@ -20,7 +20,7 @@ mod tests;
 pub use container::{Container, Kind};
 pub(crate) use process::random;
 pub use process::{Phase, Process};
-pub use sandbox::{SandboxRequest, SandboxStatus};
+pub use sandbox::{Dns, SandboxRequest, SandboxStatus};
 pub use tasks::{CreateTask, TaskState};
 
 use std::collections::HashMap;

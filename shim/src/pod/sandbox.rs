@@ -3,16 +3,21 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
-use kiln_agent_api::proto;
+use kiln_agent_api::{GUEST_FILES, proto};
 
 use super::{Launched, Pod, lock};
 use crate::config::PodOverrides;
 use crate::error::{Error, Result};
 use crate::events::Exit;
+use crate::rootfs::POD_FILES;
 use crate::size::{Limits, size_of};
 use crate::time::UnixNanos;
-use crate::uvm::PodSetup;
+use crate::uvm::{PodSetup, Uvm};
+
+/// How long containerd has to read the last answer before its connection is closed.
+const ANSWER_TIME: Duration = Duration::from_millis(50);
 
 /// What `CreateSandbox` is asked.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -31,12 +36,43 @@ pub struct SandboxRequest {
     pub limits: Limits,
     /// The pod's cgroup.
     pub cgroup_parent: Option<String>,
+    /// Where names are looked up; nothing of it is set: as on the host.
+    pub dns: Dns,
+}
+
+/// How a pod looks up names.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Dns {
+    /// Servers.
+    pub servers: Vec<String>,
+    /// Domains that are searched.
+    pub searches: Vec<String>,
+    /// Options of the resolver.
+    pub options: Vec<String>,
+}
+
+impl Dns {
+    /// As `/etc/resolv.conf` has it; `None` if nothing is set.
+    fn resolv_conf(&self) -> Option<String> {
+        let mut text = String::new();
+        if !self.searches.is_empty() {
+            text += &format!("search {}\n", self.searches.join(" "));
+        }
+        for server in &self.servers {
+            text += &format!("nameserver {server}\n");
+        }
+        if !self.options.is_empty() {
+            text += &format!("options {}\n", self.options.join(" "));
+        }
+        Some(text).filter(|text| !text.is_empty())
+    }
 }
 
 /// A sandbox made through the Sandbox service.
 #[derive(Debug)]
 pub(super) struct Sandbox {
     launched: Launched,
+    dns: Dns,
     started_at: Option<UnixNanos>,
 }
 
@@ -87,6 +123,7 @@ impl Pod {
         }
         *sandbox = Some(Sandbox {
             launched,
+            dns: request.dns,
             started_at: None,
         });
         Ok(())
@@ -95,11 +132,13 @@ impl Pod {
     /// `StartSandbox`: resumes the μVM.
     pub async fn start_sandbox(self: &Arc<Self>, id: &str) -> Result<SandboxStatus> {
         self.check_sandbox_id(id)?;
-        let launched = match lock(&self.sandbox).as_ref() {
-            Some(sandbox) => sandbox.launched.clone(),
+        let (launched, dns) = match lock(&self.sandbox).as_ref() {
+            Some(sandbox) => (sandbox.launched.clone(), sandbox.dns.clone()),
             None => return Err(self.no_sandbox()),
         };
-        self.launch(launched).await?;
+        let hostname = launched.setup.hostname.clone();
+        let uvm = self.launch(launched).await?;
+        write_files(uvm.as_ref(), &hostname, &dns).await?;
         if let Some(sandbox) = lock(&self.sandbox).as_mut() {
             sandbox.started_at.get_or_insert_with(UnixNanos::now);
         }
@@ -148,7 +187,12 @@ impl Pod {
             self.stop_sandbox(id).await?;
         }
         lock(&self.sandbox).take();
-        self.shut_down();
+        let shutdown = self.shutdown.clone();
+        tokio::spawn(async move {
+            // containerd takes an answer that comes with the connection's end for none, now and then.
+            tokio::time::sleep(ANSWER_TIME).await;
+            shutdown.send_replace(true);
+        });
         Ok(())
     }
 
@@ -173,5 +217,44 @@ impl Pod {
 
     fn no_sandbox(&self) -> Error {
         Error::NotFound(format!("sandbox {}", self.id))
+    }
+}
+
+/// Writes what containerd makes for its own sandboxes only, and binds into containers from there.
+async fn write_files(uvm: &dyn Uvm, hostname: &str, dns: &Dns) -> Result<()> {
+    let of_host = |path, otherwise: &str| {
+        std::fs::read_to_string(path).unwrap_or_else(|_| otherwise.to_owned())
+    };
+    let files = [
+        of_host("/etc/hosts", "127.0.0.1\tlocalhost\n::1\tlocalhost\n"),
+        format!("{hostname}\n"),
+        dns.resolv_conf()
+            .unwrap_or_else(|| of_host("/etc/resolv.conf", "")),
+    ];
+    for (name, text) in POD_FILES.iter().zip(files) {
+        uvm.write_file(format!("{GUEST_FILES}/{name}"), text)
+            .await?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn resolv_conf_has_what_was_asked_for_and_is_the_hosts_otherwise() {
+        let list = |items: &[&str]| items.iter().map(|i| (*i).to_owned()).collect();
+        let dns = Dns {
+            servers: list(&["10.96.0.10", "fd00::a"]),
+            searches: list(&["default.svc.cluster.local", "cluster.local"]),
+            options: list(&["ndots:5"]),
+        };
+        assert_eq!(
+            dns.resolv_conf().unwrap(),
+            "search default.svc.cluster.local cluster.local\nnameserver 10.96.0.10\n\
+             nameserver fd00::a\noptions ndots:5\n"
+        );
+        assert_eq!(Dns::default().resolv_conf(), None);
     }
 }

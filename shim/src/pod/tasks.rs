@@ -108,6 +108,7 @@ impl Pod {
             bundle: &container.bundle,
             spec,
             rootfs,
+            pod_files: lock(&self.sandbox).is_some(),
         };
         let (storage, guest) = Storage::prepare(&wanted, &self.config, uvm).await?;
         let (tty_width, tty_height) = spec.console_size();

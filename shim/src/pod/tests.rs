@@ -159,6 +159,9 @@ impl Uvm for Scripted {
         let call = format!("unshare {}", volume.source.display());
         self.calls.lock().unwrap().push(call);
     }
+    async fn write_file(&self, path: String, _: String) -> Result<()> {
+        self.call("write", &path)
+    }
     async fn attach_disk(&self, _: File, read_only: bool) -> Result<GuestDisk> {
         self.call("attach", if read_only { "ro" } else { "rw" })?;
         Ok(GuestDisk {

@@ -12,6 +12,8 @@ mod devices;
 mod image;
 mod volumes;
 
+pub use volumes::POD_FILES;
+
 use std::fs::{File, OpenOptions};
 use std::path::Path;
 
@@ -51,6 +53,8 @@ pub struct Wanted<'a> {
     pub spec: &'a Spec,
     /// containerd's mounts for its root.
     pub rootfs: &'a [Mount],
+    /// Whether the pod's own files are the shim's to bring, and not containerd's.
+    pub pod_files: bool,
 }
 
 /// What a container's files hold on to, on the host and in the μVM's slots.
@@ -89,9 +93,13 @@ impl Storage {
             bundle,
             spec,
             rootfs,
+            pod_files,
         } = *wanted;
         // Volumes first: what can't be had is found out before a disk is attached.
         let mut mounts = volumes::prepare(uvm, &mut self.volumes, spec.mounts()?)?;
+        if pod_files {
+            volumes::add_pods_own(&mut mounts, spec.root_is_read_only());
+        }
         let (file, read_only, kind) = match image::find(rootfs, bundle)? {
             Source::Committed(lowers) => (
                 image_of(config, lowers, true).await?,

@@ -6,7 +6,7 @@
 
 use std::path::Path;
 
-use kiln_agent_api::GUEST_SHM;
+use kiln_agent_api::{GUEST_FILES, GUEST_SHM};
 
 use crate::error::Result;
 use crate::share::Volume;
@@ -62,6 +62,41 @@ pub(super) fn prepare(
     Ok(out)
 }
 
+/// Files in `/etc` that all containers of a pod have alike, in the guest's [`GUEST_FILES`].
+pub const POD_FILES: [&str; 3] = ["hosts", "hostname", "resolv.conf"];
+
+/// Adds what containerd mounts into containers of its own sandboxes: the pod's files, unless the container has others
+/// there, and its shared memory instead of a container's own.
+pub(super) fn add_pods_own(mounts: &mut Vec<SpecMount>, read_only: bool) {
+    let bind = |source: String, options: &[&str]| SpecMount {
+        destination: String::new(),
+        kind: "bind".into(),
+        source,
+        options: options.iter().map(|o| (*o).to_owned()).collect(),
+    };
+    for mount in mounts.iter_mut() {
+        if mount.destination == "/dev/shm" && mount.kind == "tmpfs" {
+            *mount = SpecMount {
+                destination: mount.destination.clone(),
+                ..bind(GUEST_SHM.to_owned(), &["rbind", "rw"])
+            };
+        }
+    }
+    for name in POD_FILES {
+        let destination = format!("/etc/{name}");
+        if !mounts.iter().any(|mount| mount.destination == destination) {
+            let access = if read_only { "ro" } else { "rw" };
+            mounts.push(SpecMount {
+                destination,
+                ..bind(
+                    format!("{GUEST_FILES}/{name}"),
+                    &["rbind", "rprivate", access],
+                )
+            });
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -108,5 +143,27 @@ mod tests {
             plan(&bind("/mnt", "/mnt", &["rbind", "rslave"])),
             shared("/mnt", false, true)
         );
+    }
+
+    #[test]
+    fn pods_files_are_added_where_the_container_has_none() {
+        let own = bind("/run/kiln/volumes/0", "/etc/hosts", &["rbind"]);
+        let shm = SpecMount {
+            destination: "/dev/shm".into(),
+            kind: "tmpfs".into(),
+            source: "shm".into(),
+            options: vec!["size=65536k".into()],
+        };
+        let mut mounts = vec![own.clone(), shm];
+        add_pods_own(&mut mounts, true);
+        assert_eq!(mounts[0], own);
+        assert_eq!(mounts[1], bind(GUEST_SHM, "/dev/shm", &["rbind", "rw"]));
+        let resolv = bind(
+            "/run/kiln/etc/resolv.conf",
+            "/etc/resolv.conf",
+            &["rbind", "rprivate", "ro"],
+        );
+        assert_eq!(mounts.len(), 4);
+        assert_eq!(mounts[3], resolv);
     }
 }

@@ -2,7 +2,7 @@
 //! kubelet's `PodSandboxConfig` in its options.
 //!
 //! CRI's messages are many; of this one a handful of fields matter, so they are read off the wire
-//! by number (kubernetes/cri-api, `runtime/v1/api.proto`): hostname 2, annotations 7, linux 8 with
+//! by number (kubernetes/cri-api, `runtime/v1/api.proto`): hostname 2, dns_config 4 (servers 1, searches 2, options 3), annotations 7, linux 8 with
 //! cgroup_parent 1, sysctls 3, resources 5 (cpu_period 1, cpu_quota 2, memory_limit_in_bytes 4).
 
 use std::collections::BTreeMap;
@@ -11,7 +11,7 @@ use containerd_shim_protos::sandbox_api::CreateSandboxRequest;
 use protobuf::CodedInputStream;
 
 use crate::error::{Error, Result};
-use crate::pod::SandboxRequest;
+use crate::pod::{Dns, SandboxRequest};
 use crate::size::Limits;
 
 const CONFIG: &str = "runtime.v1.PodSandboxConfig";
@@ -44,12 +44,27 @@ fn read_config(message: &[u8], out: &mut SandboxRequest) -> Option<()> {
     fields(message, |number, field| {
         match (number, field) {
             (2, Field::Bytes(b)) => out.hostname = text(b)?,
+            (4, Field::Bytes(b)) => out.dns = read_dns(b)?,
             (7, Field::Bytes(b)) => insert(&mut out.annotations, b)?,
             (8, Field::Bytes(b)) => read_linux(b, out)?,
             _ => {}
         }
         Some(())
     })
+}
+
+fn read_dns(message: &[u8]) -> Option<Dns> {
+    let mut dns = Dns::default();
+    fields(message, |number, field| {
+        match (number, field) {
+            (1, Field::Bytes(b)) => dns.servers.push(text(b)?),
+            (2, Field::Bytes(b)) => dns.searches.push(text(b)?),
+            (3, Field::Bytes(b)) => dns.options.push(text(b)?),
+            _ => {}
+        }
+        Some(())
+    })?;
+    Some(dns)
 }
 
 fn read_linux(message: &[u8], out: &mut SandboxRequest) -> Option<()> {
@@ -156,6 +171,10 @@ mod tests {
         let config = [
             field(1, &field(1, b"web")),
             field(2, b"web-0"),
+            field(
+                4,
+                &[field(1, b"10.96.0.10"), field(2, b"a.b"), field(2, b"c")].concat(),
+            ),
             field(6, &entry("app", "web")),
             field(7, &entry("kiln.dev/cpus", "2")),
             field(8, &linux),
@@ -163,6 +182,8 @@ mod tests {
         .concat();
         let request = request(with_options(config)).unwrap();
         assert_eq!(request.hostname, "web-0");
+        assert_eq!(request.dns.servers, ["10.96.0.10"]);
+        assert_eq!(request.dns.searches, ["a.b", "c"]);
         assert_eq!(request.netns, Some("/run/netns/x".into()));
         assert_eq!(
             request.annotations.get("kiln.dev/cpus").map(String::as_str),

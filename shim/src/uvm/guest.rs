@@ -129,6 +129,22 @@ impl Guest {
             .map(|_| ())
     }
 
+    /// See [`Uvm::write_file`](super::Uvm::write_file).
+    pub async fn write_file(&self, path: String, text: String) -> Result<()> {
+        let what = refused(format!("write {path}"));
+        let request = proto::WriteFileRequest {
+            path,
+            data: text.into_bytes(),
+            mode: 0o644,
+            ..Default::default()
+        };
+        self.agent
+            .write_file(context(), &request)
+            .await
+            .map_err(what)
+            .map(|_| ())
+    }
+
     /// See [`Uvm::create`](super::Uvm::create).
     pub async fn create(&self, request: proto::CreateContainerRequest) -> Result<()> {
         let what = refused(format!("create container {}", request.container_id));

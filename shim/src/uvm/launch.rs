@@ -15,6 +15,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use async_trait::async_trait;
 use kiln_agent_api::client::Vsock;
 use kiln_agent_api::{proto, slots};
+use kiln_overlay::{Budget, BudgetError};
 use kiln_store::{Class, Kind, Lease, Store};
 use kiln_vmm_control::{
     End, Jail, PageRun, Reply, Request, ScratchLimits, Spawn, Vmm, VmmError, spill_file,
@@ -41,6 +42,8 @@ pub struct StoreLauncher {
     vmm: PathBuf,
     vmm_ids: u32,
     spill: PathBuf,
+    budget: PathBuf,
+    node_ram: u64,
     dir: PodDir,
     /// Changed by steps that run side by side.
     record: Arc<Mutex<()>>,
@@ -89,6 +92,8 @@ struct Scratch {
     size: u64,
     /// Where what has no room in RAM goes.
     spill: File,
+    /// The node's budget of RAM for all pods' writes.
+    budget: File,
     limits: ScratchLimits,
 }
 
@@ -104,6 +109,8 @@ impl StoreLauncher {
             vmm: config.vmm.clone(),
             vmm_ids: config.vmm_ids,
             spill: config.overlay_dir.clone(),
+            budget: config.state_dir.join("overlay-budget"),
+            node_ram: config.overlay_node_ram,
             dir,
             record: Arc::default(),
         }
@@ -163,6 +170,9 @@ impl StoreLauncher {
             .len();
         let spill = spill_file(&self.spill)
             .map_err(|e| Error::failed("make room for the pod's writes", e))?;
+        let budget = self
+            .budget()
+            .map_err(|e| Error::failed("take part in the node's budget for pods' writes", e))?;
         Ok(Baked {
             lease,
             state,
@@ -172,9 +182,17 @@ impl StoreLauncher {
                 base,
                 size,
                 spill,
+                budget,
                 limits: setup.overlay,
             },
         })
+    }
+
+    /// An opening of the node's budget of RAM, which is what the configuration says now.
+    fn budget(&self) -> std::result::Result<File, BudgetError> {
+        let file = Budget::open_or_make(&self.budget, self.node_ram)?;
+        Budget::set_total(&file, self.node_ram)?;
+        Ok(file)
     }
 
     /// Changes the pod's record.
@@ -242,13 +260,6 @@ impl StoreLauncher {
         let network = timeline
             .time("shim.network.read", || network::inspect(&netns))
             .map_err(failed)?;
-        if let [_, second, ..] = network.interfaces.as_slice() {
-            return Err(Error::Unimplemented(format!(
-                "the pod has more than one network interface ({} is the second), which kiln can't \
-                 connect yet; leave out the additional networks",
-                second.name
-            )));
-        }
         self.note(|r| {
             r.netns = Some(path.clone());
             r.redirected = network.interfaces.iter().map(|i| i.name.clone()).collect();
@@ -328,6 +339,12 @@ impl StoreLauncher {
                 timeline.time("vmm.resume", || {
                     resume(&vmm, (&state, &memory, touched), &ends, &timeline)
                 })?;
+                // The agent waits for those that it is told of and does not have yet.
+                for tap in taps.get(1..).unwrap_or_default() {
+                    timeline
+                        .time("vmm.plug-net", || vmm.plug_net(tap.fd.as_fd(), tap.mac))
+                        .map_err(vmm_error("plug the pod's other network cards"))?;
+                }
                 if let Some(size) = grow {
                     timeline
                         .time("vmm.grow", || vmm.call(&resize_request(size, 0), &[]))
@@ -448,18 +465,19 @@ fn resume(
         ends.directory.as_fd(),
         ends.scratch.base.as_fd(),
         ends.scratch.spill.as_fd(),
+        ends.scratch.budget.as_fd(),
     ];
     let mut by_slot = vec![
         (slots::VSOCK, End::Listener(2)),
         (slots::FS, End::Directory(3)),
         (
             slots::SCRATCH,
-            End::scratch(4, ends.scratch.size, Some(5), ends.scratch.limits),
+            End::scratch(4, ends.scratch.size, Some(5), Some(6), ends.scratch.limits),
         ),
     ];
-    if let [tap] = ends.taps {
+    if let Some(tap) = ends.taps.first() {
         fds.push(tap.fd.as_fd());
-        by_slot.push((slots::NET, End::Tap(vec![6])));
+        by_slot.push((slots::NET, End::Tap(vec![7])));
     }
     let asked = timeline.now();
     let reply = vmm

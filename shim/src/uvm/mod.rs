@@ -111,6 +111,8 @@ pub trait Uvm: Send + Sync {
     /// The next thing that happened unasked; `None` when the guest is gone.
     async fn next_event(&self) -> Option<GuestEvent>;
 
+    /// Writes a file of the guest's own.
+    async fn write_file(&self, path: String, text: String) -> Result<()>;
     /// Shows the guest a volume; returns the path it has there. Containers that ask for the same one
     /// share it.
     fn share(&self, volume: &Volume) -> Result<String>;

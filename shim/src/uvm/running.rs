@@ -188,6 +188,10 @@ impl Uvm for RunningUvm {
         self.vmm.pid()
     }
 
+    async fn write_file(&self, path: String, text: String) -> Result<()> {
+        self.guest.write_file(path, text).await
+    }
+
     async fn create(&self, request: proto::CreateContainerRequest) -> Result<()> {
         self.guest.create(request).await
     }

@@ -88,7 +88,7 @@ pub enum End {
 }
 
 /// A disk whose writes live in RAM and spill to a file. Its content lasts as long as the process: it is not part of a
-/// snapshot. A write for which there is neither RAM nor spill room is an I/O error to the guest; nothing else is.
+/// snapshot, but of `SaveOverlay`. A write for which there is neither RAM nor spill room is an I/O error to the guest; nothing else is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Overlay {
     /// What reads find where nothing was written: a file or block device that never changes, such as a template
@@ -226,6 +226,21 @@ pub enum Request {
         /// Most bytes of the spill file.
         spill_limit: u64,
     },
+    /// Writes an overlay's content into an empty file, which is the `base` of the same slot's overlay when the
+    /// machine is resumed. Between `Pause` and `Snapshot`. Answered by `SavedOverlay`.
+    SaveOverlay {
+        /// Which slot.
+        slot: u8,
+        /// The file.
+        into: FdIndex,
+    },
+    /// Plugs a network card by PCI hot-plug, with a tap behind it. Answered by `Slot`.
+    PlugNet {
+        /// Queues.
+        taps: Vec<FdIndex>,
+        /// The card's address.
+        mac: [u8; 6],
+    },
 }
 
 /// What a μVM's overlays take.
@@ -311,6 +326,11 @@ pub enum Reply {
         data_pages: u64,
         /// Pages left out.
         zero_pages: u64,
+    },
+    /// The overlay's content is written.
+    SavedOverlay {
+        /// Bytes of data in the file; the rest are holes.
+        bytes: u64,
     },
     /// The disk is in this slot.
     Slot(u8),

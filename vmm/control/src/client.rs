@@ -152,6 +152,14 @@ impl Vmm {
         }
     }
 
+    /// Plugs a network card with one queue pair in front of a tap and returns its slot.
+    pub fn plug_net(&self, tap: BorrowedFd<'_>, mac: [u8; 6]) -> Result<u8, VmmError> {
+        match self.call(&Request::PlugNet { taps: vec![0], mac }, &[tap])? {
+            Reply::Slot(slot) => Ok(slot),
+            _ => Err(VmmError::Protocol),
+        }
+    }
+
     /// Waits for the process to end; returns its exit code (-1 for a signal). See `kiln-vmm`'s exit codes.
     pub fn wait(&self) -> Result<i32, VmmError> {
         // Waits without the lock and without reaping, so that `kill` works meanwhile.

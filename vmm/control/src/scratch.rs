@@ -72,7 +72,13 @@ pub fn spill_file(directory: &Path) -> Result<File, SpillError> {
 
 impl End {
     /// The overlay over the scratch disk of a baked μVM, `base`, which is `size` bytes long.
-    pub fn scratch(base: FdIndex, size: u64, spill: Option<FdIndex>, limits: ScratchLimits) -> End {
+    pub fn scratch(
+        base: FdIndex,
+        size: u64,
+        spill: Option<FdIndex>,
+        budget: Option<FdIndex>,
+        limits: ScratchLimits,
+    ) -> End {
         End::Overlay(Overlay {
             base: Some(base),
             size,
@@ -80,7 +86,7 @@ impl End {
                 ram: limits.ram,
                 spill,
                 spill_limit: limits.disk,
-                budget: None,
+                budget,
             }),
         })
     }

@@ -41,6 +41,9 @@ pub enum Error {
     /// What was asked for lies in the disk below, which can't be read.
     #[error("disk below the overlay can't be read")]
     BaseRead(#[source] io::Error),
+    /// The file that the content is saved to can't be written.
+    #[error("overlay's content can't be saved")]
+    Save(#[source] io::Error),
     /// The system gave no memory.
     #[error("no memory for the overlay")]
     Memory(#[source] io::Error),
@@ -57,6 +60,7 @@ impl Error {
             Error::NoSpace => libc::ENOSPC,
             Error::SpillWrite(e) if e.raw_os_error() == Some(libc::ENOSPC) => libc::ENOSPC,
             Error::Memory(_) => libc::ENOMEM,
+            Error::Save(e) => e.raw_os_error().unwrap_or(libc::EIO),
             Error::SpillWrite(_) | Error::SpillRead(_) | Error::BaseRead(_) => libc::EIO,
             Error::Buffers(_) => libc::EFAULT,
         }

@@ -19,6 +19,7 @@ mod mover;
 mod overlay;
 mod pool;
 mod read;
+mod save;
 mod sectors;
 mod signal;
 mod slots;

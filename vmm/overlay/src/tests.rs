@@ -6,8 +6,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, AtomicU32, Ordering};
 
 use crate::{
-    Attempt, Base, Caching, DiskFile, Error, FlushPolicy, LEAST_RAM, Overlay, Pool, PoolConfig,
-    SpillFile,
+    Attempt, Base, Caching, DiskFile, Error, FileBase, FlushPolicy, LEAST_RAM, Overlay, Pool,
+    PoolConfig, SpillFile,
 };
 
 const SECTOR: usize = 512;
@@ -175,8 +175,8 @@ fn adopt(overlay: &Overlay, model: &mut [u8], at: usize, data: &[u8]) {
 }
 
 fn run_model(rng: &mut Rng, flush: FlushPolicy, steps: usize) {
-    let (pool, faults) = pool(flush);
-    let overlay = Overlay::new(&pool, DISK as u64, Some(Box::new(Striped))).unwrap();
+    let (mut pool, mut faults) = self::pool(flush);
+    let mut overlay = Overlay::new(&pool, DISK as u64, Some(Box::new(Striped))).unwrap();
     let mut model = start_content(DISK);
     let mut failed_writes = 0;
     for _ in 0..steps {
@@ -219,6 +219,14 @@ fn run_model(rng: &mut Rng, flush: FlushPolicy, steps: usize) {
             93..96 => {
                 let ram = LEAST_RAM + rng.below(4 << 20) as u64;
                 pool.set_limits(ram, if rng.below(4) == 0 { 2 << 20 } else { u64::MAX });
+            }
+            // Saved and resumed: by another process, with RAM and a spill file of its own.
+            96 => {
+                let file = tempfile::tempfile().unwrap();
+                overlay.save(&file).unwrap();
+                let base = FileBase::new(file).unwrap();
+                (pool, faults) = self::pool(flush);
+                overlay = Overlay::new(&pool, DISK as u64, Some(Box::new(base))).unwrap();
             }
             _ => {
                 let errno = [libc::ENOSPC, libc::EIO][rng.below(2)];
@@ -364,4 +372,23 @@ fn ram_stays_within_the_limit_and_discard_gives_the_disk_back() {
         assert!(since.elapsed().as_secs() < 20, "{:?}", pool.stats());
         std::thread::yield_now();
     }
+}
+
+#[test]
+fn saved_content_takes_no_more_disk_than_it_has_data() {
+    use std::os::unix::fs::MetadataExt;
+    let (pool, _) = pool(FlushPolicy::Memory);
+    // Ends inside a chunk and inside a page.
+    let size = (64 << 20) + 3 * SECTOR as u64;
+    let overlay = Overlay::new(&pool, size, None).unwrap();
+    overlay.write(9 << 20, &[7; 4096][..]).unwrap();
+    overlay.write(30 << 20, &[0; 1 << 20][..]).unwrap();
+    overlay.write(size - 512, &[8; 512][..]).unwrap();
+    let file = tempfile::tempfile().unwrap();
+    assert_eq!(overlay.save(&file).unwrap(), 4096 + 3 * 512);
+    assert_eq!(file.metadata().unwrap().len(), size);
+    assert!(file.metadata().unwrap().blocks() * 512 <= 64 << 10);
+    let mut end = [0; 512];
+    std::os::unix::fs::FileExt::read_exact_at(&file, &mut end, size - 512).unwrap();
+    assert_eq!(end, [8; 512]);
 }

@@ -13,7 +13,10 @@ use super::net::{Net, NetConfig};
 use super::rng::Rng;
 use super::testing::{BUFFERS_BASE, Bench, Desc};
 use super::vsock::Vsock;
-use crate::memory::HotplugRegion;
+use crate::cpu::Fingerprint;
+use crate::machine::MachineState;
+use crate::memory::{HotplugRegion, MemoryShape};
+use crate::snapshot::{self, HEADER_LEN, Header};
 use crate::virtio::{DeviceState, VirtioDevice};
 
 const MEMORY: usize = 2 << 20;
@@ -243,6 +246,33 @@ pub fn state(data: &[u8]) {
     };
 }
 
+/// A state file: as it is, and with a header that is right for whatever the body is.
+pub fn file(data: &[u8]) {
+    // Errors are the expected answers.
+    let _ = snapshot::decode(data);
+    let body = data.get(HEADER_LEN..).unwrap_or(data);
+    let nothing = MemoryShape {
+        ram: 0,
+        hotplug: 0,
+        usable: 0,
+    };
+    let shape =
+        postcard::from_bytes::<MachineState>(body).map_or(nothing, |state| state.config.memory);
+    let header = Header {
+        body_len: body.len() as u64,
+        body_crc: crc32fast::hash(body),
+        ram: shape.ram,
+        hotplug: shape.hotplug,
+        memory_file: shape.file_len(),
+        kiln: String::new(),
+        kernel: String::new(),
+        digest: [0; 32],
+        cpu: Fingerprint::of_this_cpu(),
+        tsc_khz: 0,
+    };
+    let _ = snapshot::decode(&[&header.to_bytes(), body].concat());
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -288,6 +318,17 @@ mod tests {
         #[test]
         fn no_saved_state_harms_any_device(data in program()) {
             super::state(&data);
+        }
+
+        #[test]
+        fn no_state_file_harms(changes in proptest::collection::vec((0usize..700, any::<u8>()), 0..8)) {
+            let mut data = include_bytes!("../../tests/golden/state-v2.bin").to_vec();
+            for (at, value) in changes {
+                if let Some(byte) = data.get_mut(at) {
+                    *byte = value;
+                }
+            }
+            super::file(&data);
         }
     }
 }

@@ -1,5 +1,6 @@
 //! What can be done with a machine that exists: run, stop, save, swap disks.
 
+use std::fs::File;
 use std::sync::Arc;
 
 use kvm_bindings::kvm_irqchip;
@@ -167,6 +168,28 @@ impl Machine {
                 .map(drop)
                 .map_err(|source| MachineError::Device { slot, source }),
             None => Err(MachineError::Refused(format!("slot {slot} holds no disk"))),
+        }
+    }
+
+    /// Writes an overlay's content into an empty file. Only for a paused machine.
+    pub fn save_overlay(&self, slot: u8, into: &File) -> Result<u64, MachineError> {
+        if lock(&self.paused).is_none() {
+            return Err(MachineError::Refused(
+                "the machine has to be paused for an overlay to be saved".to_owned(),
+            ));
+        }
+        match self
+            .device(slot)?
+            .with(|b: &mut Block| b.save_content(into))
+        {
+            Some(Ok(Some(bytes))) => Ok(bytes),
+            Some(Err(source)) => Err(MachineError::Io {
+                action: "saving an overlay",
+                source,
+            }),
+            _ => Err(MachineError::Refused(format!(
+                "slot {slot} holds no overlay"
+            ))),
         }
     }
 

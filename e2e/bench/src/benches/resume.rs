@@ -13,18 +13,23 @@ use kiln_e2e::uvm::{Baked, Kit, Shape, Uvm, fill_script};
 
 use super::Settings;
 use crate::counters::Counting;
+use crate::peer;
 use crate::result::Measured;
 
 /// Here, on the node's disk, everything of this bench is.
 const FOLDER: &str = "/var/lib/kiln-e2e/bench-resume";
 /// Machines: MiB of memory, and of those filled with data.
 const SIZES: [(u64, u64); 3] = [(256, 128), (1024, 700), (2048, 1600)];
+/// The same as the second of [`SIZES`], restored by QEMU from its migration stream.
+const QEMU: &str = "qemu-incoming-1024";
 /// How many resume at once.
 const CROWDS: [usize; 2] = [16, 64];
 /// A guest is saved when it has nothing left to do, as `kiln bake` sees to: every copy would do it again.
 const SETTLE: Duration = Duration::from_secs(3);
 /// What has to settle between two runs: KVM takes a VM down behind its process.
 const PAUSE: Duration = Duration::from_millis(200);
+/// How long a guest has to come to rest after its answer.
+const AFTERWARDS: Duration = Duration::from_millis(200);
 /// How long before its request a VMM is started where it is started ahead of time.
 const AHEAD: Duration = Duration::from_millis(100);
 
@@ -58,10 +63,13 @@ fn measure(settings: &Settings) -> Result<Measured> {
         ("kiln-2048/kiln-256", "kiln-2048", "kiln-256"),
         ("kiln-256/floor", "kiln-256", "floor"),
         ("kiln-256/cold-boot", "kiln-256", "cold-boot"),
+        ("kiln-1024/qemu-incoming-1024", "kiln-1024", QEMU),
         ("kiln-x16/kiln-x1", "kiln-x16", "kiln-256"),
         ("kiln-x64/kiln-x1", "kiln-x64", "kiln-256"),
     ] {
-        measured.ratio(name, of, to)?;
+        if to != QEMU || made.peer.is_some() {
+            measured.ratio(name, of, to)?;
+        }
     }
     Ok(measured)
 }
@@ -71,6 +79,8 @@ struct Prepared {
     folder: PathBuf,
     kit: Kit,
     baked: Vec<(u64, Baked)>,
+    /// None on a node without QEMU.
+    peer: Option<peer::Saved>,
 }
 
 /// A machine with vsock and entropy, as the peers in the field were measured: with no device more than it takes.
@@ -107,10 +117,20 @@ impl Prepared {
             );
             baked.push((memory, saved));
         }
+        let peer = if peer::is_here() {
+            let (memory, fill) = SIZES[1];
+            let dir = folder.join("qemu");
+            std::fs::create_dir_all(&dir)?;
+            Some(peer::Saved::make(&dir, &kit, memory, fill)?)
+        } else {
+            println!("  no QEMU in this node: no comparison with it");
+            None
+        };
         Ok(Self {
             folder: folder.to_owned(),
             kit,
             baked,
+            peer,
         })
     }
 
@@ -138,9 +158,12 @@ impl Prepared {
         uvm.ask()?;
         measured.add("kiln-256, VMM started ahead", "ms", ms(begin.elapsed()));
         end(uvm);
+        if let Some(peer) = &self.peer {
+            measured.add(QEMU, "ms", ms(peer.restore(&dir)?));
+            std::thread::sleep(PAUSE);
+        }
         for crowd in CROWDS {
-            let took = self.crowd(crowd)?;
-            measured.add(&format!("kiln-x{crowd}"), "ms", ms(took));
+            self.crowd(crowd, counting, measured)?;
         }
         let begin = Instant::now();
         let uvm = Uvm::boot(&dir, &self.kit, shape(SIZES[0].0))?;
@@ -178,13 +201,13 @@ impl Prepared {
     }
 
     /// From the first start to the last answer.
-    fn crowd(&self, count: usize) -> Result<Duration> {
+    fn crowd(&self, count: usize, counting: &Counting, measured: &mut Measured) -> Result<()> {
         let dirs = (0..count)
             .map(|i| self.dir(&format!("crowd/{i}")))
             .collect::<Result<Vec<_>>>()?;
         let baked = self.smallest()?;
         let (here, go) = (Barrier::new(count + 1), Barrier::new(count + 1));
-        let (took, all) = std::thread::scope(|scope| {
+        let (counted, all) = std::thread::scope(|scope| {
             let start = |dir| {
                 let (here, go) = (&here, &go);
                 scope.spawn(move || -> Result<Uvm> {
@@ -198,17 +221,24 @@ impl Prepared {
             let threads: Vec<_> = dirs.iter().map(|dir| start(dir)).collect();
             here.wait();
             // Before anyone may go: afterwards it could be a while until this thread has its turn.
+            let before = counting.now();
             let begin = Instant::now();
             go.wait();
             // Nobody ends before all have answered.
             let all: Vec<_> = threads.into_iter().map(|thread| thread.join()).collect();
-            (begin.elapsed(), all)
+            let took = begin.elapsed();
+            let counted = before.and_then(|before| Ok(counting.now()?.since(&before)));
+            measured.add(&format!("kiln-x{count}"), "ms", ms(took));
+            (counted, all)
         });
+        for (what, unit, value) in counted? {
+            measured.add(&format!("kiln-x{count} {what}"), unit, value);
+        }
         for uvm in all {
             drop(uvm.map_err(|_| anyhow!("a resume panicked"))??);
         }
         std::thread::sleep(PAUSE);
-        Ok(took)
+        Ok(())
     }
 }
 
@@ -228,7 +258,11 @@ fn resume(
     let started = Instant::now();
     uvm.ask()?;
     let answered = Instant::now();
-    let counted = counting.now()?.since(&before);
+    let counted = counting.now()?;
+    // Many at once have this in each other's way.
+    std::thread::sleep(AFTERWARDS);
+    let afterwards = counting.now()?.since(&counted);
+    let counted = counted.since(&before);
     let mut add = |what: &str, unit: &str, value: f64| {
         measured.add(&format!("{name} {what}"), unit, value);
     };
@@ -240,6 +274,11 @@ fn resume(
     add("started to answer", "ms", ms(answered - started));
     for (what, unit, value) in counted {
         add(what, unit, value);
+    }
+    for (what, unit, value) in afterwards {
+        if what == "CPU time" {
+            add("CPU time after the answer", unit, value);
+        }
     }
     measured.add(name, "ms", ms(answered - begin));
     end(uvm);

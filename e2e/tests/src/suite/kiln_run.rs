@@ -316,7 +316,12 @@ async fn volumes_are_the_hosts_own_files(test: Test) -> Result<()> {
     );
     let mounts = kiln_e2e::node::mounts()?;
     ensure!(
-        !mounts.iter().any(|mount| mount.contains("/run/kiln/share")),
+        // Pods have theirs below `/run/kiln/shared`.
+        !mounts
+            .iter()
+            .any(|mount| ["/run/kiln/share ", "/run/kiln/share/"]
+                .iter()
+                .any(|ours| mount.starts_with(ours))),
         "{mounts:?}"
     );
     Ok(())

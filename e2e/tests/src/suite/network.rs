@@ -1,9 +1,11 @@
 //! The pods' network: with each other, with the node, within the pod.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use kiln_e2e::harness::Case;
+use kiln_e2e::plain::{Plain, PlainSpec};
 use kiln_e2e::pod::STEP;
 use kiln_e2e::{Container, ContainerSpec, Pod, Test, cases};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -18,6 +20,7 @@ pub(crate) fn cases() -> Vec<Case> {
         large_transfers_are_complete_both_ways,
         many_connections_at_once_are_answered,
         udp_and_ping_work,
+        every_interface_of_a_namespace_is_the_containers.alone(),
     ]
 }
 
@@ -198,5 +201,106 @@ async fn udp_and_ping_work(test: Test) -> Result<()> {
         .read(&["testprog", "ask", &format!("{address}:5000"), "hello"])
         .await?;
     same!(answer, format!("hello from {}", second.ip().await?));
+    Ok(())
+}
+
+/// A network namespace, removed with the test.
+struct Namespace(String);
+
+impl Namespace {
+    async fn make(name: String) -> Result<Self> {
+        ip(&format!("netns add {name}")).await?;
+        Ok(Namespace(name))
+    }
+
+    /// A cable between the node, at `subnet`.1, and an interface of the namespace, at `subnet`.2.
+    async fn connect(&self, interface: &str, node: &str, subnet: &str) -> Result<()> {
+        let name = &self.0;
+        for command in [
+            format!(
+                "link add {node} mtu 1400 type veth peer name {interface} mtu 1400 netns {name}"
+            ),
+            format!("addr add {subnet}.1/24 dev {node}"),
+            format!("link set {node} up"),
+            format!("-n {name} addr add {subnet}.2/24 dev {interface}"),
+            format!("-n {name} link set {interface} up"),
+        ] {
+            ip(&command).await?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Namespace {
+    fn drop(&mut self) {
+        // Its interfaces go with it. The node's cleanliness is looked at after every test.
+        drop(
+            std::process::Command::new("ip")
+                .args(["netns", "del", &self.0])
+                .status(),
+        );
+    }
+}
+
+async fn ip(arguments: &str) -> Result<()> {
+    let output = tokio::process::Command::new("ip")
+        .args(arguments.split(' '))
+        .output()
+        .await
+        .context("the node has no ip")?;
+    let errors = String::from_utf8_lossy(&output.stderr).into_owned();
+    ensure!(output.status.success(), "ip {arguments}: {errors}");
+    Ok(())
+}
+
+/// As plug-ins for several networks leave it; their names are in nobody's order.
+async fn every_interface_of_a_namespace_is_the_containers(test: Test) -> Result<()> {
+    let namespace = Namespace::make(test.unique("several")).await?;
+    let interfaces = [
+        ("net1", "several1", "10.91.1"),
+        ("eth2", "several2", "10.91.2"),
+        ("eth0", "several0", "10.91.0"),
+    ];
+    for (interface, node, subnet) in interfaces {
+        namespace.connect(interface, node, subnet).await?;
+    }
+    for route in [
+        "default via 10.91.0.1",
+        "192.0.2.0/24 via 10.91.1.1 dev net1",
+    ] {
+        ip(&format!("-n {} route add {route}", namespace.0)).await?;
+    }
+    let path = PathBuf::from("/run/netns").join(&namespace.0);
+    let spec = PlainSpec::testprog(&["http", "8080"]).netns(&path);
+    let task = Plain::run(&test, &spec).await?;
+    task.streams.wait_for("listening").await?;
+    for (interface, _, subnet) in interfaces {
+        let show = PlainSpec::shell(&format!("ip -4 address show {interface}"));
+        let seen = task.exec(interface, &show).await?;
+        same!(task.wait(interface).await?, 0);
+        let seen = seen.all_output().await?;
+        ensure!(seen.contains(&format!("inet {subnet}.2/24")), "{seen}");
+        ensure!(seen.contains("mtu 1400"), "{seen}");
+        task.delete_exec(interface).await?;
+        let address = format!("{subnet}.2:8080");
+        let peer = fetch(&address, &get("/peer")).await?;
+        same!(String::from_utf8(peer)?, format!("{subnet}.1"));
+    }
+    let routes = task
+        .exec("routes", &PlainSpec::shell("ip route"))
+        .await?
+        .all_output()
+        .await?;
+    for route in [
+        "default via 10.91.0.1 dev eth0",
+        "192.0.2.0/24 via 10.91.1.1 dev net1",
+    ] {
+        ensure!(routes.contains(route), "{routes}");
+    }
+    task.wait("routes").await?;
+    task.delete_exec("routes").await?;
+    task.kill("", libc::SIGKILL, true).await?;
+    same!(task.wait("").await?, 137);
+    task.delete().await?;
     Ok(())
 }

@@ -6,7 +6,9 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use kiln_e2e::harness::Case;
+use kiln_e2e::node::OVERLAY_BUDGET;
 use kiln_e2e::{Container, ContainerSpec, Pod, PodSpec, Test, cases, wait};
+use kiln_overlay::Budget;
 
 use super::same;
 
@@ -23,6 +25,7 @@ pub(crate) fn cases() -> Vec<Case> {
         deleted_files_give_ram_back,
         containers_of_a_pod_share_the_overlay_and_leave_nothing_in_it,
         spill_disk_that_is_full_is_an_error_of_the_write_alone.alone(),
+        pods_share_the_nodes_ram_for_writes_fairly.alone(),
     ];
     let named = |case: Case| case.only_with("kiln", "overlay");
     all.into_iter().map(named).collect()
@@ -198,6 +201,52 @@ async fn containers_of_a_pod_share_the_overlay_and_leave_nothing_in_it(test: Tes
     let output = third.exec(&["ls", "/mine", "/large"]).await?;
     ensure!(output.code != 0, "{}", output.stdout);
     Ok(())
+}
+
+/// A node with little RAM for overlays: whoever is alone has all of it, and gives half of it up when another pod writes.
+async fn pods_share_the_nodes_ram_for_writes_fairly(test: Test) -> Result<()> {
+    const NODE: u64 = 64 * MIB;
+    const FILE: u64 = 80 * MIB;
+    let spec = PodSpec::new().annotation(RAM, "96Mi");
+    let (first, second) = (test.run_pod(&spec).await?, test.run_pod(&spec).await?);
+    let (one, two) = (
+        started(&first, "main").await?,
+        started(&second, "main").await?,
+    );
+    // Every start of a pod sets it to what the configuration says, so nothing has to be put back.
+    let file = std::fs::File::options()
+        .read(true)
+        .write(true)
+        .open(OVERLAY_BUDGET)
+        .context(OVERLAY_BUDGET)?;
+    Budget::set_total(&file, NODE)?;
+
+    put(&one, "/file", FILE, 1).await?;
+    let alone = figure(&first, "ram")?;
+    ensure!(
+        alone > NODE / 2 && alone <= NODE,
+        "{alone} bytes of RAM for the only pod that writes"
+    );
+    put(&two, "/file", FILE, 2).await?;
+    // Above its share a pod spills in the background.
+    let shares = wait::until("fair shares", SOON, || async {
+        let shares = [figure(&first, "ram")?, figure(&second, "ram")?];
+        let fair = |ram: &u64| (NODE / 4..=NODE / 2).contains(ram);
+        Ok(shares.iter().all(fair).then_some(shares))
+    })
+    .await?;
+    println!("  shares of {NODE} bytes: {shares:?}");
+    for (pod, container, seed) in [(&first, &one, 1), (&second, &two, 2)] {
+        check(container, "/file", FILE, seed).await?;
+        same!(figure(pod, "spill_errors")?, 0);
+    }
+    // Who is gone leaves its share to the others.
+    first.remove().await?;
+    put(&two, "/more", FILE, 3).await?;
+    wait::until("the share of the removed pod", SOON, || async {
+        Ok((figure(&second, "ram")? > NODE / 2).then_some(()))
+    })
+    .await
 }
 
 /// A small file system in a file, mounted where spill files go as long as this lives.

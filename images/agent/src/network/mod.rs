@@ -11,6 +11,7 @@ use std::fs;
 use std::io;
 use std::net::IpAddr;
 use std::path::Path;
+use std::time::Duration;
 
 use kiln_agent_api::{GUEST_RESOLV_CONF, proto};
 use netlink_packet_route::RouteNetlinkMessage;
@@ -18,6 +19,7 @@ use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkLayerType, LinkMe
 use thiserror::Error;
 
 use self::netlink::{Change, Netlink};
+use crate::uevent;
 
 /// Why the network is not as asked for.
 #[derive(Debug, Error)]
@@ -50,6 +52,9 @@ pub(crate) enum NetworkError {
 
 type Result<T> = std::result::Result<T, NetworkError>;
 
+/// How long a plugged card may take to show.
+const PLUG_LIMIT: Duration = Duration::from_secs(20);
+
 /// An interface as the kernel has it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Link {
@@ -75,6 +80,22 @@ pub(crate) fn configure(request: &proto::Network) -> Result<proto::NetworkState>
     let mut netlink = Netlink::open()?;
     let mut changes = Vec::new();
     let mut links = links_of(&netlink.links()?);
+    // Only cards that are named by their addresses may still be on their way.
+    let missing = |links: &[Link]| {
+        let mut macs = request.interfaces.iter().map(|wanted| &wanted.find_mac);
+        macs.any(|mac| {
+            !mac.is_empty()
+                && !links
+                    .iter()
+                    .any(|link| format_mac(&link.mac).eq_ignore_ascii_case(mac))
+        })
+    };
+    uevent::wait_until(PLUG_LIMIT, || {
+        if missing(&links) {
+            links = links_of(&netlink.links()?);
+        }
+        Ok::<_, NetworkError>(!missing(&links))
+    })?;
     for wanted in &request.interfaces {
         plan_interface(wanted, &mut links, &mut changes)?;
     }
@@ -128,18 +149,22 @@ fn plan_interface(
 ) -> Result<()> {
     let found = if wanted.find_mac.is_empty() {
         let position = usize::try_from(wanted.find_position).unwrap_or(usize::MAX);
-        links.iter_mut().filter(|link| link.ethernet).nth(position)
+        links.iter().filter(|link| link.ethernet).nth(position)
     } else {
         let mac = parse_mac(&wanted.find_mac)?;
-        links.iter_mut().find(|link| link.mac == mac)
+        links.iter().find(|link| link.mac == mac)
     };
-    let Some(link) = found else {
+    let Some(index) = found.map(|link| link.index) else {
         let which = if wanted.find_mac.is_empty() {
             format!("at position {}", wanted.find_position)
         } else {
             format!("with address {}", wanted.find_mac)
         };
         return Err(NetworkError::NoInterface(which, names(links)));
+    };
+    free_name(&wanted.name, index, links, changes);
+    let Some(link) = links.iter_mut().find(|link| link.index == index) else {
+        return Err(NetworkError::NoInterface(wanted.name.clone(), names(links)));
     };
     let name = if wanted.name.is_empty() {
         link.name.clone()
@@ -175,6 +200,18 @@ fn plan_interface(
     }
     changes.push(netlink::link_up(&name, link.index, !wanted.down));
     Ok(())
+}
+
+/// Gives another interface that has this name one of its own, since it would be in the way.
+fn free_name(name: &str, index: u32, links: &mut [Link], changes: &mut Vec<Change>) {
+    let other = |link: &&mut Link| link.name == name && link.index != index;
+    if let Some(link) = links.iter_mut().find(other) {
+        let away = format!("kiln{}", link.index);
+        let action = format!("rename {}", link.name);
+        let attributes = vec![LinkAttribute::IfName(away.clone())];
+        changes.push(netlink::link(action, link.index, attributes));
+        link.name = away;
+    }
 }
 
 fn plan_route(route: &proto::Route, device: Option<u32>) -> Result<Change> {
@@ -399,6 +436,34 @@ mod tests {
             error.to_string(),
             "the guest has no interface at position 0; its interfaces are: lo 00:00:00:00:00:00"
         );
+    }
+
+    #[test]
+    fn a_name_that_another_interface_has_is_taken_from_it() {
+        let card = |index: u32, name: &str| Link {
+            index,
+            name: name.into(),
+            mac: vec![2, 0, 0, 0, 0, index as u8],
+            ethernet: true,
+        };
+        let mut links = [card(2, "eth0"), card(3, "eth1")];
+        let wanted = [
+            proto::Interface {
+                name: "eth1".into(),
+                ..Default::default()
+            },
+            proto::Interface {
+                find_mac: "02:00:00:00:00:03".into(),
+                name: "net1".into(),
+                ..Default::default()
+            },
+        ];
+        let mut changes = Vec::new();
+        for wanted in &wanted {
+            plan_interface(wanted, &mut links, &mut changes).expect("plan");
+        }
+        let names = links.map(|link| link.name);
+        assert_eq!(names, ["eth1", "net1"]);
     }
 
     #[test]

@@ -7,12 +7,10 @@ use anyhow::{Context, Result, anyhow};
 use kiln_agent_api::client::{ConnectError, Vsock};
 use kiln_agent_api::proto::{self, AgentClient};
 use kiln_agent_api::stream::{Header, Kind, TOKEN_LEN};
-use kiln_agent_api::{GUEST_SCRATCH, GUEST_STATE_DIR, slots};
+use kiln_agent_api::{GUEST_FILES, GUEST_SCRATCH, GUEST_STATE_DIR, slots};
 use kiln_vmm_control::ScratchLimits;
 use tokio::net::UnixStream;
 use ttrpc::context::{Context as Deadline, with_duration};
-
-use super::spec::FILES;
 
 /// No call but the wait for a process may take longer.
 const CALL_LIMIT: Duration = Duration::from_secs(60);
@@ -140,7 +138,7 @@ impl Guest {
             ("resolv.conf", resolv_conf),
         ] {
             let request = proto::WriteFileRequest {
-                path: format!("{FILES}/{name}"),
+                path: format!("{GUEST_FILES}/{name}"),
                 data: text.into_bytes(),
                 mode: 0o644,
                 ..Default::default()

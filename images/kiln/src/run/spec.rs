@@ -2,7 +2,7 @@
 //! what container engines give by default, and its isolation from the host is the μVM's.
 
 use anyhow::{Context, Result, bail, ensure};
-use kiln_agent_api::{GUEST_SHM, GUEST_STATE_DIR};
+use kiln_agent_api::{GUEST_FILES, GUEST_SHM, GUEST_STATE_DIR};
 use serde_json::{Value, json};
 
 use crate::image::Defaults;
@@ -26,9 +26,6 @@ const CAPABILITIES: [&str; 14] = [
     "CAP_KILL",
     "CAP_AUDIT_WRITE",
 ];
-
-/// Where the guest keeps the files that are bound over the image's.
-pub(crate) const FILES: &str = "/run/kiln/etc";
 
 /// What the command line says of the container's process.
 #[derive(Debug, Clone, Default)]
@@ -168,7 +165,7 @@ pub(crate) fn container(
     let file = |name: &str| {
         json!({
             "destination": format!("/etc/{name}"), "type": "bind",
-            "source": format!("{FILES}/{name}"), "options": ["bind", "rw"],
+            "source": format!("{GUEST_FILES}/{name}"), "options": ["bind", "rw"],
         })
     };
     let mut mounts = vec![

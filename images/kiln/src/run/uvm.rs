@@ -133,7 +133,7 @@ impl Uvm {
         let (base, spill) = (fds.add(scratch), fds.add(ends.spill));
         host.push((
             slots::SCRATCH,
-            End::scratch(base, size, Some(spill), ends.scratch),
+            End::scratch(base, size, Some(spill), None, ends.scratch),
         ));
         if let Some(share) = ends.share {
             host.push((slots::FS, End::Directory(fds.add(share))));

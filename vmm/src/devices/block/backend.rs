@@ -5,6 +5,7 @@
 //! one interrupt.
 
 use std::fmt::Debug;
+use std::fs::File;
 use std::io;
 use std::os::fd::RawFd;
 use std::sync::Arc;
@@ -151,4 +152,10 @@ pub trait BlockBackend: Send + Debug {
 
     /// Waits until nothing is in flight, appending what finishes.
     fn drain(&mut self, done: &mut Vec<Completion>) -> io::Result<()>;
+
+    /// Writes the content into an empty file if it is nowhere but in this process, and tells how many bytes of
+    /// data there are. `None`: it is in a file or device of its own. Nothing is in flight.
+    fn save(&self, _into: &File) -> io::Result<Option<u64>> {
+        Ok(None)
+    }
 }

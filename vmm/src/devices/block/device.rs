@@ -1,6 +1,7 @@
 //! The device itself: queues in, backend requests out, completions back.
 
 use std::collections::VecDeque;
+use std::fs::File;
 use std::io;
 
 use serde::{Deserialize, Serialize};
@@ -168,6 +169,13 @@ impl Block {
         self.signal_config();
         self.check(drained);
         Ok(backend)
+    }
+
+    /// Saves a disk's content that is nowhere but in this process; see [`BlockBackend::save`].
+    pub fn save_content(&self, into: &File) -> io::Result<Option<u64>> {
+        self.backend
+            .as_ref()
+            .map_or(Ok(None), |backend| backend.save(into))
     }
 
     fn signal_config(&self) {

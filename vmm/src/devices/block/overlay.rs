@@ -3,6 +3,7 @@
 //! What needs no disk is done at once on the device thread. The rest (content of the disk below, content that was
 //! spilled, writes while RAM is full) waits on a thread, which is started when first needed.
 
+use std::fs::File;
 use std::io;
 use std::os::fd::RawFd;
 
@@ -141,5 +142,9 @@ impl BlockBackend for OverlayBackend {
             worker.drain(done);
         }
         Ok(())
+    }
+
+    fn save(&self, into: &File) -> io::Result<Option<u64>> {
+        Ok(Some(self.overlay.save(into)?))
     }
 }

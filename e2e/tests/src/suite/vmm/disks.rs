@@ -23,6 +23,7 @@ pub(super) fn cases() -> Vec<Case> {
         a_disk_given_at_resume_is_there,
         disks_beyond_the_slots_are_plugged_and_unplugged,
         an_overlay_keeps_what_is_written_over_a_template_and_spills,
+        an_overlays_content_is_saved_with_the_machine.limit(300),
         an_overlay_without_room_fails_the_write_and_nothing_else,
     ]
 }
@@ -244,6 +245,68 @@ async fn an_overlay_keeps_what_is_written_over_a_template_and_spills(test: Test)
         Ok(())
     })
     .await
+}
+
+/// Saved while a file system on it is mounted and written to, and resumed by another process, twice.
+async fn an_overlays_content_is_saved_with_the_machine(test: Test) -> Result<()> {
+    blocking(test, |dir| {
+        const SIZE: u64 = 512 * MIB;
+        let slot = slots::DISK;
+        let mut base = disk(&dir.join("template"), SIZE)?;
+        make_file_system(&dir.join("template"))?;
+        let mut saved = baked()?;
+        let mut sums = Vec::new();
+        for round in 0..3 {
+            let spill = disk(&dir.join("spill"), 0)?;
+            std::fs::remove_file(dir.join("spill"))?;
+            let overlay = End::Overlay(Overlay {
+                base: Some(0),
+                size: SIZE,
+                pool: Some(pool(8 * MIB, Some(1))),
+            });
+            let ends = vec![(slot, overlay)];
+            let uvm = Uvm::resume(dir, &saved, ends, &[base.as_fd(), spill.as_fd()])?;
+            if round == 0 {
+                let name = name_of(&uvm, slot, SIZE)?;
+                uvm.sh(&format!("mount -t ext4 /dev/{name} /mnt"))?;
+            }
+            for (earlier, sum) in sums.iter().enumerate() {
+                let file = format!("echo 3 > /proc/sys/vm/drop_caches; sha256sum < /mnt/{earlier}");
+                same!(uvm.sh(&file)?, *sum, "written in round {earlier}");
+            }
+            // More than the overlay's RAM.
+            let script = format!(
+                "head -c 20000000 /dev/urandom > /mnt/{round}; sync; sha256sum < /mnt/{round}"
+            );
+            sums.push(uvm.sh(&script)?);
+            ensure!(
+                uvm.vmm()
+                    .call(&save_overlay(slot), &[spill.as_fd()])
+                    .is_err(),
+                "a running machine's overlay was saved"
+            );
+            // What the guest has not written back yet is in its memory, which is saved, too.
+            uvm.sh(&format!("echo late > /mnt/late{round}"))?;
+            uvm.vmm().order(&Request::Pause, &[])?;
+            let content = disk(&dir.join(format!("content{round}")), 0)?;
+            let answer = uvm.vmm().call(&save_overlay(slot), &[content.as_fd()])?;
+            let Reply::SavedOverlay { bytes } = answer else {
+                bail!("{answer:?}");
+            };
+            ensure!(
+                bytes >= 20_000_000 && bytes < SIZE / 2,
+                "{bytes} bytes saved"
+            );
+            saved = uvm.snapshot(&dir.join(format!("round{round}")), false)?;
+            base = content;
+        }
+        Ok(())
+    })
+    .await
+}
+
+fn save_overlay(slot: u8) -> Request {
+    Request::SaveOverlay { slot, into: 0 }
 }
 
 async fn an_overlay_without_room_fails_the_write_and_nothing_else(test: Test) -> Result<()> {
