@@ -33,7 +33,7 @@ comma := ,
 space := $() $()
 quote = '$(subst ','\'',$(1))'
 
-.PHONY: help setup build node demo test test-unit test-e2e bench doctor fuzz lint fmt clean-node
+.PHONY: help setup build node demo test test-unit test-fuzz test-e2e bench doctor fuzz lint fmt clean-node
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -51,14 +51,18 @@ node: build ## Boot the node VM and run CMD='…' in it, or a shell
 demo: build ## Start a pod in the node VM and show its timeline
 	@$(NODE_TEST) --timeout 600 -- /opt/kiln-e2e/kiln-demo $(RUNTIMES)
 
-test: setup ## Run every test: unit tests here, end-to-end tests in the node VM
+test: setup ## Run every test: unit tests and fuzz targets here, end-to-end tests in the node VM
 	@mkdir -p target
 	@set -o pipefail; { $(MAKE) --no-print-directory test-unit && \
+	    $(MAKE) --no-print-directory test-fuzz && \
 	    $(MAKE) --no-print-directory test-e2e; } 2>&1 | tee target/test.log; \
 	    status=$$?; e2e/count-tests target/test.log; exit $$status
 
 test-unit: setup ## Run the unit tests
 	@cargo test --release --workspace --no-fail-fast
+
+test-fuzz: setup ## Fuzz what reads a guest's words, each target for five seconds
+	@vmm/fuzz/run 5
 
 test-e2e: build ## Run the end-to-end tests (T=… selects)
 	@rm -rf $(RESULTS); mkdir -p target; : > $(PASSED)

@@ -21,8 +21,12 @@ pub(crate) fn cases() -> Vec<Case> {
     cases![
         task_killed_from_the_node_ends_as_killed,
         task_without_its_shim_is_gone_and_leaves_nothing.alone(),
-        pod_without_its_shim_ends_and_leaves_nothing.alone(),
-        pod_whose_processes_are_killed_ends_and_leaves_nothing.alone(),
+        pod_without_its_shim_ends_and_leaves_nothing
+            .alone()
+            .fails_with("runc", 2),
+        pod_whose_processes_are_killed_ends_and_leaves_nothing
+            .alone()
+            .fails_with("runc", 2),
         shim_killed_while_a_pod_starts_leaves_nothing
             .alone()
             .limit(400),

@@ -294,7 +294,7 @@ async fn an_overlays_content_is_saved_with_the_machine(test: Test) -> Result<()>
                 bail!("{answer:?}");
             };
             ensure!(
-                bytes >= 20_000_000 && bytes < SIZE / 2,
+                (20_000_000..SIZE / 2).contains(&bytes),
                 "{bytes} bytes saved"
             );
             saved = uvm.snapshot(&dir.join(format!("round{round}")), false)?;
