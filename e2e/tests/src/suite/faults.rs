@@ -108,7 +108,10 @@ async fn running(test: &Test) -> Result<(Pod, Container)> {
 async fn census(test: &Test) -> Result<Census> {
     let (pod, _) = running(test).await?;
     pod.remove().await?;
-    test.remove_pod_cgroups()?;
+    wait::until("the removal of the pod's cgroup", SEEN, || async {
+        Ok(test.remove_pod_cgroups().ok())
+    })
+    .await?;
     Census::take()
 }
 
