@@ -8,11 +8,14 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
+use tracing::Subscriber;
 use tracing_subscriber::filter::LevelFilter;
 use tracing_subscriber::fmt::MakeWriter;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::{Registry, reload};
 
 /// A writer that never waits.
 #[derive(Debug, Clone)]
@@ -76,14 +79,33 @@ pub fn init(bundle: &Path, debug: bool) {
     } else {
         LevelFilter::INFO
     };
-    let subscriber = tracing_subscriber::fmt()
+    let (subscriber, filter) = subscriber(pipe, level);
+    // An error means that somebody set a subscriber before; theirs stays.
+    if tracing::subscriber::set_global_default(subscriber).is_ok() {
+        let _ = FILTER.set(filter);
+    }
+}
+
+/// Logs at debug level from now on.
+pub fn debug() {
+    if let Some(filter) = FILTER.get() {
+        // It is gone only with its subscriber, which is never.
+        let _ = filter.modify(|level| *level = LevelFilter::DEBUG);
+    }
+}
+
+type Filter = reload::Handle<LevelFilter, Registry>;
+
+static FILTER: OnceLock<Filter> = OnceLock::new();
+
+fn subscriber(pipe: LogPipe, level: LevelFilter) -> (impl Subscriber + Send + Sync, Filter) {
+    let (filter, handle) = reload::Layer::new(level);
+    let lines = tracing_subscriber::fmt::layer()
         .with_ansi(false)
         .with_target(false)
-        .with_max_level(level)
-        .with_writer(pipe)
-        .finish();
-    // An error means that somebody set a subscriber before; theirs stays.
-    let _ = tracing::subscriber::set_global_default(subscriber);
+        .with_writer(pipe);
+    let subscriber = tracing_subscriber::registry().with(filter).with(lines);
+    (subscriber, handle)
 }
 
 #[cfg(test)]
@@ -118,5 +140,24 @@ mod tests {
         let text = String::from_utf8_lossy(&buffer[..n]).into_owned();
         assert!(text.contains("log lines dropped"), "{text}");
         assert!(text.ends_with("after\n"), "{text}");
+    }
+
+    #[test]
+    fn level_can_be_raised_while_it_runs() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("log");
+        mkfifo(&path, Mode::S_IRWXU).unwrap();
+        let pipe = LogPipe::open(&path).unwrap();
+        let (subscriber, filter) = subscriber(pipe.clone(), LevelFilter::INFO);
+        tracing::subscriber::with_default(subscriber, || {
+            tracing::debug!("first");
+            filter.modify(|level| *level = LevelFilter::DEBUG).unwrap();
+            tracing::debug!("second");
+        });
+        let mut buffer = vec![0; 1 << 16];
+        let n = (&*pipe.file).read(&mut buffer).unwrap();
+        let text = String::from_utf8_lossy(&buffer[..n]).into_owned();
+        assert!(text.contains("DEBUG second"), "{text}");
+        assert!(!text.contains("first"), "{text}");
     }
 }

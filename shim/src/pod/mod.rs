@@ -159,6 +159,9 @@ impl Pod {
             .config
             .pod_overrides(annotations)
             .map_err(|e| Error::InvalidArgument(e.to_string()))?;
+        if overrides.debug == Some(true) {
+            crate::log::debug();
+        }
         setup.size = size_of(limits, &overrides, &self.config);
         setup.overlay = ScratchLimits {
             ram: overrides.overlay_ram.unwrap_or(self.config.overlay.ram),

@@ -276,7 +276,7 @@ async fn an_overlays_content_is_saved_with_the_machine(test: Test) -> Result<()>
             }
             // More than the overlay's RAM.
             let script = format!(
-                "head -c 20000000 /dev/urandom > /mnt/{round}; sync; sha256sum < /mnt/{round}"
+                "head -c 12000000 /dev/urandom > /mnt/{round}; sync; sha256sum < /mnt/{round}"
             );
             sums.push(uvm.sh(&script)?);
             ensure!(
@@ -294,7 +294,7 @@ async fn an_overlays_content_is_saved_with_the_machine(test: Test) -> Result<()>
                 bail!("{answer:?}");
             };
             ensure!(
-                (20_000_000..SIZE / 2).contains(&bytes),
+                (12_000_000..SIZE / 2).contains(&bytes),
                 "{bytes} bytes saved"
             );
             saved = uvm.snapshot(&dir.join(format!("round{round}")), false)?;
