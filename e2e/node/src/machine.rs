@@ -223,7 +223,7 @@ fn machine_arguments(clock: Clock, engine: &Engine) -> Vec<&'static str> {
             "-smp",
             "3",
             "-cpu",
-            "max,+svm,+npt",
+            "max,+svm,+npt,-la57",
         ],
         // Without the fast string instructions a copy costs what it copies.
         (Engine::Emulation { .. }, Clock::Counted) => &[
