@@ -11,6 +11,7 @@ use kiln_e2e::{Container, ContainerSpec, Pod, Test, cases};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
+use super::run_net::ip;
 use super::same;
 
 pub(crate) fn cases() -> Vec<Case> {
@@ -240,17 +241,6 @@ impl Drop for Namespace {
                 .status(),
         );
     }
-}
-
-async fn ip(arguments: &str) -> Result<()> {
-    let output = tokio::process::Command::new("ip")
-        .args(arguments.split(' '))
-        .output()
-        .await
-        .context("the node has no ip")?;
-    let errors = String::from_utf8_lossy(&output.stderr).into_owned();
-    ensure!(output.status.success(), "ip {arguments}: {errors}");
-    Ok(())
 }
 
 /// As plug-ins for several networks leave it; their names are in nobody's order.

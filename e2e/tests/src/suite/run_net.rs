@@ -25,7 +25,8 @@ const STEP: Duration = Duration::from_secs(40);
 /// A tap of the node, removed with the test.
 struct Tap(String);
 
-async fn ip(arguments: &str) -> Result<()> {
+/// Runs `ip` on the node.
+pub(super) async fn ip(arguments: &str) -> Result<()> {
     let output = Command::new("ip")
         .args(arguments.split(' '))
         .output()
