@@ -327,6 +327,23 @@ fn a_directory_of_twenty_thousand_names_can_be_listed_and_searched() {
 }
 
 #[test]
+fn fsck_finds_nothing_however_full_the_last_block_is() {
+    if Command::new("fsck.erofs").arg("--help").output().is_err() {
+        println!("skipped: no fsck.erofs");
+        return;
+    }
+    let scratch = tempfile::tempdir().unwrap();
+    let (tree, file) = (scratch.path().join("tree"), scratch.path().join("image"));
+    fs::create_dir(&tree).unwrap();
+    // Two blocks of inodes without a time of their own, or more of others.
+    for i in 0..260 {
+        File::create(tree.join(i.to_string())).unwrap();
+        image(&Lowers::plain(tree.clone()), &file);
+        run("fsck.erofs", &[file.to_str().unwrap()]).unwrap();
+    }
+}
+
+#[test]
 fn hard_links_stay_one_inode() {
     if !can_mount() {
         return;

@@ -143,6 +143,7 @@ impl Layout {
                 .push(shape(inode, epoch, shared.len_of(inode)));
         }
         planner.groups()?;
+        planner.never_end_with_an_inode();
         let Planner {
             next_block,
             segments,
@@ -248,6 +249,15 @@ impl Planner<'_> {
             }
         }
         self.close(group)
+    }
+
+    /// `fsck.erofs` reads the header of attributes behind every inode, even of those that have none.
+    fn never_end_with_an_inode(&mut self) {
+        let end = self.next_block * BLOCK;
+        let ends_it = |place: &Place| place.at + place.inode_len() as u64 == end;
+        if self.places.iter().any(ends_it) {
+            self.segment(BLOCK, SegmentContent::Group(Vec::new()));
+        }
     }
 
     /// Gives a group its place in the image, and its large files theirs behind it.
