@@ -228,7 +228,7 @@ impl Baked {
         let watch = Watch::begin(File::open(&self.memory)?)?;
         let vmm = Uvm::spawn(dir)?;
         let uvm = Uvm::resume_as(vmm, dir, self, vec![], &[], true)?;
-        uvm.ask()?;
+        drop(uvm.ask()?);
         self.touched = watch.end(uvm.vmm().pid())?.into_runs();
         Ok(())
     }
@@ -306,7 +306,7 @@ impl Uvm {
             );
             std::thread::sleep(Duration::from_millis(5));
         }
-        self.ask().context("the guest is not up")
+        self.ask().map(drop).context("the guest is not up")
     }
 
     /// Resumes a machine. `ends` are further host sides with their descriptors, which are counted from the first
@@ -415,7 +415,9 @@ impl Uvm {
     }
 
     /// Waits for an answer of the guest's, the quickest there is.
-    pub fn ask(&self) -> Result<()> {
+    ///
+    /// The connection it came by stays for as long as what is returned.
+    pub fn ask(&self) -> Result<UnixStream> {
         let mut socket = self.send("")?;
         let mut text = Vec::new();
         let mut buffer = [0; 64];
@@ -428,7 +430,7 @@ impl Uvm {
             );
             text.extend_from_slice(&buffer[..length]);
         }
-        Ok(())
+        Ok(socket)
     }
 
     /// Sends a script to the guest, which may not even run yet.

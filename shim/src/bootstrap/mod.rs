@@ -9,6 +9,8 @@ mod answer;
 mod args;
 mod daemon;
 mod params;
+#[cfg(test)]
+mod recorded;
 mod socket;
 mod version;
 

@@ -50,7 +50,7 @@ fn measure() -> Result<Measured> {
         let dir = folder.join(format!("uvm{}", all.len()));
         fs::create_dir_all(&dir)?;
         let uvm = Uvm::resume(&dir, &baked, vec![], &[])?;
-        uvm.ask()?;
+        drop(uvm.ask()?);
         all.push(uvm);
     }
     println!("  {} μVMs resumed and answered", all.len());

@@ -155,7 +155,7 @@ impl Prepared {
         std::thread::sleep(AHEAD);
         let begin = Instant::now();
         let uvm = Uvm::resume_in(vmm, &dir, self.smallest()?, vec![], &[])?;
-        uvm.ask()?;
+        let _answer = uvm.ask()?;
         measured.add("kiln-256, VMM started ahead", "ms", ms(begin.elapsed()));
         end(uvm);
         if let Some(peer) = &self.peer {
@@ -210,12 +210,13 @@ impl Prepared {
         let (counted, all) = std::thread::scope(|scope| {
             let start = |dir| {
                 let (here, go) = (&here, &go);
-                scope.spawn(move || -> Result<Uvm> {
+                scope.spawn(move || -> Result<_> {
                     here.wait();
                     go.wait();
                     let uvm = Uvm::resume(dir, baked, vec![], &[])?;
-                    uvm.ask()?;
-                    Ok(uvm)
+                    // The connection stays: what its end takes is no part of one answer, nor of many.
+                    let answer = uvm.ask()?;
+                    Ok((uvm, answer))
                 })
             };
             let threads: Vec<_> = dirs.iter().map(|dir| start(dir)).collect();
@@ -256,7 +257,7 @@ fn resume(
     let spawned = Instant::now();
     let uvm = Uvm::resume_in(vmm, dir, baked, vec![], &[])?;
     let started = Instant::now();
-    uvm.ask()?;
+    let _answer = uvm.ask()?;
     let answered = Instant::now();
     let counted = counting.now()?;
     // Many at once have this in each other's way.
