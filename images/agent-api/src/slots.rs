@@ -56,6 +56,21 @@ pub fn disk_name(slot: u8) -> Option<String> {
     Some(format!("/dev/vd{}", char::from(b'a' + index)))
 }
 
+/// What stands before the slot in a plugged disk's path.
+const PLUGGED: &str = "slot:";
+
+/// How a mount names a disk that was plugged by PCI hot-plug. The guest gives it a name that nobody else knows.
+#[must_use]
+pub fn plugged_disk_path(slot: u8) -> String {
+    format!("{PLUGGED}{slot}")
+}
+
+/// The slot of a plugged disk, if that is what a mount names.
+#[must_use]
+pub fn plugged_disk(source: &str) -> Option<u8> {
+    source.strip_prefix(PLUGGED)?.parse().ok()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -67,5 +82,12 @@ mod tests {
         assert_eq!(disk_name(LAST).as_deref(), Some("/dev/vdy"));
         assert_eq!(disk_name(NET), None);
         assert_eq!(disk_name(LAST + 1), None);
+    }
+
+    #[test]
+    fn plugged_disks_are_told_from_baked_ones() {
+        assert_eq!(plugged_disk(&plugged_disk_path(17)), Some(17));
+        assert_eq!(plugged_disk("/dev/vdb"), None);
+        assert_eq!(plugged_disk("slot:x"), None);
     }
 }

@@ -12,6 +12,7 @@
 mod agent;
 mod boot;
 mod container;
+mod disk;
 mod error;
 mod gate;
 mod gathering;

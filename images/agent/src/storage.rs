@@ -1,9 +1,8 @@
 //! Mounts in the guest: block devices, virtio-fs, overlays, tmpfs, binds.
 
 use std::fs::{self, File};
-use std::io::{self, Seek, SeekFrom, Write};
-use std::os::fd::AsRawFd;
-use std::os::unix::fs::{DirBuilderExt, FileTypeExt, OpenOptionsExt, PermissionsExt};
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -11,7 +10,7 @@ use kiln_agent_api::proto;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use thiserror::Error;
 
-use crate::uevent;
+use crate::disk;
 
 /// Why something is not mounted, or still is.
 #[derive(Debug, Error)]
@@ -64,7 +63,7 @@ pub(crate) enum StorageError {
     Events(#[from] io::Error),
 }
 
-type Result<T> = std::result::Result<T, StorageError>;
+pub(crate) type Result<T> = std::result::Result<T, StorageError>;
 
 /// Flags by their names in fstab; false: the name takes the flag away.
 const FLAGS: [(&str, bool, MsFlags); 22] = [
@@ -162,17 +161,18 @@ fn add_one(wanted: &proto::Mount) -> Result<()> {
     for folder in &wanted.make_directories {
         make_folder(checked(folder)?, 0o755)?;
     }
-    if wanted.source.starts_with("/dev/") && (wanted.wait_ms > 0 || wanted.min_size > 0) {
-        wait_for_device(wanted)?;
-    }
+    let disk = disk::find(wanted)?;
+    let source = disk.as_deref().unwrap_or(&wanted.source);
     let options = parse_options(&wanted.type_, &wanted.options);
     let read_only = options.flags.contains(MsFlags::MS_RDONLY);
     // A file system that is mounted read-only needs nothing of its device.
-    if wanted.source.starts_with("/dev/") && (options.bind.is_some() || !read_only) {
-        set_read_only(&wanted.source, read_only)?;
+    if let Some(disk) = &disk
+        && (options.bind.is_some() || !read_only)
+    {
+        disk::set_read_only(disk, read_only)?;
     }
     if wanted.make_target {
-        let file = options.bind.is_some() && !Path::new(&wanted.source).is_dir();
+        let file = options.bind.is_some() && !Path::new(source).is_dir();
         make_target(Path::new(&wanted.target), file, wanted.target_mode)?;
     }
     let refused = |error: nix::Error| StorageError::Mount {
@@ -184,7 +184,7 @@ fn add_one(wanted: &proto::Mount) -> Result<()> {
     let target = wanted.target.as_str();
     let nothing = None::<&str>;
     if let Some(bind) = options.bind {
-        mount(Some(wanted.source.as_str()), target, nothing, bind, nothing).map_err(refused)?;
+        mount(Some(source), target, nothing, bind, nothing).map_err(refused)?;
         if !options.flags.is_empty() {
             let flags = options.flags | MsFlags::MS_BIND | MsFlags::MS_REMOUNT;
             mount(nothing, target, nothing, flags, nothing).map_err(|error| {
@@ -193,11 +193,7 @@ fn add_one(wanted: &proto::Mount) -> Result<()> {
             })?;
         }
     } else {
-        let source = if wanted.source.is_empty() {
-            "none"
-        } else {
-            wanted.source.as_str()
-        };
+        let source = if source.is_empty() { "none" } else { source };
         let data = (!options.data.is_empty()).then_some(options.data.as_str());
         mount(
             Some(source),
@@ -222,47 +218,6 @@ fn detach(target: &str) {
     if let Err(error) = umount2(target, MntFlags::MNT_DETACH) {
         tracing::error!(target, %error, "a mount of a failed request stays");
     }
-}
-
-/// Waits for a block device, or for a slot's capacity.
-fn wait_for_device(wanted: &proto::Mount) -> Result<()> {
-    let limit = Duration::from_millis(wanted.wait_ms.into());
-    let there = || -> Result<bool> {
-        // A slot without a disk has no size; opening a device that isn't there fails.
-        let Ok(mut device) = File::open(&wanted.source) else {
-            return Ok(false);
-        };
-        let size = device.seek(SeekFrom::End(0)).unwrap_or(0);
-        Ok(size > 0 && size >= wanted.min_size)
-    };
-    if uevent::wait_until(limit, there)? {
-        return Ok(());
-    }
-    Err(StorageError::NoDevice {
-        device: wanted.source.clone(),
-        size: wanted.min_size,
-        limit,
-    })
-}
-
-/// Has the kernel refuse writes to a disk, or take them. A slot keeps this for whatever disk comes next.
-fn set_read_only(device: &str, read_only: bool) -> Result<()> {
-    nix::ioctl_write_ptr_bad!(blkroset, nix::request_code_none!(0x12, 93), libc::c_int);
-    let set = || -> io::Result<()> {
-        let file = File::open(device)?;
-        if !file.metadata()?.file_type().is_block_device() {
-            return Ok(());
-        }
-        let value = libc::c_int::from(read_only);
-        // SAFETY: BLKROSET reads one int, which lives until the call returns.
-        unsafe { blkroset(file.as_raw_fd(), &raw const value) }?;
-        Ok(())
-    };
-    set().map_err(|source| StorageError::File {
-        action: "set whether to write to",
-        path: device.to_owned(),
-        source,
-    })
 }
 
 /// Unmounts all, in order; what is not mounted is as it should be. Blocks the thread.
@@ -493,15 +448,5 @@ mod tests {
         placed.remove().expect("remove");
         assert_eq!(fs::read_dir(folder.path()).expect("list").count(), 0);
         placed.remove().expect("again");
-    }
-
-    #[test]
-    fn a_device_that_does_not_come_is_named() {
-        let mut wanted = proto::Mount::new();
-        wanted.source = "/dev/kiln-none".to_owned();
-        wanted.wait_ms = 1;
-        wanted.min_size = 5;
-        let error = wait_for_device(&wanted).expect_err("none");
-        assert!(error.to_string().contains("/dev/kiln-none"), "{error}");
     }
 }

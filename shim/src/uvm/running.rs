@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{Seek, SeekFrom};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use async_trait::async_trait;
 use kiln_agent_api::stream::Header;
@@ -33,7 +33,8 @@ pub(super) struct RunningUvm {
     guest: Guest,
     events: tokio::sync::Mutex<mpsc::UnboundedReceiver<GuestEvent>>,
     grown: watch::Receiver<Grown>,
-    disks: Mutex<DiskSlots>,
+    /// Held while a disk comes or goes: the VMM chooses among the same slots once those that were baked are in use.
+    disks: tokio::sync::Mutex<DiskSlots>,
     share: Arc<Share>,
     ended: watch::Receiver<Option<String>>,
     /// What the μVM was baked with: it can't become smaller.
@@ -57,22 +58,33 @@ pub(super) struct Parts {
     pub(super) forwarder: Arc<Mutex<Option<Forwarder>>>,
 }
 
-/// The disk slots that are free.
+/// The disk slots that are free, of those that were baked.
 #[derive(Debug)]
-struct DiskSlots(BTreeSet<u8>);
+struct DiskSlots {
+    free: BTreeSet<u8>,
+    /// The first slot that was not baked.
+    end: u8,
+}
 
 impl DiskSlots {
     fn new(count: u32) -> Self {
         let count = u8::try_from(count).unwrap_or(u8::MAX).min(slots::MAX_DISKS);
-        Self((slots::FIRST_DISK..slots::FIRST_DISK + count).collect())
+        let end = slots::FIRST_DISK + count;
+        Self {
+            free: (slots::FIRST_DISK..end).collect(),
+            end,
+        }
     }
 
     fn take(&mut self) -> Option<u8> {
-        self.0.pop_first()
+        self.free.pop_first()
     }
 
+    /// A plugged disk's slot goes with it.
     fn put_back(&mut self, slot: u8) {
-        self.0.insert(slot);
+        if slot < self.end {
+            self.free.insert(slot);
+        }
     }
 }
 
@@ -121,17 +133,13 @@ impl RunningUvm {
             guest: parts.guest,
             events: tokio::sync::Mutex::new(parts.events),
             grown: parts.grown,
-            disks: Mutex::new(disks),
+            disks: tokio::sync::Mutex::new(disks),
             share: parts.share,
             ended: parts.ended,
             baked: parts.baked,
             _lease: parts.lease,
             forwarder: parts.forwarder,
         }
-    }
-
-    fn disks(&self) -> MutexGuard<'_, DiskSlots> {
-        self.disks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Runs a blocking call of the VMM's client.
@@ -267,41 +275,47 @@ impl Uvm for RunningUvm {
         let size = (&image)
             .seek(SeekFrom::End(0))
             .map_err(|e| Error::failed("read the size of a disk image", e))?;
-        let slot = self.disks().take().ok_or_else(|| {
-            Error::ResourceExhausted(
-                "all disk slots of the pod's μVM are in use, one for each container and block \
-                 volume; bake one with more: kiln bake --slots"
-                    .into(),
-            )
-        })?;
+        let mut disks = self.disks.lock().await;
+        let baked = disks.take();
         let attached = self
             .call("attach a disk", move |vmm| {
-                vmm.attach_block(Some(slot), &image, read_only)
+                vmm.attach_block(baked, &image, read_only)
             })
             .await;
-        match (attached, slots::disk_name(slot)) {
-            (Ok(_), Some(path)) => Ok(GuestDisk {
-                slot: slot.into(),
-                path,
-                size,
-            }),
-            (result, _) => {
-                self.disks().put_back(slot);
-                Err(result.err().unwrap_or_else(|| {
-                    Error::failed("attach a disk", format!("slot {slot} is no disk's"))
-                }))
+        let slot = match (attached, baked) {
+            (Ok(slot), _) => slot,
+            (Err(error), Some(slot)) => {
+                disks.put_back(slot);
+                return Err(error);
             }
-        }
+            (Err(error), None) => {
+                return Err(Error::ResourceExhausted(format!(
+                    "all disk slots of the pod's μVM are in use, one for each container and block volume, and none could \
+                     be plugged ({}); bake one with more: kiln bake --slots",
+                    error.chain()
+                )));
+            }
+        };
+        let path = match baked {
+            Some(slot) => slots::disk_name(slot).unwrap_or_default(),
+            None => slots::plugged_disk_path(slot),
+        };
+        Ok(GuestDisk {
+            slot: slot.into(),
+            path,
+            size,
+        })
     }
 
     async fn detach_disk(&self, disk: &GuestDisk) -> Result<()> {
         let slot = u8::try_from(disk.slot)
             .map_err(|e| Error::InvalidArgument(format!("slot {}: {e}", disk.slot)))?;
+        let mut disks = self.disks.lock().await;
         self.call("detach a disk", move |vmm| {
             vmm.order(&Request::DetachBlock { slot }, &[])
         })
         .await?;
-        self.disks().put_back(slot);
+        disks.put_back(slot);
         Ok(())
     }
 
@@ -394,7 +408,11 @@ mod tests {
         assert_eq!(disks.take(), None);
         disks.put_back(a);
         assert_eq!(disks.take(), Some(a));
-        assert_eq!(DiskSlots::new(1000).0.len(), usize::from(slots::MAX_DISKS));
+        // A plugged disk's.
+        disks.put_back(slots::FIRST_DISK + 2);
+        assert_eq!(disks.take(), None);
+        let most = DiskSlots::new(1000).free.len();
+        assert_eq!(most, usize::from(slots::MAX_DISKS));
     }
 
     #[test]

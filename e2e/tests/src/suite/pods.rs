@@ -10,7 +10,7 @@ use k8s_cri::v1::{
 use kiln_e2e::harness::Case;
 use kiln_e2e::node::Census;
 use kiln_e2e::pod::STEP;
-use kiln_e2e::{ContainerSpec, PodSpec, Test, cases};
+use kiln_e2e::{Container, ContainerSpec, Pod, PodSpec, Test, cases};
 
 use super::same;
 
@@ -24,6 +24,7 @@ pub(crate) fn cases() -> Vec<Case> {
         one_container_restarts_while_another_runs,
         unknown_handler_is_refused,
         failed_create_leaves_the_pod_usable,
+        a_dozen_containers_have_files_of_their_own.limit(400),
         ten_pods_at_once_leave_nothing.alone().limit(400),
     ]
     .into_iter()
@@ -228,6 +229,41 @@ async fn failed_create_leaves_the_pod_usable(test: Test) -> Result<()> {
         .finish(&ContainerSpec::testprog("fine", &["exit", "0"]))
         .await?;
     same!(code, 0);
+    Ok(())
+}
+
+/// More than a μVM was baked with slots for.
+async fn a_dozen_containers_have_files_of_their_own(test: Test) -> Result<()> {
+    async fn start(pod: &Pod, name: &str) -> Result<Container> {
+        let container = pod
+            .start(&ContainerSpec::testprog(name, &["started"]))
+            .await?;
+        let output = container.exec(&["cat", "/mine"]).await?;
+        ensure!(output.code != 0, "{name} begins with {}", output.stdout);
+        container.shell(&format!("echo {name} > /mine")).await?;
+        Ok(container)
+    }
+    let pod = test.pod().await?;
+    let mut all = Vec::new();
+    for number in 0..12 {
+        all.push(start(&pod, &format!("c{number}")).await?);
+    }
+    // One of the first and two of the last make room for others.
+    for number in [11, 10, 1] {
+        let container = all.remove(number);
+        container.stop(Duration::from_secs(1)).await?;
+        container.remove().await?;
+    }
+    for number in 12..15 {
+        all.push(start(&pod, &format!("c{number}")).await?);
+    }
+    let names = [0, 2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 14];
+    for (container, number) in all.iter().zip(names) {
+        same!(
+            container.read(&["cat", "/mine"]).await?,
+            format!("c{number}")
+        );
+    }
     Ok(())
 }
 

@@ -1,0 +1,118 @@
+//! The guest's disks: those that it was baked with, which have names, and those that were plugged, which have slots.
+
+use std::fs::{self, File};
+use std::io::{self, Seek, SeekFrom};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use kiln_agent_api::{proto, slots};
+
+use crate::storage::{Result, StorageError};
+use crate::uevent;
+
+/// The path of the disk that a mount is of, once it is there; none if it is of something else.
+pub(crate) fn find(wanted: &proto::Mount) -> Result<Option<String>> {
+    let plugged = slots::plugged_disk(&wanted.source);
+    if plugged.is_none() && !wanted.source.starts_with("/dev/") {
+        return Ok(None);
+    }
+    if plugged.is_none() && wanted.wait_ms == 0 && wanted.min_size == 0 {
+        return Ok(Some(wanted.source.clone()));
+    }
+    let limit = Duration::from_millis(wanted.wait_ms.into());
+    let mut found = None;
+    let there = || -> Result<bool> {
+        let path = match plugged {
+            None => Some(wanted.source.clone()),
+            Some(slot) => in_slot(&device_of(slot)),
+        };
+        // A slot without a disk has no size; opening a device that isn't there fails.
+        let Some((path, mut device)) = path.and_then(|p| File::open(&p).ok().map(|f| (p, f)))
+        else {
+            return Ok(false);
+        };
+        let size = device.seek(SeekFrom::End(0)).unwrap_or(0);
+        found = Some(path);
+        Ok(size > 0 && size >= wanted.min_size)
+    };
+    if uevent::wait_until(limit, there)? {
+        return Ok(found);
+    }
+    Err(StorageError::NoDevice {
+        device: wanted.source.clone(),
+        size: wanted.min_size,
+        limit,
+    })
+}
+
+/// The device in a slot of the one bus there is.
+fn device_of(slot: u8) -> PathBuf {
+    format!("/sys/bus/pci/devices/0000:00:{slot:02x}.0").into()
+}
+
+/// The disk that a PCI device is: its driver gives it whatever name is free.
+fn in_slot(device: &Path) -> Option<String> {
+    let virtio = fs::read_dir(device).ok()?.flatten();
+    let disk = virtio
+        .filter_map(|entry| fs::read_dir(entry.path().join("block")).ok())
+        .find_map(|mut disks| disks.next()?.ok())?;
+    Some(format!("/dev/{}", disk.file_name().to_str()?))
+}
+
+/// Has the kernel refuse writes to a disk, or take them. A slot keeps this for whatever disk comes next.
+pub(crate) fn set_read_only(device: &str, read_only: bool) -> Result<()> {
+    nix::ioctl_write_ptr_bad!(blkroset, nix::request_code_none!(0x12, 93), libc::c_int);
+    let set = || -> io::Result<()> {
+        let file = File::open(device)?;
+        if !file.metadata()?.file_type().is_block_device() {
+            return Ok(());
+        }
+        let value = libc::c_int::from(read_only);
+        // SAFETY: BLKROSET reads one int, which lives until the call returns.
+        unsafe { blkroset(file.as_raw_fd(), &raw const value) }?;
+        Ok(())
+    };
+    set().map_err(|source| StorageError::File {
+        action: "set whether to write to",
+        path: device.to_owned(),
+        source,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_disk_that_does_not_come_is_named() {
+        let mut wanted = proto::Mount::new();
+        wanted.wait_ms = 1;
+        wanted.min_size = 5;
+        for source in ["/dev/kiln-none", &slots::plugged_disk_path(31)] {
+            wanted.source = source.to_owned();
+            let error = find(&wanted).expect_err("none");
+            assert!(error.to_string().contains(source), "{error}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_disk_is_not_waited_for() {
+        let mut wanted = proto::Mount::new();
+        wanted.min_size = 5;
+        for source in ["kiln", "", "/run/kiln/x"] {
+            wanted.source = source.to_owned();
+            assert_eq!(find(&wanted).expect("nothing to wait for"), None);
+        }
+    }
+
+    #[test]
+    fn a_plugged_disk_is_found_by_its_slot() {
+        let device = tempfile::tempdir().expect("a folder");
+        assert_eq!(in_slot(device.path()), None);
+        fs::create_dir(device.path().join("power")).expect("make");
+        fs::create_dir_all(device.path().join("virtio9/block/vdq")).expect("make");
+        assert_eq!(in_slot(device.path()).as_deref(), Some("/dev/vdq"));
+    }
+}
