@@ -10,7 +10,7 @@ use std::{fs, io};
 
 use serde::Deserialize;
 
-use kiln_vmm_control::{DEFAULT_SPILL_DIRECTORY, ScratchLimits};
+use kiln_vmm_control::{DEFAULT_SPILL_DIRECTORY, Flush, ScratchLimits};
 
 use crate::bootstrap::AnswerForm;
 use crate::size::{MIB, ParseSizeError, parse_size};
@@ -25,8 +25,16 @@ const MEMORY: &str = "kiln.dev/memory";
 const DEBUG: &str = "kiln.dev/debug";
 const OVERLAY_RAM: &str = "kiln.dev/overlay-ram";
 const OVERLAY_DISK: &str = "kiln.dev/overlay-disk";
+const OVERLAY_FLUSH: &str = "kiln.dev/overlay-flush";
 /// All there are; the file's allow-list is a subset.
-const KNOWN: [&str; 5] = [CPUS, MEMORY, DEBUG, OVERLAY_RAM, OVERLAY_DISK];
+const KNOWN: [&str; 6] = [
+    CPUS,
+    MEMORY,
+    DEBUG,
+    OVERLAY_RAM,
+    OVERLAY_DISK,
+    OVERLAY_FLUSH,
+];
 
 /// What is meant.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -53,6 +61,8 @@ pub struct Config {
     pub max_cpus: u32,
     /// What a pod's containers may write to their root file systems.
     pub overlay: ScratchLimits,
+    /// What their flushes do.
+    pub overlay_flush: Flush,
     /// The RAM that all pods' writes may take together.
     pub overlay_node_ram: u64,
     /// Where the part of it lies that has left RAM.
@@ -98,6 +108,7 @@ struct FileOverlay {
     disk: Option<String>,
     node_ram: Option<String>,
     dir: Option<PathBuf>,
+    flush: Option<Flush>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -181,6 +192,8 @@ pub struct PodOverrides {
     pub overlay_ram: Option<u64>,
     /// Disk of the writable layers.
     pub overlay_disk: Option<u64>,
+    /// What flushes of the writable layers do.
+    pub overlay_flush: Option<Flush>,
 }
 
 impl Default for Config {
@@ -197,6 +210,7 @@ impl Default for Config {
             guest_overhead: 64 * MIB,
             max_cpus: host_cpus(),
             overlay: ScratchLimits::default(),
+            overlay_flush: Flush::default(),
             overlay_node_ram: host_memory() / 2,
             overlay_dir: DEFAULT_SPILL_DIRECTORY.into(),
             answer: None,
@@ -261,6 +275,7 @@ impl Config {
                 ram: size("overlay.ram", file.overlay.ram, d.overlay.ram)?,
                 disk: size("overlay.disk", file.overlay.disk, d.overlay.disk)?,
             },
+            overlay_flush: file.overlay.flush.unwrap_or(d.overlay_flush),
             overlay_node_ram: size(
                 "overlay.node_ram",
                 file.overlay.node_ram,
@@ -318,6 +333,13 @@ impl Config {
                     } else {
                         overrides.overlay_disk = Some(bytes);
                     }
+                }
+                OVERLAY_FLUSH => {
+                    overrides.overlay_flush = Some(match value.as_str() {
+                        "none" => Flush::None,
+                        "disk" => Flush::Disk,
+                        _ => return Err(wrong("it must be none or disk")),
+                    });
                 }
                 DEBUG => {
                     overrides.debug = Some(
@@ -412,6 +434,19 @@ mod tests {
     }
 
     #[test]
+    fn what_flushes_do_is_the_nodes_to_say_and_then_the_pods() {
+        let config = parse("[overlay]\nflush = 'disk'").unwrap();
+        assert_eq!(config.overlay_flush, Flush::Disk);
+        assert!(parse("[overlay]\nflush = 'always'").is_err());
+        let of = |pairs: &[_]| config.pod_overrides(&annotations(pairs)).unwrap();
+        assert_eq!(of(&[]).overlay_flush, None);
+        for (value, flush) in [("none", Flush::None), ("disk", Flush::Disk)] {
+            let asked = of(&[("kiln.dev/overlay-flush", value)]);
+            assert_eq!(asked.overlay_flush, Some(flush));
+        }
+    }
+
+    #[test]
     fn annotations_off_the_list_are_refused_not_ignored() {
         let config = parse("[annotations]\nallow = ['kiln.dev/cpus']").unwrap();
         assert!(
@@ -431,7 +466,11 @@ mod tests {
     #[test]
     fn nonsense_values_say_what_would_make_sense() {
         let config = Config::default();
-        for (key, value) in [("kiln.dev/cpus", "0"), ("kiln.dev/memory", "much")] {
+        for (key, value) in [
+            ("kiln.dev/cpus", "0"),
+            ("kiln.dev/memory", "much"),
+            ("kiln.dev/overlay-flush", "sometimes"),
+        ] {
             let error = config
                 .pod_overrides(&annotations(&[(key, value)]))
                 .unwrap_err();

@@ -6,7 +6,9 @@ use std::os::unix::net::UnixListener;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, Result, bail};
-use kiln_overlay::{Caching, DiskFile, FileBase, Membership, Overlay, Pool, PoolConfig, Watch};
+use kiln_overlay::{
+    Caching, DiskFile, FileBase, FlushPolicy, Membership, Overlay, Pool, PoolConfig, Watch,
+};
 use kiln_vmm::devices::fs::FsServer;
 use kiln_vmm::machine::{HostEnd, HostEnds};
 use kiln_vmm_control::api::{self, End, OverlayFigures};
@@ -156,6 +158,10 @@ impl Overlays {
 fn pool(fds: &mut Fds, spec: &api::OverlayPool) -> Result<Pool> {
     let mut config = PoolConfig::new(spec.ram);
     config.spill_limit = spec.spill_limit;
+    config.flush = match spec.flush {
+        api::Flush::None => FlushPolicy::Memory,
+        api::Flush::Disk => FlushPolicy::Disk,
+    };
     if let Some(fd) = spec.spill {
         config.spill = Some(Box::new(DiskFile::new(fds.file(fd)?, Caching::Direct)));
     }

@@ -3,6 +3,7 @@
 
 mod benches;
 mod counters;
+mod curve;
 mod peer;
 mod picture;
 mod report;

@@ -1,12 +1,13 @@
 //! Pictures: a bar for each series' median with its samples as dots, series of one unit on one
-//! scale.
+//! scale. Below them, curves.
 
 use std::fmt::Write as _;
 
+use crate::curve;
 use crate::report::number;
 use crate::result::{BenchResult, Series};
 
-const WIDTH: f64 = 860.0;
+pub(crate) const WIDTH: f64 = 860.0;
 const LABELS: f64 = 250.0;
 const VALUES: f64 = 90.0;
 const ROW: f64 = 26.0;
@@ -46,6 +47,7 @@ pub(crate) fn svg(result: &BenchResult) -> String {
         }
         y += 22.0;
     }
+    y += curve::plot(&mut body, &result.curves, y);
     let mut ratios: Vec<String> = Vec::new();
     for (name, ratio) in &result.ratios {
         ratios.push(format!("{name} = {ratio:.2}"));
@@ -71,9 +73,7 @@ pub(crate) fn svg(result: &BenchResult) -> String {
 }
 
 fn row(body: &mut String, series: &Series, y: f64, scale: f64) {
-    // The first word of a series' name is what is compared: one colour for each.
-    let subject = series.name.split(' ').next().unwrap_or_default();
-    let colour = COLOURS[colour_of(subject)];
+    let colour = colour(&series.name);
     let middle = y + ROW / 2.0;
     let _ = writeln!(
         body,
@@ -102,15 +102,17 @@ fn row(body: &mut String, series: &Series, y: f64, scale: f64) {
     );
 }
 
-fn colour_of(subject: &str) -> usize {
-    match subject {
+/// The first word of a series' name is what is compared: one colour for each.
+pub(crate) fn colour(name: &str) -> &'static str {
+    let subject = name.split([' ', ',']).next().unwrap_or_default();
+    COLOURS[match subject {
         "runc" => 0,
         "kiln" => 1,
         other => 2 + other.bytes().map(usize::from).sum::<usize>() % (COLOURS.len() - 2),
-    }
+    }]
 }
 
-fn escape(text: &str) -> String {
+pub(crate) fn escape(text: &str) -> String {
     text.replace('&', "&amp;")
         .replace('<', "&lt;")
         .replace('>', "&gt;")

@@ -6,6 +6,7 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
+use crate::curve::Curve;
 use crate::picture;
 
 /// Samples of one thing.
@@ -24,6 +25,9 @@ pub(crate) struct BenchResult {
     pub(crate) commit: String,
     pub(crate) machine: String,
     pub(crate) series: Vec<Series>,
+    /// Of benches in which one thing depends on another.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) curves: Vec<Curve>,
     pub(crate) ratios: BTreeMap<String, f64>,
 }
 
@@ -31,6 +35,7 @@ pub(crate) struct BenchResult {
 #[derive(Debug, Default)]
 pub(crate) struct Measured {
     series: Vec<Series>,
+    curves: Vec<Curve>,
     ratios: BTreeMap<String, f64>,
 }
 
@@ -54,6 +59,10 @@ impl Measured {
         series.median = median(&series.samples);
     }
 
+    pub(crate) fn curve(&mut self, curve: Curve) {
+        self.curves.push(curve);
+    }
+
     /// Adds the ratio of two series' medians under the name `name`.
     pub(crate) fn ratio(&mut self, name: &str, of: &str, to: &str) -> Result<()> {
         let median = |wanted: &str| {
@@ -74,6 +83,7 @@ impl Measured {
             commit: commit.to_owned(),
             machine: machine.to_owned(),
             series: self.series,
+            curves: self.curves,
             ratios: self.ratios,
         }
     }

@@ -31,6 +31,8 @@ testprog COMMAND [ARGUMENTS]
   put PATH BYTES SEED        write pseudo-random bytes and fsync
   check PATH BYTES SEED      fail unless the file is what put wrote
   syncs DIR COUNT            append 4 KiB and fsync, so many times
+  grow PATH MIB STEP         write MIB in steps, sync each, print the microseconds of each
+  build DIR MIB              unpack a tree of sources, build it, sync now and then, delete it
   hash PATH...               print the SHA-256 of files
   http PORT                  answer HTTP
   get HOST:PORT PATH         GET, print the body; exit 22 unless the status is 200
@@ -79,6 +81,8 @@ fn run(arguments: &[String]) -> Result<ExitCode> {
         "put" => files::put(word(rest, 0)?, number(rest, 1)?, number(rest, 2)?)?,
         "check" => files::check(word(rest, 0)?, number(rest, 1)?, number(rest, 2)?)?,
         "syncs" => job::syncs(word(rest, 0)?, number(rest, 1)?)?,
+        "grow" => job::grow(word(rest, 0)?, number(rest, 1)?, number(rest, 2)?)?,
+        "build" => job::build(word(rest, 0)?, number(rest, 1)?)?,
         "hash" => files::hash(rest)?,
         "http" => http::serve(number(rest, 0)?)?,
         "get" => return http::get(word(rest, 0)?, word(rest, 1)?),

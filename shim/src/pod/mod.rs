@@ -141,6 +141,7 @@ impl Pod {
             id: self.id.clone(),
             size: size_of(limits, &PodOverrides::default(), &self.config),
             overlay: self.config.overlay,
+            overlay_flush: self.config.overlay_flush,
             hostname: spec.hostname().unwrap_or_default().to_owned(),
             netns,
             sysctls: spec.sysctls(),
@@ -167,6 +168,7 @@ impl Pod {
             ram: overrides.overlay_ram.unwrap_or(self.config.overlay.ram),
             disk: overrides.overlay_disk.unwrap_or(self.config.overlay.disk),
         };
+        setup.overlay_flush = overrides.overlay_flush.unwrap_or(self.config.overlay_flush);
         Ok(Launched { setup, overrides })
     }
 

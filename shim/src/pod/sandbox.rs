@@ -109,6 +109,7 @@ impl Pod {
             id: self.id.clone(),
             size: size_of(request.limits, &PodOverrides::default(), &self.config),
             overlay: self.config.overlay,
+            overlay_flush: self.config.overlay_flush,
             hostname: request.hostname,
             netns: request.netns,
             sysctls: request.sysctls,

@@ -18,7 +18,7 @@ use kiln_agent_api::{proto, slots};
 use kiln_overlay::{Budget, BudgetError};
 use kiln_store::{Class, Kind, Lease, Store};
 use kiln_vmm_control::{
-    End, Jail, PageRun, Reply, Request, ScratchLimits, Spawn, Vmm, VmmError, spill_file,
+    End, Flush, Jail, PageRun, Reply, Request, ScratchLimits, Spawn, Vmm, VmmError, spill_file,
 };
 use tokio::sync::watch;
 
@@ -95,6 +95,7 @@ struct Scratch {
     /// The node's budget of RAM for all pods' writes.
     budget: File,
     limits: ScratchLimits,
+    flush: Flush,
 }
 
 fn joined<T>(result: std::result::Result<Result<T>, tokio::task::JoinError>) -> Result<T> {
@@ -184,6 +185,7 @@ impl StoreLauncher {
                 spill,
                 budget,
                 limits: setup.overlay,
+                flush: setup.overlay_flush,
             },
         })
     }
@@ -472,7 +474,8 @@ fn resume(
         (slots::FS, End::Directory(3)),
         (
             slots::SCRATCH,
-            End::scratch(4, ends.scratch.size, Some(5), Some(6), ends.scratch.limits),
+            End::scratch(4, ends.scratch.size, Some(5), Some(6), ends.scratch.limits)
+                .flushing(ends.scratch.flush),
         ),
     ];
     if let Some(tap) = ends.taps.first() {

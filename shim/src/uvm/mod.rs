@@ -18,7 +18,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use kiln_agent_api::proto;
 use kiln_agent_api::stream::Header;
-use kiln_vmm_control::ScratchLimits;
+use kiln_vmm_control::{Flush, ScratchLimits};
 use tokio::net::UnixStream;
 
 use crate::error::Result;
@@ -35,6 +35,8 @@ pub struct PodSetup {
     pub size: Size,
     /// What its containers may write to their root file systems.
     pub overlay: ScratchLimits,
+    /// What it does when they flush these.
+    pub overlay_flush: Flush,
     /// The pod's host name; empty: none was asked for.
     pub hostname: String,
     /// The pod's network namespace; `None`: the pod has no network but its loopback.

@@ -100,6 +100,17 @@ pub struct Overlay {
     pub pool: Option<OverlayPool>,
 }
 
+/// What a guest's flush of an overlay does.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Flush {
+    /// Nothing: content lasts as long as the process, flushed or not.
+    #[default]
+    None,
+    /// It reaches the spill file, and that file's disk, before it is answered. For comparing with a disk.
+    Disk,
+}
+
 /// RAM and spill file of a μVM's overlays.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct OverlayPool {
@@ -112,6 +123,8 @@ pub struct OverlayPool {
     pub spill_limit: u64,
     /// The node's budget: an opening of its own of the file that `kiln_overlay::Budget::open_or_make` makes.
     pub budget: Option<FdIndex>,
+    /// What flushes do. Without a spill file they do nothing.
+    pub flush: Flush,
 }
 
 /// Pages of a memory file that follow each other.

@@ -5,7 +5,7 @@ use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use crate::api::{End, FdIndex, Overlay, OverlayPool};
+use crate::api::{End, FdIndex, Flush, Overlay, OverlayPool};
 
 /// Where spill files lie unless something else is said: on the node's disk.
 pub const DEFAULT_SPILL_DIRECTORY: &str = "/var/lib/kiln/spill";
@@ -87,8 +87,21 @@ impl End {
                 spill,
                 spill_limit: limits.disk,
                 budget,
+                flush: Flush::None,
             }),
         })
+    }
+
+    /// The same overlay with what its flushes do.
+    #[must_use]
+    pub fn flushing(mut self, flush: Flush) -> End {
+        if let End::Overlay(Overlay {
+            pool: Some(pool), ..
+        }) = &mut self
+        {
+            pool.flush = flush;
+        }
+        self
     }
 }
 

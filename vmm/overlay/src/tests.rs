@@ -28,6 +28,8 @@ struct Faults {
     /// Every how many writes one is cut short; zero is never.
     short: AtomicU32,
     writes: AtomicU32,
+    /// Those that the last sync came after.
+    synced: AtomicU32,
 }
 
 impl SpillFile for Faulty {
@@ -55,6 +57,8 @@ impl SpillFile for Faulty {
         self.file.punch(offset, len)
     }
     fn sync(&self) -> io::Result<()> {
+        let writes = self.faults.writes.load(Ordering::SeqCst);
+        self.faults.synced.store(writes, Ordering::SeqCst);
         self.file.sync()
     }
 }
@@ -372,6 +376,52 @@ fn ram_stays_within_the_limit_and_discard_gives_the_disk_back() {
         assert!(since.elapsed().as_secs() < 20, "{:?}", pool.stats());
         std::thread::yield_now();
     }
+}
+
+#[test]
+fn flush_as_a_disks_is_answered_when_the_file_has_all_and_is_synced() {
+    let (pool, faults) = pool(FlushPolicy::Disk);
+    let done = || {
+        let load = |count: &AtomicU32| count.load(Ordering::SeqCst);
+        (load(&faults.writes), load(&faults.synced))
+    };
+    let overlay = Overlay::new(&pool, 4 << 20, None).unwrap();
+    assert!(!overlay.flush_is_free());
+    // Far below the threshold, and in two chunks.
+    overlay.write(0, &[7; 4096][..]).unwrap();
+    overlay.write(1 << 20, &[8; 512][..]).unwrap();
+    assert_eq!(done(), (0, 0));
+    overlay.flush().unwrap();
+    assert_eq!(pool.stats().spilled_bytes, 2 * 4096);
+    let (writes, synced) = done();
+    assert!(writes > 0 && synced == writes, "{writes}, {synced}");
+    // Only what is new goes there again, and it is read from RAM still.
+    overlay.write(512, &[9; 512][..]).unwrap();
+    overlay.flush().unwrap();
+    assert_eq!(pool.stats().spilled_bytes, 3 * 4096);
+    assert_eq!(done(), (writes + 1, writes + 1));
+    assert_eq!(pool.stats().ram_bytes, 2 * 4096);
+    faults
+        .errno
+        .store(libc::EIO.cast_unsigned(), Ordering::SeqCst);
+    faults.countdown.store(0, Ordering::SeqCst);
+    overlay.write(0, &[1; 512][..]).unwrap();
+    assert_eq!(overlay.flush().unwrap_err().errno(), libc::EIO);
+    faults.countdown.store(-1, Ordering::SeqCst);
+    overlay.flush().unwrap();
+    let mut found = [0; 1536];
+    overlay.read(0, &mut found[..]).unwrap();
+    assert_eq!([found[0], found[512], found[1024]], [1, 9, 7]);
+}
+
+#[test]
+fn flush_of_what_lasts_as_long_as_the_pod_does_nothing() {
+    let (pool, faults) = pool(FlushPolicy::Memory);
+    let overlay = Overlay::new(&pool, 4 << 20, None).unwrap();
+    overlay.write(0, &[7; 4096][..]).unwrap();
+    assert!(overlay.flush_is_free());
+    overlay.flush().unwrap();
+    assert_eq!(faults.writes.load(Ordering::SeqCst), 0);
 }
 
 #[test]

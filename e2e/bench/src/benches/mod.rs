@@ -2,6 +2,7 @@
 
 mod density;
 mod overlay;
+mod overlay_curve;
 mod pod_start;
 mod resume;
 mod steady;
@@ -44,6 +45,14 @@ pub(crate) fn all() -> Vec<Bench> {
         Bench {
             name: "overlay-fsync",
             run: |settings| Box::pin(overlay::fsync(settings)),
+        },
+        Bench {
+            name: "overlay-short-job",
+            run: |settings| Box::pin(overlay::short_job(settings)),
+        },
+        Bench {
+            name: "overlay-curve",
+            run: |settings| Box::pin(overlay_curve::run(settings)),
         },
         Bench {
             name: "resume",

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail, ensure};
 use kiln_e2e::harness::Case;
 use kiln_e2e::uvm::{Uvm, slots};
 use kiln_e2e::{Test, cases};
-use kiln_vmm_control::{End, Overlay, OverlayPool, Reply, Request};
+use kiln_vmm_control::{End, Flush, Overlay, OverlayPool, Reply, Request};
 
 use super::{baked, blocking};
 use crate::suite::same;
@@ -190,6 +190,7 @@ fn pool(ram: u64, spill: Option<u8>) -> OverlayPool {
         spill,
         spill_limit: 1 << 30,
         budget: None,
+        flush: Flush::None,
     }
 }
 

@@ -2,7 +2,9 @@
 
 use std::io::Write;
 
-use kiln_overlay::{Caching, DiskFile, FileBase, LEAST_RAM, Overlay, Pool, PoolConfig};
+use kiln_overlay::{
+    Caching, DiskFile, FileBase, FlushPolicy, LEAST_RAM, Overlay, Pool, PoolConfig,
+};
 
 use super::*;
 use crate::devices::block::OverlayBackend;
@@ -99,5 +101,24 @@ fn what_does_not_fit_into_ram_spills_and_reads_the_same() {
     }
     for i in 0..chunks {
         assert_eq!(read(&mut bench, i * STEP, STEP), content(i));
+    }
+}
+
+#[test]
+fn a_flush_that_is_a_disks_is_answered_when_the_file_has_what_was_written() {
+    for (flush, reaches) in [(FlushPolicy::Disk, true), (FlushPolicy::Memory, false)] {
+        let mut config = PoolConfig::new(4 << 20);
+        let spill = tempfile::NamedTempFile::new().unwrap();
+        let file = spill.reopen().unwrap();
+        config.spill = Some(Box::new(DiskFile::new(file, Caching::Window)));
+        config.flush = flush;
+        let mut bench = overlay(config, 1 << 20, None);
+        let content = pattern(STEP);
+        assert_eq!(write(&mut bench, STEP, &content), OK);
+        let spilled = || std::fs::read(spill.path()).unwrap();
+        assert_eq!(spilled(), []);
+        assert_eq!(request(&mut bench, FLUSH, 0, &[], &[]).0, OK);
+        assert_eq!(spilled().starts_with(&content), reaches);
+        assert_eq!(read(&mut bench, STEP, STEP), content);
     }
 }
