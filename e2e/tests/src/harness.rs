@@ -38,6 +38,8 @@ pub struct Case {
     only: Option<(&'static str, &'static str)>,
     /// A handler that can't pass it since this major version of containerd.
     fails: Option<(&'static str, u32)>,
+    /// The major version of containerd that brings what it needs.
+    needs: u32,
     body: Arc<Body>,
 }
 
@@ -55,6 +57,7 @@ impl Case {
             alone: false,
             only: None,
             fails: None,
+            needs: 0,
             body,
         }
     }
@@ -78,9 +81,17 @@ impl Case {
         self
     }
 
+    /// Skips it before a major version of containerd, which brings what the test is about.
+    pub fn since(mut self, containerd: u32) -> Self {
+        self.needs = containerd;
+        self
+    }
+
     fn is_skipped(&self, handler: &str, containerd: u32) -> bool {
-        self.fails
-            .is_some_and(|(name, since)| name == handler && containerd >= since)
+        let fails = self
+            .fails
+            .is_some_and(|(name, since)| name == handler && containerd >= since);
+        fails || containerd < self.needs
     }
 
     fn full_name(&self, handler: &str) -> Option<String> {

@@ -40,6 +40,8 @@ pub struct PlainSpec {
     terminal: bool,
     stdin: bool,
     netns: Option<PathBuf>,
+    image: String,
+    snapshotter: String,
 }
 
 impl PlainSpec {
@@ -47,23 +49,30 @@ impl PlainSpec {
     pub fn testprog(arguments: &[&str]) -> Self {
         let mut args = vec!["/bin/testprog".to_owned()];
         args.extend(arguments.iter().map(ToString::to_string));
-        PlainSpec {
-            args,
-            terminal: false,
-            stdin: false,
-            netns: None,
-        }
+        Self::new(args)
     }
 
     /// A container that runs a shell script.
     pub fn shell(script: &str) -> Self {
-        let args = ["/bin/sh", "-c", script].map(str::to_owned).to_vec();
+        Self::new(["/bin/sh", "-c", script].map(str::to_owned).to_vec())
+    }
+
+    fn new(args: Vec<String>) -> Self {
         PlainSpec {
             args,
             terminal: false,
             stdin: false,
             netns: None,
+            image: catalog::BUSYBOX.to_owned(),
+            snapshotter: SNAPSHOTTER.to_owned(),
         }
+    }
+
+    /// Of another image, by a snapshotter that has it unpacked.
+    pub fn image(mut self, name: &str, snapshotter: &str) -> Self {
+        name.clone_into(&mut self.image);
+        snapshotter.clone_into(&mut self.snapshotter);
+        self
     }
 
     /// With a terminal.
@@ -329,6 +338,7 @@ impl Streams {
 pub struct Plain {
     client: Client,
     id: String,
+    snapshotter: String,
     folder: PathBuf,
     /// The first process's streams.
     pub streams: Streams,
@@ -346,19 +356,19 @@ impl Plain {
         let client = Client::from(test.client().channel());
         let id = test.unique("plain");
         test.made(&id);
-        let rootfs = prepare_rootfs(&client, &id)
+        let rootfs = prepare_rootfs(&client, &id, spec)
             .await
             .context("cannot prepare a snapshot")?;
         let container = Container {
             id: id.clone(),
             labels: test.labels(),
-            image: catalog::BUSYBOX.to_owned(),
+            image: spec.image.clone(),
             runtime: Some(Runtime {
                 name: test.runtime(),
                 options: None,
             }),
             spec: Some(any("Spec", &spec.oci(&id))),
-            snapshotter: SNAPSHOTTER.to_owned(),
+            snapshotter: spec.snapshotter.clone(),
             snapshot_key: id.clone(),
             ..Default::default()
         };
@@ -391,6 +401,7 @@ impl Plain {
         Ok(Plain {
             client,
             id,
+            snapshotter: spec.snapshotter.clone(),
             folder,
             streams,
             pid,
@@ -588,14 +599,19 @@ impl Plain {
         let answer = self.client.tasks().delete(call(message)?).await;
         Ok(answer.context("tasks.delete")?.into_inner())
     }
+
+    /// Removes all of it, now and not at the test's end.
+    pub async fn remove(&self) -> Result<()> {
+        remove(&self.client, &self.id, &self.snapshotter).await
+    }
 }
 
-/// A snapshot on top of the test image, which is there already.
-async fn prepare_rootfs(client: &Client, id: &str) -> Result<Vec<Mount>> {
+/// A snapshot on top of the image, which is there already.
+async fn prepare_rootfs(client: &Client, id: &str, spec: &PlainSpec) -> Result<Vec<Mount>> {
     let message = PrepareSnapshotRequest {
-        snapshotter: SNAPSHOTTER.to_owned(),
+        snapshotter: spec.snapshotter.clone(),
         key: id.to_owned(),
-        parent: top_layer(client).await?,
+        parent: top_layer(client, spec).await?,
         // Until the container is made nothing refers to it, and containerd's garbage collection would take it.
         labels: HashMap::from([("containerd.io/gc.root".to_owned(), id.to_owned())]),
     };
@@ -607,10 +623,10 @@ async fn prepare_rootfs(client: &Client, id: &str) -> Result<Vec<Mount>> {
         .mounts)
 }
 
-/// Name of the test image's uppermost snapshot: a label of its configuration has it.
-async fn top_layer(client: &Client) -> Result<String> {
+/// Name of the image's uppermost snapshot: a label of its configuration has it.
+async fn top_layer(client: &Client, spec: &PlainSpec) -> Result<String> {
     let message = GetImageRequest {
-        name: catalog::BUSYBOX.to_owned(),
+        name: spec.image.clone(),
     };
     let image = client
         .images()
@@ -636,10 +652,11 @@ async fn top_layer(client: &Client) -> Result<String> {
         .into_inner()
         .info;
     let labels = info.map(|info| info.labels).unwrap_or_default();
+    let label = format!("containerd.io/gc.ref.snapshot.{}", spec.snapshotter);
     labels
-        .get(&format!("containerd.io/gc.ref.snapshot.{SNAPSHOTTER}"))
+        .get(&label)
         .cloned()
-        .context("the test image is not unpacked")
+        .with_context(|| format!("{} is not unpacked for {}", spec.image, spec.snapshotter))
 }
 
 async fn read_content(client: &Client, digest: &str) -> Result<Vec<u8>> {
@@ -683,7 +700,7 @@ pub(crate) async fn remove_all(client: &Client, run: Option<&str>) -> Result<()>
             (label, _) => label.is_some() && run.is_none(),
         };
         if ours {
-            remove_in_the_end(client, &container.id)
+            remove_in_the_end(client, &container)
                 .await
                 .with_context(|| format!("cannot remove container {}", container.id))?;
         }
@@ -692,17 +709,18 @@ pub(crate) async fn remove_all(client: &Client, run: Option<&str>) -> Result<()>
 }
 
 /// Where a shim was killed, containerd may need a moment to see it.
-async fn remove_in_the_end(client: &Client, id: &str) -> Result<()> {
+async fn remove_in_the_end(client: &Client, container: &Container) -> Result<()> {
+    let (id, snapshotter) = (&container.id, &container.snapshotter);
     for _ in 0..REMOVALS {
-        match remove(client, id).await {
+        match remove(client, id, snapshotter).await {
             Ok(()) => return Ok(()),
             Err(_) => tokio::time::sleep(Duration::from_millis(500)).await,
         }
     }
-    remove(client, id).await
+    remove(client, id, snapshotter).await
 }
 
-async fn remove(client: &Client, id: &str) -> Result<()> {
+async fn remove(client: &Client, id: &str, snapshotter: &str) -> Result<()> {
     let container_id = id.to_owned();
     let kill = KillRequest {
         container_id: container_id.clone(),
@@ -726,7 +744,7 @@ async fn remove(client: &Client, id: &str) -> Result<()> {
     };
     unless_gone(client.containers().delete(call(message)?).await)?;
     let message = RemoveSnapshotRequest {
-        snapshotter: SNAPSHOTTER.to_owned(),
+        snapshotter: snapshotter.to_owned(),
         key: container_id,
     };
     unless_gone(client.snapshots().remove(call(message)?).await)?;

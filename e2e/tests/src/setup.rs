@@ -29,15 +29,20 @@ impl Images {
             &testprog_path()?,
             "put kiln-testprog beside this program or name it in KILN_TESTPROG",
         )?;
-        let path = std::env::var_os("KILN_BUSYBOX")
-            .map_or_else(|| catalog::BUSYBOX_PROGRAM.into(), PathBuf::from);
-        let busybox = catalog::program(&path, "install Debian's package busybox-static")?;
-        let applets = catalog::applets(&path)?;
+        let (busybox, applets) = busybox()?;
         Ok(Images {
             busybox: catalog::busybox(&busybox, &applets, &testprog)?,
             pause: catalog::pause(&testprog)?,
         })
     }
+}
+
+/// The node's busybox (or the one that `KILN_BUSYBOX` names) with the names of its applets.
+pub fn busybox() -> Result<(Vec<u8>, Vec<String>)> {
+    let path = std::env::var_os("KILN_BUSYBOX")
+        .map_or_else(|| catalog::BUSYBOX_PROGRAM.into(), PathBuf::from);
+    let program = catalog::program(&path, "install Debian's package busybox-static")?;
+    Ok((program, catalog::applets(&path)?))
 }
 
 /// Where `kiln-testprog` is.

@@ -2,9 +2,10 @@
 //!
 //! In the container such a disk is the guest's own device node, bound to the path that was asked for.
 
+use std::fmt::Display;
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use kiln_agent_api::proto;
 
@@ -13,31 +14,34 @@ use crate::error::{Error, Result};
 use crate::spec::{BlockDevice, SpecMount};
 use crate::uvm::GuestDisk;
 
-/// Opens the device. The specification has its numbers, the kernel knows its name.
-pub(super) fn open(device: &BlockDevice) -> Result<File> {
-    let (major, minor) = device.number;
-    let what = || {
-        format!(
-            "open the block volume for {}, device {major}:{minor}",
-            device.path
-        )
-    };
+/// Where a block device of the node is. The kernel knows its name.
+pub(super) fn path(major: impl Display, minor: impl Display) -> Result<PathBuf> {
+    let what = || format!("find the block device {major}:{minor}");
     let uevent = fs::read_to_string(format!("/sys/dev/block/{major}:{minor}/uevent"))
         .map_err(|e| Error::failed(what(), e))?;
     let name = uevent
         .lines()
         .find_map(|line| line.strip_prefix("DEVNAME="))
         .ok_or_else(|| Error::failed(what(), "the kernel has no name for it"))?;
+    Ok(Path::new("/dev").join(name))
+}
+
+/// Opens the device. The specification has its numbers.
+pub(super) fn open(device: &BlockDevice) -> Result<File> {
+    let (major, minor) = device.number;
+    let what = || format!("open the block volume for {}", device.path);
+    let path = path(major, minor).map_err(|e| Error::failed(what(), e))?;
     let file = OpenOptions::new()
         .read(true)
         .write(!device.read_only)
-        .open(Path::new("/dev").join(name))
+        .open(&path)
         .map_err(|e| Error::failed(what(), e))?;
     let found = file.metadata().map_err(|e| Error::failed(what(), e))?;
     let number = (libc::major(found.rdev()), libc::minor(found.rdev()));
     let is_it = (i64::from(number.0), i64::from(number.1)) == device.number;
     if !found.file_type().is_block_device() || !is_it {
-        return Err(Error::failed(what(), format!("/dev/{name} is another one")));
+        let why = format!("{} is another one than {major}:{minor}", path.display());
+        return Err(Error::failed(what(), why));
     }
     Ok(file)
 }

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use containerd_shim_protos::api::Mount;
 use kiln_cache::{Cache, ImageKey, Lease, Lowers, OverlayMount};
 
+use super::layers::{self, Layer};
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::pod::random;
@@ -13,10 +14,17 @@ use crate::pod::random;
 /// What a root file system is made of.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Source {
-    /// Layers that don't change any more.
-    Committed(Lowers),
-    /// Directories that may differ the next time they are looked at.
-    Fleeting(Lowers),
+    /// Directories to make an image of.
+    Directories(Directories),
+    /// Layers that are images already.
+    Layers {
+        /// They, the topmost first.
+        layers: Vec<Layer>,
+        /// The directories that they are mounted on, for when there are too many of them.
+        directories: Directories,
+        /// Whether the attributes of overlayfs are in `user.overlay.`.
+        user_xattrs: bool,
+    },
     /// A device or an image file with a file system in it.
     Image {
         /// It.
@@ -28,16 +36,47 @@ pub(super) enum Source {
     },
 }
 
+/// Directories, and how long they stay as they are.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Directories {
+    lowers: Lowers,
+    lasting: Lasting,
+}
+
+/// What tells whether directories are the same as others.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Lasting {
+    /// They themselves: layers that don't change any more.
+    Committed,
+    /// The images that are mounted there, and where their attributes are; the mounts come and go.
+    Mounts(Vec<Layer>, bool),
+    /// Nothing: they may differ the next time they are looked at.
+    Fleeting,
+}
+
+impl Directories {
+    fn committed(lowers: Lowers) -> Source {
+        let lasting = Lasting::Committed;
+        Source::Directories(Self { lowers, lasting })
+    }
+
+    fn fleeting(lowers: Lowers) -> Source {
+        let lasting = Lasting::Fleeting;
+        Source::Directories(Self { lowers, lasting })
+    }
+}
+
 /// Reads containerd's mounts. Without any, the bundle's own `rootfs` directory is the root.
 pub(super) fn find(mounts: &[Mount], bundle: &Path) -> Result<Source> {
     let [mount] = mounts else {
         if mounts.is_empty() {
-            return Ok(Source::Fleeting(Lowers::plain(bundle.join("rootfs"))));
+            let own = Lowers::plain(bundle.join("rootfs"));
+            return Ok(Directories::fleeting(own));
         }
         let kinds: Vec<_> = mounts.iter().map(|m| m.type_.as_str()).collect();
         return Err(Error::Unimplemented(format!(
             "a root file system of several mounts ({}) is not supported; use the overlayfs, \
-             native, blockfile or devmapper snapshotter",
+             native, erofs, blockfile or devmapper snapshotter",
             kinds.join(", ")
         )));
     };
@@ -47,10 +86,17 @@ pub(super) fn find(mounts: &[Mount], bundle: &Path) -> Result<Source> {
         "bind" => {
             let lowers = Lowers::plain(PathBuf::from(&mount.source));
             Ok(if read_only {
-                Source::Committed(lowers)
+                Directories::committed(lowers)
             } else {
-                Source::Fleeting(lowers)
+                Directories::fleeting(lowers)
             })
+        }
+        "erofs" if mount.options.iter().any(|o| o.starts_with("device=")) => {
+            Err(Error::Unimplemented(format!(
+                "the image {} has content on other devices, which is not supported; turn that off \
+                 in the erofs snapshotter, or use the overlayfs one",
+                mount.source
+            )))
         }
         "ext4" | "xfs" | "btrfs" | "erofs" => Ok(Source::Image {
             path: PathBuf::from(&mount.source),
@@ -59,7 +105,7 @@ pub(super) fn find(mounts: &[Mount], bundle: &Path) -> Result<Source> {
         }),
         other => Err(Error::Unimplemented(format!(
             "a root file system of type {other:?} is not supported; use the overlayfs, native, \
-             blockfile or devmapper snapshotter"
+             erofs, blockfile or devmapper snapshotter"
         ))),
     }
 }
@@ -67,20 +113,31 @@ pub(super) fn find(mounts: &[Mount], bundle: &Path) -> Result<Source> {
 fn overlay(mount: &Mount) -> Result<Source> {
     let parsed = OverlayMount::parse(&mount.options)
         .map_err(|e| Error::InvalidArgument(format!("containerd's mount: {e}")))?;
+    let user_xattrs = mount.options.iter().any(|o| o == "userxattr");
     // The upper directory is where a container's own writes would go; what is in it already was put
     // there by containerd and belongs to the root.
     let Some(upper) = parsed.upper.filter(|u| !is_empty(u)) else {
-        return Ok(Source::Committed(parsed.lowers));
+        return committed(parsed.lowers, user_xattrs);
     };
     let layers = parsed.lowers.dirs().map(Path::to_owned);
     let layers = std::iter::once(upper).chain(layers).collect();
-    Ok(Source::Fleeting(
-        if mount.options.iter().any(|o| o == "userxattr") {
-            Lowers::overlay_with_user_xattrs(layers)
-        } else {
-            Lowers::overlay(layers)
-        },
-    ))
+    Ok(Directories::fleeting(if user_xattrs {
+        Lowers::overlay_with_user_xattrs(layers)
+    } else {
+        Lowers::overlay(layers)
+    }))
+}
+
+fn committed(lowers: Lowers, user_xattrs: bool) -> Result<Source> {
+    let Some(layers) = layers::find(lowers.dirs())? else {
+        return Ok(Directories::committed(lowers));
+    };
+    let lasting = Lasting::Mounts(layers.clone(), user_xattrs);
+    Ok(Source::Layers {
+        layers,
+        directories: Directories { lowers, lasting },
+        user_xattrs,
+    })
 }
 
 /// One that isn't there, or can't be read, has nothing to give.
@@ -88,19 +145,28 @@ fn is_empty(dir: &Path) -> bool {
     fs::read_dir(dir).map_or(true, |mut entries| entries.next().is_none())
 }
 
-/// The image of committed or fleeting layers, made now if the cache hasn't got it. The lease holds it
-/// for as long as its file is open anywhere. Blocks.
-pub(super) fn erofs(config: &Config, lowers: &Lowers, committed: bool) -> Result<Lease> {
+/// The image of directories, made now if the cache hasn't got it. The lease holds it for as long as its file is open
+/// anywhere. Blocks.
+pub(super) fn erofs(config: &Config, directories: &Directories) -> Result<Lease> {
     let cache = Cache::open(&config.rootfs_cache, config.rootfs_cache_size)
         .map_err(|e| Error::failed("open the cache of root file system images", e))?;
-    let key = if committed {
-        ImageKey::from_lowers(lowers)
-            .map_err(|e| Error::failed("look at the layers of the root file system", e))?
-    } else {
-        // For this container only: nothing tells whether another one's directory has the same in it.
-        let mut once = [0; 16];
-        random(&mut once)?;
-        ImageKey::from_identity([&b"once"[..], &once])
+    let lowers = &directories.lowers;
+    let key = match &directories.lasting {
+        Lasting::Committed => ImageKey::from_lowers(lowers)
+            .map_err(|e| Error::failed("look at the layers of the root file system", e))?,
+        Lasting::Mounts(layers, user_xattrs) => {
+            let mut parts = vec![vec![u8::from(*user_xattrs)]];
+            for layer in layers {
+                parts.push(layer.identity()?);
+            }
+            ImageKey::from_identity(parts)
+        }
+        Lasting::Fleeting => {
+            // For this container only: nothing tells whether another one's directory has the same in it.
+            let mut once = [0; 16];
+            random(&mut once)?;
+            ImageKey::from_identity([&b"once"[..], &once])
+        }
     };
     let lease = cache
         .image_for(&key, lowers)
@@ -133,13 +199,15 @@ mod tests {
         );
         let found = find(&mounts, Path::new("/bundle")).unwrap();
         let layers = vec!["/b".into(), "/a:x".into()];
-        assert_eq!(found, Source::Committed(Lowers::overlay(layers)));
+        assert_eq!(found, Directories::committed(Lowers::overlay(layers)));
 
         fs::write(upper.path().join("seeded"), "").unwrap();
-        let Source::Fleeting(layers) = find(&mounts, Path::new("/bundle")).unwrap() else {
-            panic!("what is in the upper directory may change");
+        let Source::Directories(found) = find(&mounts, Path::new("/bundle")).unwrap() else {
+            panic!("these are directories");
         };
-        assert_eq!(layers.dirs().next(), Some(upper.path()));
+        // What is in the upper directory may change.
+        assert_eq!(found.lasting, Lasting::Fleeting);
+        assert_eq!(found.lowers.dirs().next(), Some(upper.path()));
     }
 
     #[test]
@@ -155,9 +223,18 @@ mod tests {
     }
 
     #[test]
+    fn image_on_several_devices_is_refused() {
+        let mounts = mounts("erofs", "/s/fsmeta.erofs", &["ro", "device=/s/1"]);
+        let error = find(&mounts, Path::new("/b")).unwrap_err();
+        assert!(matches!(error, Error::Unimplemented(_)));
+        assert!(error.to_string().contains("/s/fsmeta.erofs"));
+    }
+
+    #[test]
     fn without_mounts_the_bundle_has_the_root() {
         let found = find(&[], Path::new("/b")).unwrap();
-        assert_eq!(found, Source::Fleeting(Lowers::plain("/b/rootfs".into())));
+        let own = Lowers::plain("/b/rootfs".into());
+        assert_eq!(found, Directories::fleeting(own));
     }
 
     #[test]
@@ -177,14 +254,31 @@ mod tests {
             rootfs_cache: dir.path().join("cache"),
             ..Config::default()
         };
-        let lowers = Lowers::plain(layer);
-        let first = erofs(&config, &lowers, true).unwrap();
+        let directories = |lasting| Directories {
+            lowers: Lowers::plain(layer.clone()),
+            lasting,
+        };
+        let committed = directories(Lasting::Committed);
+        let first = erofs(&config, &committed).unwrap();
         // EROFS's magic number, 1024 bytes in.
         let bytes = fs::read(&first.path).unwrap();
         assert_eq!(bytes[1024..1028], 0xE0F5_E1E2_u32.to_le_bytes());
-        let again = erofs(&config, &lowers, true).unwrap();
+        let again = erofs(&config, &committed).unwrap();
         assert!(!again.made && again.path == first.path);
-        let once = erofs(&config, &lowers, false).unwrap();
+        let once = erofs(&config, &directories(Lasting::Fleeting)).unwrap();
         assert!(once.made && once.path != first.path);
+
+        // Of what is mounted, the images count.
+        let image = dir.path().join("layer.erofs");
+        fs::copy(&first.path, &image).unwrap();
+        let mounted = |user_xattrs| {
+            let layers = vec![Layer::open(&image).unwrap()];
+            erofs(&config, &directories(Lasting::Mounts(layers, user_xattrs))).unwrap()
+        };
+        let (made, again) = (mounted(false), mounted(false));
+        assert!(made.made && !again.made && again.path == made.path);
+        assert!(mounted(true).made);
+        fs::copy(&once.path, &image).unwrap();
+        assert!(mounted(false).made);
     }
 }

@@ -5,11 +5,14 @@
 //! lives in the VMM's RAM and spills to the node's disk. From a
 //! snapshotter that gives directories (`overlayfs`, `native`) the image is an EROFS one, made once
 //! for each chain of layers and kept on the node; one that gives a device or image file
-//! (`blockfile`, `devmapper`) is used as it is. Volumes stay where they are and are shown to the
+//! (`blockfile`, `devmapper`) is used as it is, and so are the layers that are images (`erofs`), each
+//! in a slot of its own, as long as those suffice. Volumes stay where they are and are shown to the
 //! guest through the pod's shared directory; block volumes are disks of the guest.
 
 mod devices;
 mod image;
+mod layers;
+mod mounts;
 mod volumes;
 
 pub use volumes::POD_FILES;
@@ -18,18 +21,21 @@ use std::fs::{File, OpenOptions};
 use std::path::Path;
 
 use containerd_shim_protos::api::Mount;
-use kiln_agent_api::proto;
-use kiln_cache::Lowers;
+use kiln_agent_api::{proto, slots};
 
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::share::Volume;
 use crate::spec::Spec;
 use crate::uvm::{GuestDisk, Uvm};
-use image::Source;
+use image::{Directories, Source};
+use layers::Layer;
 
 /// How long the guest waits for a disk whose slot was just filled.
 const DISK_WAIT_MS: u32 = 5000;
+/// How many slots, the first ones, the layers of a container may take: half of what is baked by default. The others stay for
+/// more containers and for block volumes, which can't do without.
+const LAYER_SLOTS: u8 = 4;
 
 /// What the guest is told to make of a container's files.
 #[derive(Debug)]
@@ -100,33 +106,10 @@ impl Storage {
         if pod_files {
             volumes::add_pods_own(&mut mounts, spec.root_is_read_only());
         }
-        let (file, read_only, kind) = match image::find(rootfs, bundle)? {
-            Source::Committed(lowers) => (
-                image_of(config, lowers, true).await?,
-                true,
-                "erofs".to_owned(),
-            ),
-            Source::Fleeting(lowers) => (
-                image_of(config, lowers, false).await?,
-                true,
-                "erofs".to_owned(),
-            ),
-            Source::Image {
-                path,
-                kind,
-                read_only,
-            } => {
-                let file = OpenOptions::new()
-                    .read(true)
-                    .write(!read_only)
-                    .open(&path)
-                    .map_err(|e| Error::failed(format!("open the image {}", path.display()), e))?;
-                (file, read_only, kind)
-            }
-        };
-        let disk = uvm.attach_disk(file, read_only).await?;
-        let mut mounts_in_guest = guest_mounts(id, &disk, &kind, read_only);
-        self.disks.push(disk);
+        let root = self
+            .attach_root(image::find(rootfs, bundle)?, config, uvm)
+            .await?;
+        let mut mounts_in_guest = guest_mounts(id, &root);
         for (number, device) in spec.block_devices().iter().enumerate() {
             let disk = uvm
                 .attach_disk(devices::open(device)?, device.read_only)
@@ -144,14 +127,101 @@ impl Storage {
         })
     }
 
+    /// Attaches what the root is made of.
+    async fn attach_root(
+        &mut self,
+        source: Source,
+        config: &Config,
+        uvm: &dyn Uvm,
+    ) -> Result<Root> {
+        let image = match source {
+            Source::Directories(directories) => image_of(config, directories).await?,
+            Source::Layers {
+                layers,
+                directories,
+                user_xattrs,
+            } => {
+                if self.attach_layers(&layers, uvm).await? {
+                    return Ok(Root {
+                        disks: self.disks.clone(),
+                        kind: "erofs".into(),
+                        read_only: true,
+                        user_xattrs,
+                    });
+                }
+                tracing::debug!(
+                    layers = layers.len(),
+                    "too many layers for a slot each: they become one image"
+                );
+                image_of(config, directories).await?
+            }
+            Source::Image {
+                path,
+                kind,
+                read_only,
+            } => {
+                let file = OpenOptions::new()
+                    .read(true)
+                    .write(!read_only)
+                    .open(&path)
+                    .map_err(|e| Error::failed(format!("open the image {}", path.display()), e))?;
+                let disk = uvm.attach_disk(file, read_only).await?;
+                self.disks.push(disk.clone());
+                return Ok(Root {
+                    disks: vec![disk],
+                    kind,
+                    read_only,
+                    user_xattrs: false,
+                });
+            }
+        };
+        let disk = uvm.attach_disk(image, true).await?;
+        self.disks.push(disk.clone());
+        Ok(Root {
+            disks: vec![disk],
+            kind: "erofs".into(),
+            read_only: true,
+            user_xattrs: false,
+        })
+    }
+
+    /// Attaches layers, each as a disk, or none of them if there is no room for all.
+    async fn attach_layers(&mut self, layers: &[Layer], uvm: &dyn Uvm) -> Result<bool> {
+        let alone = layers.len() == 1;
+        if !alone && layers.len() > usize::from(LAYER_SLOTS) {
+            return Ok(false);
+        }
+        for layer in layers {
+            let fits = match uvm.attach_disk(layer.file()?, true).await {
+                Ok(disk) => {
+                    // Slots are taken lowest first.
+                    let fits = disk.slot < u32::from(slots::FIRST_DISK + LAYER_SLOTS);
+                    self.disks.push(disk);
+                    fits || alone
+                }
+                Err(Error::ResourceExhausted(_)) if !alone => false,
+                Err(error) => return Err(error),
+            };
+            if !fits {
+                self.detach_disks(uvm).await;
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
     /// Gives back what is held. Without a μVM there is nothing left to give back to.
-    pub async fn release(self, uvm: Option<&dyn Uvm>) {
+    pub async fn release(mut self, uvm: Option<&dyn Uvm>) {
         let Some(uvm) = uvm else { return };
         for volume in &self.volumes {
             uvm.unshare(volume);
         }
-        for disk in &self.disks {
-            match uvm.detach_disk(disk).await {
+        self.detach_disks(uvm).await;
+    }
+
+    async fn detach_disks(&mut self, uvm: &dyn Uvm) {
+        for disk in self.disks.drain(..) {
+            match uvm.detach_disk(&disk).await {
                 Ok(()) | Err(Error::Unavailable(_)) => {}
                 Err(error) => {
                     tracing::warn!(
@@ -165,9 +235,22 @@ impl Storage {
     }
 }
 
-async fn image_of(config: &Config, lowers: Lowers, committed: bool) -> Result<File> {
+/// What is below a container's root, as the guest sees it.
+#[derive(Debug, Clone)]
+struct Root {
+    /// Its disks, the topmost first.
+    disks: Vec<GuestDisk>,
+    /// The file system on each.
+    kind: String,
+    /// If not, the one disk is the root itself.
+    read_only: bool,
+    /// Whether the attributes of overlayfs on them are in `user.overlay.`.
+    user_xattrs: bool,
+}
+
+async fn image_of(config: &Config, directories: Directories) -> Result<File> {
     let config = config.clone();
-    let making = tokio::task::spawn_blocking(move || image::erofs(&config, &lowers, committed));
+    let making = tokio::task::spawn_blocking(move || image::erofs(&config, &directories));
     let lease = making
         .await
         .map_err(|e| Error::failed("make an image of the root file system", e))??;
@@ -184,12 +267,12 @@ fn storage_path(id: &str) -> String {
 }
 
 /// The mounts, in order, that end with the root.
-fn guest_mounts(id: &str, disk: &GuestDisk, kind: &str, read_only: bool) -> Vec<proto::Mount> {
+fn guest_mounts(id: &str, root: &Root) -> Vec<proto::Mount> {
     let base = storage_path(id);
-    let device = |target: String, options: &[&str]| proto::Mount {
+    let device = |disk: &GuestDisk, target: String, options: &[&str]| proto::Mount {
         source: disk.path.clone(),
         target,
-        type_: kind.to_owned(),
+        type_: root.kind.clone(),
         options: options.iter().map(|o| (*o).to_owned()).collect(),
         wait_ms: DISK_WAIT_MS,
         make_target: true,
@@ -197,71 +280,40 @@ fn guest_mounts(id: &str, disk: &GuestDisk, kind: &str, read_only: bool) -> Vec<
         min_size: disk.size,
         ..Default::default()
     };
-    if !read_only {
-        return vec![device(rootfs_path(id), &[])];
+    if !root.read_only {
+        let disks = root.disks.iter();
+        return disks
+            .map(|disk| device(disk, rootfs_path(id), &[]))
+            .collect();
     }
-    let lower = format!("{base}/lower");
+    let lowers: Vec<_> = (0..root.disks.len())
+        .map(|number| format!("{base}/lower-{number}"))
+        .collect();
     let rw = format!("{}/{id}", kiln_agent_api::GUEST_SCRATCH);
     let (upper, work) = (format!("{rw}/upper"), format!("{rw}/work"));
-    vec![
-        device(lower.clone(), &["ro"]),
-        proto::Mount {
-            source: "overlay".into(),
-            target: rootfs_path(id),
-            type_: "overlay".into(),
-            options: vec![
-                format!("lowerdir={lower}"),
-                format!("upperdir={upper}"),
-                format!("workdir={work}"),
-            ],
-            make_target: true,
-            target_mode: 0o755,
-            make_directories: vec![rw, upper, work],
-            ..Default::default()
-        },
-    ]
+    let mut options = vec![
+        format!("lowerdir={}", lowers.join(":")),
+        format!("upperdir={upper}"),
+        format!("workdir={work}"),
+    ];
+    if root.user_xattrs {
+        options.push("userxattr".into());
+    }
+    let mut mounts: Vec<_> = std::iter::zip(&root.disks, lowers)
+        .map(|(disk, lower)| device(disk, lower, &["ro"]))
+        .collect();
+    mounts.push(proto::Mount {
+        source: "overlay".into(),
+        target: rootfs_path(id),
+        type_: "overlay".into(),
+        options,
+        make_target: true,
+        target_mode: 0o755,
+        make_directories: vec![rw, upper, work],
+        ..Default::default()
+    });
+    mounts
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn disk() -> GuestDisk {
-        GuestDisk {
-            slot: 3,
-            path: "/dev/vdc".into(),
-            size: 4096,
-        }
-    }
-
-    #[test]
-    fn read_only_image_gets_a_writable_layer_on_the_scratch_disk() {
-        let mounts = guest_mounts("c1", &disk(), "erofs", true);
-        let targets: Vec<_> = mounts.iter().map(|m| m.target.as_str()).collect();
-        assert_eq!(
-            targets,
-            [
-                "/run/kiln/storage/c1/lower",
-                "/run/kiln/containers/c1/rootfs"
-            ]
-        );
-        assert_eq!(
-            (mounts[0].source.as_str(), mounts[0].min_size),
-            ("/dev/vdc", 4096)
-        );
-        assert!(
-            mounts[1]
-                .options
-                .contains(&"upperdir=/run/kiln/scratch/c1/upper".to_owned())
-        );
-        // The one that holds the others goes last.
-        assert_eq!(mounts[1].make_directories[0], "/run/kiln/scratch/c1");
-    }
-
-    #[test]
-    fn writable_image_is_the_root_itself() {
-        let mounts = guest_mounts("c1", &disk(), "ext4", false);
-        assert_eq!(mounts.len(), 1);
-        assert_eq!(mounts[0].target, "/run/kiln/containers/c1/rootfs");
-    }
-}
+mod tests;

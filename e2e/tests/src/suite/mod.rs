@@ -16,6 +16,7 @@ mod run_load;
 mod run_net;
 mod run_seccomp;
 mod run_terminal;
+mod snapshotters;
 mod streams;
 mod tasks;
 mod vmm;
@@ -41,6 +42,7 @@ pub(crate) fn all() -> Vec<Case> {
         vmm::cases(),
         kiln_run::cases(),
         overlay::cases(),
+        snapshotters::cases(),
         run_terminal::cases(),
         run_bake::cases(),
         run_load::cases(),

@@ -1,0 +1,164 @@
+//! The kernel's table of mounts: what a directory is the root of.
+
+use std::ffi::OsString;
+use std::fs::{self, OpenOptions};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::ffi::OsStringExt;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+const TABLE: &str = "/proc/self/mountinfo";
+
+/// A mount, as far as it matters here.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Mounted {
+    id: u64,
+    /// The device below it, major and minor; the major one is 0 where there is none.
+    pub(super) device: (u32, u32),
+    /// The directory of the file system that is mounted.
+    pub(super) root: PathBuf,
+    /// Where.
+    target: PathBuf,
+    /// The file system.
+    pub(super) kind: OsString,
+    /// What it was made of, as whoever mounted it wrote that.
+    pub(super) source: PathBuf,
+}
+
+/// All mounts.
+#[derive(Debug)]
+pub(super) struct Mounts(Vec<Mounted>);
+
+impl Mounts {
+    /// Those that this process sees now.
+    pub(super) fn read() -> io::Result<Self> {
+        Ok(Self::parse(&fs::read(TABLE)?))
+    }
+
+    fn parse(table: &[u8]) -> Self {
+        Self(
+            table
+                .split(|&byte| byte == b'\n')
+                .filter_map(line)
+                .collect(),
+        )
+    }
+
+    /// The mount that a directory is the root of.
+    pub(super) fn at(&self, dir: &Path) -> io::Result<Option<&Mounted>> {
+        // Mounts can lie on top of each other. The kernel tells which one a path leads to.
+        let opened = OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_PATH | libc::O_DIRECTORY)
+            .open(dir)?;
+        let number = opened.as_raw_fd();
+        let info = fs::read_to_string(format!("/proc/self/fdinfo/{number}"))?;
+        let id = info
+            .lines()
+            .find_map(|line| line.strip_prefix("mnt_id:")?.trim().parse().ok());
+        let path = fs::read_link(format!("/proc/self/fd/{number}"))?;
+        let is_it = |mount: &&Mounted| Some(mount.id) == id && mount.target == path;
+        Ok(self.0.iter().find(is_it))
+    }
+}
+
+/// `ID PARENT MAJOR:MINOR ROOT TARGET OPTIONS [FIELD...] - KIND SOURCE OPTIONS`
+fn line(line: &[u8]) -> Option<Mounted> {
+    let mut words = line.split(|&byte| byte == b' ');
+    let id = number(words.next()?)?;
+    let mut device = words.nth(1)?.splitn(2, |&byte| byte == b':');
+    let device = (number(device.next()?)?, number(device.next()?)?);
+    let (root, target) = (path(words.next()?), path(words.next()?));
+    let mut words = words.skip_while(|word| *word != b"-").skip(1);
+    Some(Mounted {
+        id,
+        device,
+        root,
+        target,
+        kind: OsString::from_vec(unescape(words.next()?)),
+        source: path(words.next()?),
+    })
+}
+
+fn number<T: std::str::FromStr>(digits: &[u8]) -> Option<T> {
+    std::str::from_utf8(digits).ok()?.parse().ok()
+}
+
+fn path(word: &[u8]) -> PathBuf {
+    OsString::from_vec(unescape(word)).into()
+}
+
+/// The kernel writes what would break the table up as a backslash with three octal digits.
+fn unescape(word: &[u8]) -> Vec<u8> {
+    let mut plain = Vec::with_capacity(word.len());
+    let mut rest = word;
+    while let Some((&byte, after)) = rest.split_first() {
+        let code = after
+            .get(..3)
+            .filter(|_| byte == b'\\')
+            .and_then(|digits| u8::from_str_radix(std::str::from_utf8(digits).ok()?, 8).ok());
+        match code {
+            Some(code) => {
+                plain.push(code);
+                rest = &after[3..];
+            }
+            None => {
+                plain.push(byte);
+                rest = after;
+            }
+        }
+    }
+    plain
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_with_and_without_optional_fields_and_with_escapes_are_read() {
+        let table = b"\
+            36 35 7:3 / /mnt/a\\040b ro,relatime shared:1 master:2 - erofs /dev/loop3 ro\n\
+            41 35 0:54 /sub /mnt/c ro - erofs /srv/x\\134y\\011z/layer.erofs ro,user_xattr\n\
+            not a mount\n";
+        let Mounts(mounts) = Mounts::parse(table);
+        assert_eq!(
+            mounts,
+            [
+                Mounted {
+                    id: 36,
+                    device: (7, 3),
+                    root: "/".into(),
+                    target: "/mnt/a b".into(),
+                    kind: "erofs".into(),
+                    source: "/dev/loop3".into(),
+                },
+                Mounted {
+                    id: 41,
+                    device: (0, 54),
+                    root: "/sub".into(),
+                    target: "/mnt/c".into(),
+                    kind: "erofs".into(),
+                    source: "/srv/x\\y\tz/layer.erofs".into(),
+                },
+            ]
+        );
+    }
+
+    #[test]
+    fn what_is_no_escape_stays() {
+        assert_eq!(unescape(b"a\\04"), b"a\\04");
+        assert_eq!(unescape(b"\\9990\\"), b"\\9990\\");
+        assert_eq!(unescape(b"\\777"), b"\\777", "more than a byte");
+    }
+
+    #[test]
+    fn only_the_root_of_a_mount_is_one() {
+        let mounts = Mounts::read().unwrap();
+        let proc = mounts.at(Path::new("/proc")).unwrap().unwrap();
+        assert_eq!((proc.kind.to_str(), proc.device.0), (Some("proc"), 0));
+        assert_eq!(mounts.at(Path::new("/proc/self")).unwrap(), None);
+        assert!(mounts.at(Path::new("/no/such/directory")).is_err());
+    }
+}
