@@ -111,7 +111,7 @@ fn initramfs(kernel: &GuestKernel) -> Result<Vec<u8>> {
     }
     // For VMMs that the guest's port does not lead to: lines on the console, for ever.
     let filled = format!(
-        "[ -z \"$FILL\" ] || {{ {}; exec testprog pace 1000 1000000000 12; }}\n",
+        "[ -z \"$FILL\" ] || {{ {}; exec testprog pace 200 1000000000 12; }}\n",
         fill_script("$FILL")
     );
     archive.file(
