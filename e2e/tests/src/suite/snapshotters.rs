@@ -141,6 +141,10 @@ struct Used {
 
 /// Runs a task of the image and leaves the node as it was.
 async fn task_on(test: &Test, snapshotter: &str, more_layers: usize) -> Result<Used> {
+    // A node's first task leaves directories for those to come.
+    let first = Plain::run(test, &PlainSpec::shell("true")).await?;
+    first.wait("").await?;
+    first.remove().await?;
     let before = Census::take()?;
     let snapshots =
         format!("/var/lib/containerd/io.containerd.snapshotter.v1.{snapshotter}/snapshots");
