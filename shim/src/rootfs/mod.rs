@@ -34,7 +34,7 @@ use layers::Layer;
 /// How long the guest waits for a disk whose slot was just filled.
 const DISK_WAIT_MS: u32 = 5000;
 /// How many slots, the first ones, the layers of a container may take: half of what is baked by default. The others stay for
-/// more containers and for block volumes, which can't do without.
+/// more containers and for block volumes, which would have to be plugged.
 const LAYER_SLOTS: u8 = 4;
 
 /// What the guest is told to make of a container's files.
