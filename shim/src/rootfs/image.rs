@@ -129,7 +129,8 @@ fn overlay(mount: &Mount) -> Result<Source> {
 }
 
 fn committed(lowers: Lowers, user_xattrs: bool) -> Result<Source> {
-    let Some(layers) = layers::find(lowers.dirs())? else {
+    let dirs: Vec<_> = lowers.dirs().collect();
+    let Some(layers) = layers::find(&dirs)? else {
         return Ok(Directories::committed(lowers));
     };
     let lasting = Lasting::Mounts(layers.clone(), user_xattrs);

@@ -7,6 +7,8 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
+use nix::sys::statfs::{FsType, statfs};
+
 use super::devices;
 use super::mounts::{Mounted, Mounts};
 use crate::error::{Error, Result};
@@ -26,7 +28,11 @@ pub(super) struct Layer {
 }
 
 /// The images of which these directories are mounts, in the same order, if every one of them is that.
-pub(super) fn find<'a>(dirs: impl Iterator<Item = &'a Path>) -> Result<Option<Vec<Layer>>> {
+pub(super) fn find(dirs: &[&Path]) -> Result<Option<Vec<Layer>>> {
+    // A node has thousands of mounts, and most pods' layers are none of them: the table is read for those that may be.
+    if !dirs.iter().all(|dir| is_on_erofs(dir)) {
+        return Ok(None);
+    }
     let mounts = Mounts::read()
         .map_err(|e| Error::failed("look for the mounts of the root file system's layers", e))?;
     let mut layers = Vec::new();
@@ -38,6 +44,11 @@ pub(super) fn find<'a>(dirs: impl Iterator<Item = &'a Path>) -> Result<Option<Ve
         layers.push(layer);
     }
     Ok(Some(layers))
+}
+
+fn is_on_erofs(dir: &Path) -> bool {
+    let magic = i64::from(u32::from_le_bytes(MAGIC));
+    statfs(dir).is_ok_and(|found| found.filesystem_type() == FsType(magic))
 }
 
 fn layer(mounted: &Mounted) -> Option<Layer> {
@@ -182,10 +193,10 @@ mod tests {
     #[test]
     fn directories_that_are_no_mounts_are_no_images() {
         let dir = tempfile::tempdir().unwrap();
-        assert_eq!(find([dir.path()].into_iter()).unwrap(), None);
+        assert_eq!(find(&[dir.path()]).unwrap(), None);
         // A mount, of something else.
-        assert_eq!(find([Path::new("/proc")].into_iter()).unwrap(), None);
+        assert_eq!(find(&[Path::new("/proc")]).unwrap(), None);
         let missing = Path::new("/no/such/layer");
-        assert_eq!(find([missing].into_iter()).unwrap(), None);
+        assert_eq!(find(&[missing]).unwrap(), None);
     }
 }

@@ -56,7 +56,7 @@ async fn check(container: &Container, path: &str, bytes: u64, seed: u64) -> Resu
 }
 
 /// What `kiln inspect` tells of the pod.
-fn inspect(pod: &Pod) -> Result<serde_json::Value> {
+pub(super) fn inspect(pod: &Pod) -> Result<serde_json::Value> {
     let output = Command::new("kiln")
         .args(["--json", "inspect", pod.id()])
         .output()

@@ -16,6 +16,7 @@ use kiln_e2e::{Container, ContainerSpec, Pod, PodSpec, Test, cases, setup, wait}
 use kiln_test_images::import::Importer;
 use kiln_test_images::{Compression, Image, ImageBuilder, Layer};
 
+use super::overlay::inspect;
 use super::same;
 
 /// Images that kiln made of directories.
@@ -245,13 +246,7 @@ async fn pod_of_two(test: &Test) -> Result<()> {
 }
 
 fn vmm_of(pod: &Pod) -> Result<u32> {
-    let output = std::process::Command::new("kiln")
-        .args(["--json", "inspect", pod.id()])
-        .output()
-        .context("kiln is not on the PATH")?;
-    let said: serde_json::Value = serde_json::from_slice(&output.stdout)
-        .with_context(|| String::from_utf8_lossy(&output.stderr).into_owned())?;
-    let pid = said["vmm_pid"].as_u64().context("no VMM")?;
+    let pid = inspect(pod)?["vmm_pid"].as_u64().context("no VMM")?;
     Ok(pid.try_into()?)
 }
 
