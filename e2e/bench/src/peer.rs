@@ -78,6 +78,7 @@ impl Saved {
             .stdin(Stdio::piped())
             .stdout(Stdio::null())
             .stderr(File::create(dir.join("qemu-log"))?);
+        let begin = Instant::now();
         let child = command.spawn().context("starting QEMU")?;
         let mut process = Process(child);
         let deadline = Instant::now() + LIMIT;
@@ -91,6 +92,10 @@ impl Saved {
             );
             std::thread::sleep(Duration::from_millis(50));
         }
+        println!(
+            "  QEMU's guest is up after {:.1} s",
+            begin.elapsed().as_secs_f64()
+        );
         std::thread::sleep(SETTLE);
         // The monitor takes a command when the one before is done.
         let mut monitor = process.0.stdin.take().context("no monitor")?;
@@ -105,6 +110,7 @@ impl Saved {
         }
         let length = std::fs::metadata(&stream)?.len();
         ensure!(length > fill << 20, "QEMU saved {length} bytes only");
+        println!("  and saved after {:.1} s", begin.elapsed().as_secs_f64());
         Ok(Self {
             kit: kit.clone(),
             mib,

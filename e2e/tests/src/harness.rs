@@ -6,7 +6,7 @@ use std::future::Future;
 use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, RwLock};
+use std::sync::{Arc, Mutex, RwLock};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow};
@@ -19,8 +19,8 @@ use crate::{Test, setup};
 /// How long a test may take, unless it says otherwise: several times what it needs on an emulated
 /// machine with other work.
 const LIMIT: Duration = Duration::from_secs(180);
-/// Tests that take longer are told of: they are what a whole run waits for.
-const LONG: Duration = Duration::from_secs(45);
+/// How many of the longest tests are told of at the end: they are what a whole run waits for.
+const TOLD: usize = 12;
 /// Tests whose limit is above this begin. Others keep their order: the heavy ones among them are not to meet.
 const LONGEST: Duration = Duration::from_secs(400);
 /// How long the removal of what a test made may take.
@@ -163,13 +163,7 @@ pub fn main(cases: &[Case]) -> std::process::ExitCode {
         let shared = Arc::clone(&shared);
         let skipped = case.is_skipped(&handler, containerd);
         let trial = Trial::test(name, move || {
-            let start = Instant::now();
-            let result = run(&case, &handler, &shared);
-            if start.elapsed() > LONG {
-                let seconds = start.elapsed().as_secs();
-                println!("{handler}::{} took {seconds} s", case.name);
-            }
-            result.map_err(|error| {
+            run(&case, &handler, &shared).map_err(|error| {
                 let error = format!("{error:#}");
                 // At once, not only in the list at the end: a run may be cut short.
                 println!("{handler}::{} failed: {error}", case.name);
@@ -189,6 +183,7 @@ pub fn main(cases: &[Case]) -> std::process::ExitCode {
     let start = Instant::now();
     let conclusion = libtest_mimic::run(&arguments, trials);
     if !arguments.list {
+        shared.print_longest();
         println!(
             "{} tests in {:.0} s, {} repeated",
             conclusion.num_passed + conclusion.num_failed,
@@ -253,6 +248,38 @@ struct Shared {
     /// Held for reading by every test, for writing by one that nothing else may run beside.
     alone: RwLock<()>,
     repeated: AtomicU32,
+    times: Mutex<Vec<Took>>,
+}
+
+/// What an attempt at a test took.
+struct Took {
+    seconds: f64,
+    alone: bool,
+    name: String,
+}
+
+impl Shared {
+    fn took(&self, case: &Case, handler: &str, time: Duration) {
+        let took = Took {
+            seconds: time.as_secs_f64(),
+            alone: case.alone,
+            name: format!("{handler}::{}", case.name),
+        };
+        if let Ok(mut times) = self.times.lock() {
+            times.push(took);
+        }
+    }
+
+    fn print_longest(&self) {
+        let Ok(mut times) = self.times.lock() else {
+            return;
+        };
+        times.sort_by(|a, b| b.seconds.total_cmp(&a.seconds));
+        for took in times.iter().take(TOLD) {
+            let alone = if took.alone { ", alone" } else { "" };
+            println!("{:6.0} s{alone}: {}", took.seconds, took.name);
+        }
+    }
 }
 
 /// Runs a test. One that ran into what an emulated machine is known to do to a guest is repeated once, with nothing else
@@ -260,10 +287,10 @@ struct Shared {
 fn run(case: &Case, handler: &str, shared: &Shared) -> Result<()> {
     let first = if case.alone {
         let _alone = shared.alone.write();
-        attempt_blocking(case, handler)?
+        attempt_blocking(case, handler, shared)?
     } else {
         let _beside = shared.alone.read();
-        attempt_blocking(case, handler)?
+        attempt_blocking(case, handler, shared)?
     };
     let Some(failure) = first else { return Ok(()) };
     let Some(why) = failure.of_the_machine() else {
@@ -277,17 +304,19 @@ fn run(case: &Case, handler: &str, shared: &Shared) -> Result<()> {
         case.name, failure.error
     );
     let _alone = shared.alone.write();
-    match attempt_blocking(case, handler)? {
+    match attempt_blocking(case, handler, shared)? {
         None => Ok(()),
         Some(failure) => Err(failure.error),
     }
 }
 
-fn attempt_blocking(case: &Case, handler: &str) -> Result<Option<Failure>> {
+fn attempt_blocking(case: &Case, handler: &str, shared: &Shared) -> Result<Option<Failure>> {
+    let start = Instant::now();
     let runtime = runtime()?;
     let (outcome, place) = runtime.block_on(attempt(case, handler))?;
     // A blocked thread of a hung test is left to itself.
     runtime.shutdown_timeout(Duration::from_secs(1));
+    shared.took(case, handler, start.elapsed());
     let (error, timed_out) = match outcome {
         Outcome::Passed => return Ok(None),
         Outcome::Failed(error) => (error, false),
