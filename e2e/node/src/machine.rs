@@ -6,7 +6,7 @@ use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
-use std::process::{Child, ChildStdin, Command, Stdio};
+use std::process::{Child, ChildStdin, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context, Result, bail};
@@ -15,6 +15,7 @@ use kiln_node_channel::PORT_NAME;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use crate::cleanup;
+use crate::emulator::Emulator;
 use crate::image::Image;
 use crate::initramfs::Initramfs;
 
@@ -45,6 +46,7 @@ pub(crate) struct Options<'a> {
     pub(crate) image: &'a Image,
     pub(crate) clock: Clock,
     pub(crate) engine: &'a Engine,
+    pub(crate) emulator: &'a Emulator,
     pub(crate) memory_mib: u32,
     /// Files for the node: path in it, permissions, content.
     pub(crate) files: Vec<(String, u32, Vec<u8>)>,
@@ -65,7 +67,7 @@ impl Machine {
         let (ours, theirs) = UnixStream::pair().context("making the command channel")?;
         let theirs = OwnedFd::from(theirs);
 
-        let mut command = Command::new(qemu_program());
+        let mut command = options.emulator.command();
         command.args(machine_arguments(options.clock, options.engine));
         command
             .args(["-m", &format!("{}M", options.memory_mib)])
@@ -156,33 +158,6 @@ impl Drop for Machine {
         let _ = self.qemu.kill();
         let _ = self.qemu.wait();
     }
-}
-
-fn qemu_program() -> String {
-    std::env::var("KILN_QEMU").unwrap_or_else(|_| "qemu-system-x86_64".to_owned())
-}
-
-/// The first major version of QEMU whose emulation carried the node through code that changes under it.
-const SOUND_EMULATION: u32 = 10;
-
-/// What to say about an emulator too old to be trusted; `None` if it is not, or cannot be told.
-pub(crate) fn warn_of_old_emulation() -> Option<String> {
-    let output = Command::new(qemu_program())
-        .arg("--version")
-        .output()
-        .ok()?;
-    let major = major_version(&String::from_utf8_lossy(&output.stdout))?;
-    (major < SOUND_EMULATION).then(|| {
-        format!(
-            "QEMU {major} emulates changing code wrongly, which ends in panics of the node; \
-             use {SOUND_EMULATION} or later (make setup; KILN_QEMU=PATH)"
-        )
-    })
-}
-
-fn major_version(text: &str) -> Option<u32> {
-    let version = text.strip_prefix("QEMU emulator version ")?;
-    version.split('.').next()?.parse().ok()
 }
 
 /// Finds out what can run a node that must itself offer KVM.

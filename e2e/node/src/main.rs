@@ -1,6 +1,7 @@
 //! The node VM: a Debian machine with real KVM, containerd and runc, on any host.
 
 mod cleanup;
+mod emulator;
 mod image;
 mod initramfs;
 mod machine;
@@ -15,6 +16,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use clap::Parser;
 
+use emulator::Emulator;
 use image::Suite;
 use machine::{Clock, Engine, Machine};
 use payload::Put;
@@ -90,24 +92,28 @@ fn run(cli: &Cli) -> Result<ExitCode> {
     }
     machine::check_memory(cli.memory)?;
     let engine = machine::choose_engine(cli.clock);
-    match &engine {
-        Engine::Kvm => eprintln!("node: booting {} on this machine's KVM", cli.suite.name()),
+    let emulator = match &engine {
+        Engine::Kvm => {
+            eprintln!("node: booting {} on this machine's KVM", cli.suite.name());
+            Emulator::installed()
+        }
         Engine::Emulation { because } => {
             eprintln!(
                 "node: booting {} with an emulated CPU ({because})",
                 cli.suite.name()
             );
-            if let Some(warning) = machine::warn_of_old_emulation() {
-                eprintln!("node: {warning}");
-            }
+            let (emulator, said) = Emulator::for_emulation();
+            said.iter().for_each(|line| eprintln!("node: {line}"));
+            emulator
         }
-    }
+    };
     let start = Instant::now();
     let init = read_init(cli.init.as_deref())?;
     let options = machine::Options {
         image: &image,
         clock: cli.clock,
         engine: &engine,
+        emulator: &emulator,
         memory_mib: cli.memory,
         files: payload::system_files(cli.suite),
         payload: &payload::archive(&cli.put)?,
