@@ -56,15 +56,7 @@ fn machine(kit: &Kit, mib: u64) -> Command {
     command
         .args(["-nodefaults", "-no-user-config", "-display", "none"])
         .args(["-machine", "microvm,accel=kvm,rtc=off,pit=off,pic=off"])
-        // As kiln's VMM has it on a CPU that is emulated itself (docs/node.md).
-        .args([
-            "-cpu",
-            "host,kvm-pv-eoi=off",
-            "-smp",
-            "1",
-            "-m",
-            &mib.to_string(),
-        ])
+        .args(["-cpu", "host", "-smp", "1", "-m", &mib.to_string()])
         .arg("-kernel")
         .arg(&kit.kernel)
         .arg("-initrd")

@@ -1,7 +1,5 @@
 //! The CPUID a guest sees: what KVM supports, without what cannot be saved, plus topology.
 
-use std::arch::x86_64::__cpuid;
-
 use kvm_bindings::{CpuId, kvm_cpuid_entry2};
 
 use crate::layout::MAX_CPUS;
@@ -10,39 +8,14 @@ use crate::layout::MAX_CPUS;
 /// tokens in flight that a snapshot would have to carry.
 const KVM_FEATURES_OFF: u32 = 1 << 4 | 1 << 10 | 1 << 14;
 const KVM_FEATURES: u32 = 0x4000_0001;
-/// The end of an interrupt without an exit. Off on a CPU that QEMU emulates: between entering a guest with an interrupt
-/// and the guest's next exit it may deliver that interrupt once more, whether the guest takes interrupts or not. With this
-/// feature the next exit is often the handler's end; without it it is the handler's begin, where twice does no harm.
-const PV_EOI: u32 = 1 << 6;
 
 /// CPUID entries for the vCPU with this index, which is also its APIC id.
 pub fn for_vcpu(supported: &CpuId, index: u8) -> CpuId {
-    on_host(supported, index, host_is_emulated())
-}
-
-fn on_host(supported: &CpuId, index: u8, emulated: bool) -> CpuId {
     let mut cpuid = supported.clone();
     for e in cpuid.as_mut_slice() {
         adjust(e, index);
-        if emulated && e.function == KVM_FEATURES {
-            e.eax &= !PV_EOI;
-        }
     }
     cpuid
-}
-
-/// Whether QEMU interprets this machine's instructions, and KVM's with them.
-fn host_is_emulated() -> bool {
-    const IS_GUEST: u32 = 1 << 31;
-    const SIGNATURE: [u8; 12] = *b"TCGTCGTCGTCG";
-    if __cpuid(1).ecx & IS_GUEST == 0 {
-        return false;
-    }
-    let leaf = __cpuid(0x4000_0000);
-    [leaf.ebx, leaf.ecx, leaf.edx]
-        .map(u32::to_le_bytes)
-        .concat()
-        == SIGNATURE
 }
 
 fn adjust(e: &mut kvm_cpuid_entry2, index: u8) {
@@ -151,14 +124,6 @@ mod tests {
     #[test]
     fn async_page_faults_are_off() {
         let supported = CpuId::from_entries(&[entry(KVM_FEATURES, 0, !0)]).unwrap();
-        let got = on_host(&supported, 0, false);
-        assert_eq!(got.as_slice()[0].eax, !KVM_FEATURES_OFF);
-    }
-
-    #[test]
-    fn emulated_cpu_ends_interrupts_with_an_exit() {
-        let supported = CpuId::from_entries(&[entry(KVM_FEATURES, 0, !0)]).unwrap();
-        let got = on_host(&supported, 0, true);
-        assert_eq!(got.as_slice()[0].eax, !(KVM_FEATURES_OFF | PV_EOI));
+        assert_eq!(for_vcpu(&supported, 0).as_slice()[0].eax, !KVM_FEATURES_OFF);
     }
 }
