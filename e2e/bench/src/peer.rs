@@ -98,8 +98,7 @@ impl Saved {
         let mut command = machine(kit, mib);
         command
             .arg("-append")
-            // Its ticks go on when it idles: as these stop and start again it is most at risk on an emulated CPU.
-            .arg(format!("{CMDLINE} quiet nohz=off FILL={fill}"))
+            .arg(format!("{CMDLINE} quiet FILL={fill}"))
             .arg("-serial")
             .arg(format!("file:{}", console.display()))
             .args(["-monitor", "stdio"])
