@@ -28,6 +28,8 @@ pub const CMDLINE: &str =
     "console=ttyS0 panic=-1 no_timer_check memhp_default_state=online_movable";
 /// What the guest says on its console when it takes scripts.
 const READY: &str = "guest: ready";
+/// How long a resumed guest takes after its answer until it only waits.
+const COMES_TO_REST: Duration = Duration::from_millis(200);
 /// How long a guest may take to boot, on an emulated machine with other work.
 const BOOT_LIMIT: Duration = Duration::from_secs(90);
 /// How long one answer may take.
@@ -223,12 +225,14 @@ impl Baked {
         }
     }
 
-    /// Resumes a copy in `dir` until it answers, to learn which pages copies touch first.
+    /// Resumes a copy in `dir` until it has answered and come to rest, to learn which pages copies touch first. What they
+    /// touch after their answer is in the way of others that have yet to give theirs.
     pub fn learn(&mut self, dir: &Path) -> Result<()> {
         let watch = Watch::begin(File::open(&self.memory)?)?;
         let vmm = Uvm::spawn(dir)?;
         let uvm = Uvm::resume_as(vmm, dir, self, vec![], &[], true)?;
-        drop(uvm.ask()?);
+        let _answer = uvm.ask()?;
+        std::thread::sleep(COMES_TO_REST);
         self.touched = watch.end(uvm.vmm().pid())?.into_runs();
         Ok(())
     }
