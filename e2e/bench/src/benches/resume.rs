@@ -206,17 +206,20 @@ impl Prepared {
             .map(|i| self.dir(&format!("crowd/{i}")))
             .collect::<Result<Vec<_>>>()?;
         let baked = self.smallest()?;
-        let (here, go) = (Barrier::new(count + 1), Barrier::new(count + 1));
+        let [here, go, done] = [count + 1, count + 1, count + 1].map(Barrier::new);
         let (counted, all) = std::thread::scope(|scope| {
             let start = |dir| {
-                let (here, go) = (&here, &go);
-                scope.spawn(move || -> Result<_> {
+                let (here, go, done) = (&here, &go, &done);
+                scope.spawn(move || {
                     here.wait();
                     go.wait();
-                    let uvm = Uvm::resume(dir, baked, vec![], &[])?;
                     // The connection stays: what its end takes is no part of one answer, nor of many.
-                    let answer = uvm.ask()?;
-                    Ok((uvm, answer))
+                    let resumed = Uvm::resume(dir, baked, vec![], &[])
+                        .and_then(|uvm| uvm.ask().map(|answer| (uvm, answer)));
+                    let answered = Instant::now();
+                    // And so do threads, which are this bench's, until all have answered.
+                    done.wait();
+                    (resumed, answered)
                 })
             };
             let threads: Vec<_> = dirs.iter().map(|dir| start(dir)).collect();
@@ -225,9 +228,10 @@ impl Prepared {
             let before = counting.now();
             let begin = Instant::now();
             go.wait();
-            // Nobody ends before all have answered.
+            done.wait();
             let all: Vec<_> = threads.into_iter().map(|thread| thread.join()).collect();
-            let took = begin.elapsed();
+            let last = all.iter().flatten().map(|(_, answered)| *answered).max();
+            let took = last.unwrap_or(begin) - begin;
             let counted = before.and_then(|before| Ok(counting.now()?.since(&before)));
             measured.add(&format!("kiln-x{count}"), "ms", ms(took));
             (counted, all)
@@ -235,8 +239,9 @@ impl Prepared {
         for (what, unit, value) in counted? {
             measured.add(&format!("kiln-x{count} {what}"), unit, value);
         }
-        for uvm in all {
-            drop(uvm.map_err(|_| anyhow!("a resume panicked"))??);
+        for one in all {
+            let (resumed, _) = one.map_err(|_| anyhow!("a resume panicked"))?;
+            drop(resumed?);
         }
         std::thread::sleep(PAUSE);
         Ok(())
