@@ -194,8 +194,9 @@ fn machine_arguments(clock: Clock, engine: &Engine) -> Vec<&'static str> {
         (Engine::Emulation { .. }, Clock::Wall) => &[
             "-accel",
             "tcg,thread=multi,tb-size=1024",
+            // The first of them runs none of the node's programs; `system/setup` says why.
             "-smp",
-            "2",
+            "3",
             "-cpu",
             "max,+svm,+npt,-la57",
         ],
