@@ -5,7 +5,6 @@ use std::io::{BufRead, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 
@@ -21,6 +20,7 @@ use kiln_vmm::platform::power::Outcome;
 use kiln_vmm::snapshot::{self, Labels};
 use kiln_vmm::timeline::Timeline;
 use kiln_vmm::vm::VmSeed;
+use kiln_vmm_control::api::exit;
 
 const USAGE: &str = "\
 usage: kiln-vmm boot --kernel FILE [--initrd FILE] [--cmdline TEXT] [--memory MIB] [--hotplug MIB]
@@ -118,7 +118,7 @@ fn parse(args: impl Iterator<Item = String>) -> Result<Options> {
 type Start = fn(&Options, VmSeed, EventLoop, Arc<Notify>) -> Result<(Arc<Machine>, String)>;
 
 /// Runs what the arguments say.
-pub(crate) fn run() -> Result<ExitCode> {
+pub(crate) fn run() -> Result<i32> {
     let mut args = std::env::args().skip(1);
     let command = args.next().unwrap_or_default();
     let start: Start = match command.as_str() {
@@ -126,7 +126,7 @@ pub(crate) fn run() -> Result<ExitCode> {
         "resume" => resume,
         _ => {
             eprintln!("{USAGE}");
-            return Ok(ExitCode::from(2));
+            return Ok(2);
         }
     };
     let options = parse(args)?;
@@ -152,7 +152,7 @@ pub(crate) fn run() -> Result<ExitCode> {
     serve(&machine, &kernel, &receiver)
 }
 
-fn serve(machine: &Arc<Machine>, kernel: &str, receiver: &Receiver<Message>) -> Result<ExitCode> {
+fn serve(machine: &Arc<Machine>, kernel: &str, receiver: &Receiver<Message>) -> Result<i32> {
     loop {
         match receiver.recv()? {
             Message::Line(line) => match command(machine, kernel, &line) {
@@ -166,10 +166,10 @@ fn serve(machine: &Arc<Machine>, kernel: &str, receiver: &Receiver<Message>) -> 
             Message::Ended(outcome) => {
                 eprintln!("kiln-vmm: ended: {outcome:?}");
                 return Ok(match outcome {
-                    Outcome::PoweredOff | Outcome::Stopped => ExitCode::SUCCESS,
-                    Outcome::Reset | Outcome::TripleFault => ExitCode::from(3),
-                    Outcome::Panicked => ExitCode::from(4),
-                    Outcome::Failed(_) => ExitCode::FAILURE,
+                    Outcome::PoweredOff | Outcome::Stopped => exit::ENDED,
+                    Outcome::Reset | Outcome::TripleFault => exit::RESET,
+                    Outcome::Panicked => exit::PANICKED,
+                    Outcome::Failed(_) => exit::FAILED,
                 });
             }
         }

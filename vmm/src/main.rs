@@ -4,15 +4,31 @@
 //! and `resume` run a machine in the foreground, with the guest's console on standard output and commands
 //! on standard input (`help` lists them).
 
+#![cfg_attr(not(test), no_main)]
+
 mod ends;
 mod filter;
 mod frontend;
 mod jail;
 mod serve;
 
-use std::process::ExitCode;
+use kiln_vmm_control::api;
 
-fn main() -> ExitCode {
+/// Entered by the C library, not by Rust's runtime, which would read a file in /proc to find where the stack ends and
+/// give every thread a second stack, all for a line about stack overflows, on the way of every resume.
+#[cfg(not(test))]
+// SAFETY: no other `main` is linked, and this one has the signature that the C library calls.
+#[unsafe(no_mangle)]
+extern "C" fn main(_: libc::c_int, _: *const *const libc::c_char) -> libc::c_int {
+    // A closed socket is an error where it is written to.
+    // SAFETY: no handler runs.
+    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_IGN) };
+    std::process::exit(run())
+}
+
+/// The program: its exit code.
+#[cfg_attr(test, allow(dead_code, reason = "tests have a main of their own"))]
+fn run() -> i32 {
     std::panic::set_hook(Box::new(|info| {
         // A VMM with a dead thread would be a machine that half works: end it, and say why.
         eprintln!("kiln-vmm: {info}");
@@ -25,13 +41,10 @@ fn main() -> ExitCode {
         Some("serve") => serve::run(args, started),
         _ => frontend::run(),
     };
-    match result {
-        Ok(code) => code,
-        Err(e) => {
-            eprintln!("kiln-vmm: {e:#}");
-            ExitCode::FAILURE
-        }
-    }
+    result.unwrap_or_else(|e| {
+        eprintln!("kiln-vmm: {e:#}");
+        api::exit::FAILED
+    })
 }
 
 /// All threads allocate from one heap. One of its own costs each thread private pages, and glibc opens a file in

@@ -8,7 +8,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::process::ExitCode;
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -102,7 +101,7 @@ struct Server {
 }
 
 /// Serves one machine.
-pub(crate) fn run(args: impl Iterator<Item = String>, mut timeline: Timeline) -> Result<ExitCode> {
+pub(crate) fn run(args: impl Iterator<Item = String>, mut timeline: Timeline) -> Result<i32> {
     let jail = parse(args)?;
     let kvm: OwnedFd = File::options()
         .read(true)
@@ -126,7 +125,7 @@ pub(crate) fn run(args: impl Iterator<Item = String>, mut timeline: Timeline) ->
     let events = EventLoop::new()?;
     timeline.mark("vmm.process");
     let Some((mut request, fds)) = wire::receive::<Request>(&socket)? else {
-        return Ok(ExitCode::SUCCESS);
+        return Ok(exit::ENDED);
     };
     timeline.skip();
     let mut fds = Fds::new(fds);
@@ -301,7 +300,7 @@ fn start(
     })
 }
 
-fn serve(server: &Server, socket: &UnixStream) -> Result<ExitCode> {
+fn serve(server: &Server, socket: &UnixStream) -> Result<i32> {
     while let Some((request, fds)) = wire::receive::<Request>(socket)? {
         let stop = request == Request::Stop;
         let reply = match answer(server, request, Fds::new(fds)) {

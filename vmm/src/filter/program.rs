@@ -38,20 +38,6 @@ const AT_NUMBER: u32 = 0;
 const AT_ARCHITECTURE: u32 = 4;
 const AT_ARGUMENTS: u32 = 16;
 
-fn instruction(code: u16, k: u32, jt: u8, jf: u8) -> libc::sock_filter {
-    libc::sock_filter { code, jt, jf, k }
-}
-
-fn give(value: u32) -> libc::sock_filter {
-    instruction(RETURN, value, 0, 0)
-}
-
-/// The lower half of an argument. Upper halves are not looked at: the kernel does not either for what is asked here
-/// (ioctl's request, protection bits, flags, process ids).
-fn argument(n: u32) -> libc::sock_filter {
-    instruction(LOAD, AT_ARGUMENTS + 8 * n, 0, 0)
-}
-
 /// What all of KVM's requests have in their second byte (linux/kvm.h).
 const KVMIO: u32 = 0xae;
 
@@ -59,54 +45,141 @@ const ALLOW: u32 = libc::SECCOMP_RET_ALLOW;
 /// Raises SIGSYS, whose handler says what was refused and ends the process.
 const REFUSE: u32 = libc::SECCOMP_RET_TRAP;
 
-fn rule(rule: Rule, pid: u32) -> Vec<libc::sock_filter> {
-    match rule {
-        Rule::Allow => vec![give(ALLOW)],
-        Rule::Fail(errno) => vec![give(libc::SECCOMP_RET_ERRNO | errno.unsigned_abs())],
-        Rule::Among(n, values) => {
-            let mut all = vec![argument(n)];
-            among(values, &mut all);
-            all
-        }
-        Rule::Requests(values) => {
-            let mut all = vec![
-                argument(1),
-                instruction(AND, 0xff00, 0, 0),
-                instruction(EQUAL, KVMIO << 8, 0, 1),
-                give(ALLOW),
-                argument(1),
-            ];
-            among(values, &mut all);
-            all
-        }
-        Rule::Without(n, bits) => vec![
-            argument(n),
-            instruction(ANY_BIT, bits, 1, 0),
-            give(ALLOW),
-            give(REFUSE),
-        ],
-        Rule::Holding(n, bits) => vec![
-            argument(n),
-            instruction(AND, bits, 0, 0),
-            instruction(EQUAL, bits, 0, 1),
-            give(ALLOW),
-            give(REFUSE),
-        ],
-        Rule::OnSelf => vec![
-            argument(0),
-            instruction(EQUAL, pid, 0, 1),
-            give(ALLOW),
-            give(REFUSE),
-        ],
-    }
+/// A place in the program, counted from its end.
+type Place = usize;
+
+/// A program that is written from its end to its beginning: jumps go forward only, so where they go to is written
+/// already, and one ending serves all that get there. The kernel compiles every filter anew for every thread.
+#[derive(Default)]
+struct Backwards {
+    last_first: Vec<libc::sock_filter>,
+    /// Where each ending was written last.
+    endings: BTreeMap<u32, Place>,
 }
 
-fn among(values: &[u32], all: &mut Vec<libc::sock_filter>) {
-    for value in values {
-        all.push(instruction(EQUAL, *value, 0, 1));
-        all.push(give(ALLOW));
+impl Backwards {
+    fn put(&mut self, code: u16, k: u32, jt: u8, jf: u8) -> Place {
+        self.last_first.push(libc::sock_filter { code, jt, jf, k });
+        self.last_first.len() - 1
     }
-    all.push(give(REFUSE));
+
+    /// How far the next but `between` instructions to be written is from a place, if a conditional jump reaches it.
+    fn distance(&self, place: Place, between: usize) -> Option<u8> {
+        u8::try_from(self.last_first.len() + between - place - 1).ok()
+    }
+
+    /// An ending within a jump's reach.
+    fn give(&mut self, value: u32) -> Place {
+        if let Some(place) = self.endings.get(&value)
+            && self.distance(*place, 2).is_some()
+        {
+            return *place;
+        }
+        let place = self.put(RETURN, value, 0, 0);
+        self.endings.insert(value, place);
+        place
+    }
+
+    /// The same place, or a jump to it where a conditional one does not reach.
+    fn near(&mut self, place: Place, between: usize) -> Place {
+        if self.distance(place, between).is_some() {
+            return place;
+        }
+        self.jump(place)
+    }
+
+    fn jump(&mut self, to: Place) -> Place {
+        // A filter has at most 4096 instructions.
+        let far = (self.last_first.len() - to - 1) as u32;
+        self.put((libc::BPF_JMP | libc::BPF_JA) as u16, far, 0, 0)
+    }
+
+    /// Goes on at one of two places.
+    fn choose(&mut self, test: u16, k: u32, yes: Place, no: Place) -> Place {
+        let yes = self.near(yes, 1);
+        let no = self.near(no, 0);
+        let at = self.last_first.len() - 1;
+        // Both are near.
+        let (jt, jf) = ((at - yes) as u8, (at - no) as u8);
+        self.put(test, k, jt, jf)
+    }
+
+    /// An instruction that always goes on at a place.
+    fn step(&mut self, code: u16, k: u32, then: Place) -> Place {
+        if then + 1 != self.last_first.len() {
+            self.jump(then);
+        }
+        self.put(code, k, 0, 0)
+    }
+
+    /// Loads the lower half of an argument. Upper halves are not looked at: the kernel does not either for what is
+    /// asked here (ioctl's request, protection bits, flags, process ids).
+    fn argument(&mut self, n: u32, then: Place) -> Place {
+        self.step(LOAD, AT_ARGUMENTS + 8 * n, then)
+    }
+
+    /// Allows what is loaded if the test says yes, or else refuses it.
+    fn allow_if(&mut self, test: u16, k: u32) -> Place {
+        let (allow, refuse) = (self.give(ALLOW), self.give(REFUSE));
+        self.choose(test, k, allow, refuse)
+    }
+
+    /// Allows these values of what is loaded.
+    fn among(&mut self, values: &[u32]) -> Place {
+        let mut rest = self.give(REFUSE);
+        for value in values {
+            let allow = self.give(ALLOW);
+            rest = self.choose(EQUAL, *value, allow, rest);
+        }
+        rest
+    }
+
+    fn rule(&mut self, rule: Rule, pid: u32) -> Place {
+        match rule {
+            Rule::Allow => self.give(ALLOW),
+            Rule::Fail(errno) => self.give(libc::SECCOMP_RET_ERRNO | errno.unsigned_abs()),
+            Rule::Among(n, values) => {
+                let test = self.among(values);
+                self.argument(n, test)
+            }
+            Rule::Requests(values) => {
+                let test = self.among(values);
+                let others = self.argument(1, test);
+                let allow = self.give(ALLOW);
+                let ours = self.choose(EQUAL, KVMIO << 8, allow, others);
+                let kind = self.step(AND, 0xff00, ours);
+                self.argument(1, kind)
+            }
+            Rule::Without(n, bits) => {
+                let (refuse, allow) = (self.give(REFUSE), self.give(ALLOW));
+                let test = self.choose(ANY_BIT, bits, refuse, allow);
+                self.argument(n, test)
+            }
+            Rule::Holding(n, bits) => {
+                let test = self.allow_if(EQUAL, bits);
+                let held = self.step(AND, bits, test);
+                self.argument(n, held)
+            }
+            Rule::OnSelf => {
+                let test = self.allow_if(EQUAL, pid);
+                self.argument(0, test)
+            }
+        }
+    }
+
+    /// Finds the loaded number's run.
+    fn halve(&mut self, runs: &[(u32, Option<Rule>)], pid: u32) -> Place {
+        let (low, high) = runs.split_at(runs.len() / 2);
+        match high.first() {
+            Some((first, _)) if !low.is_empty() => {
+                let above = self.halve(high, pid);
+                let below = self.halve(low, pid);
+                self.choose(AT_LEAST, *first, above, below)
+            }
+            Some((_, Some(fate))) => self.rule(*fate, pid),
+            None | Some((_, None)) => self.give(REFUSE),
+        }
+    }
 }
 
 /// Builds the program. Numbers that have no rule are refused.
@@ -127,39 +200,14 @@ pub(super) fn build(rules: &BTreeMap<u32, Rule>, pid: u32) -> Vec<libc::sock_fil
         begin(number + 1, None);
     }
     runs.dedup_by_key(|(_, fate)| *fate);
-    let mut program = vec![
-        instruction(LOAD, AT_ARCHITECTURE, 0, 0),
-        instruction(EQUAL, ARCHITECTURE, 1, 0),
-        give(libc::SECCOMP_RET_KILL_PROCESS),
-        instruction(LOAD, AT_NUMBER, 0, 0),
-    ];
-    program.extend(halve(&runs, pid));
-    program
-}
-
-fn halve(runs: &[(u32, Option<Rule>)], pid: u32) -> Vec<libc::sock_filter> {
-    let (low, high) = runs.split_at(runs.len() / 2);
-    let Some((first, fate)) = high.first() else {
-        return vec![give(REFUSE)];
-    };
-    if low.is_empty() {
-        return fate.map_or_else(|| vec![give(REFUSE)], |fate| rule(fate, pid));
-    }
-    let (below, above) = (halve(low, pid), halve(high, pid));
-    let mut all = Vec::with_capacity(below.len() + above.len() + 2);
-    match u8::try_from(below.len()) {
-        Ok(skip) => all.push(instruction(AT_LEAST, *first, skip, 0)),
-        Err(_) => {
-            // Too far for a conditional jump's eight bits.
-            all.push(instruction(AT_LEAST, *first, 0, 1));
-            let far = (libc::BPF_JMP | libc::BPF_JA) as u16;
-            // A filter has at most 4096 instructions.
-            all.push(instruction(far, below.len() as u32, 0, 0));
-        }
-    }
-    all.extend(below);
-    all.extend(above);
-    all
+    let mut program = Backwards::default();
+    let lookup = program.halve(&runs, pid);
+    let ours = program.step(LOAD, AT_NUMBER, lookup);
+    let foreign = program.give(libc::SECCOMP_RET_KILL_PROCESS);
+    let test = program.choose(EQUAL, ARCHITECTURE, ours, foreign);
+    program.step(LOAD, AT_ARCHITECTURE, test);
+    program.last_first.reverse();
+    program.last_first
 }
 
 #[cfg(test)]
