@@ -59,8 +59,14 @@ impl Store {
         let tmp = self.root.join("tmp");
         let mut removed = 0;
         for entry in fs::read_dir(&tmp).context("reading", &tmp)? {
-            let path = entry.context("reading", &tmp)?.path();
-            if !path.is_dir() {
+            let entry = entry.context("reading", &tmp)?;
+            let path = entry.path();
+            // By what the listing says: an owner may end its own at any moment.
+            let kind = match entry.file_type() {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                other => other.context("looking at", &path)?,
+            };
+            if !kind.is_dir() {
                 self.disk.remove_file(&path).context("removing", &path)?;
                 removed += 1;
                 continue;

@@ -188,6 +188,23 @@ fn store_of_another_format_is_refused_by_name() {
 }
 
 #[test]
+fn bake_begins_while_others_end_theirs() {
+    let (_dir, store) = store();
+    std::thread::scope(|scope| {
+        for _ in 0..3 {
+            scope.spawn(|| {
+                for _ in 0..400 {
+                    let staging = store.begin(0).unwrap();
+                    staging.create(Kind::State).unwrap();
+                    drop(staging);
+                }
+            });
+        }
+    });
+    assert_clean(&store);
+}
+
+#[test]
 fn leased_uvm_is_neither_removed_nor_collected() {
     let (_dir, store) = store();
     let id = bake(&store, "one").unwrap();

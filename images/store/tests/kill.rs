@@ -76,14 +76,32 @@ fn child() {
     }
 }
 
-fn spawn_child(root: &Path) -> std::process::Child {
-    Command::new(env::current_exe().unwrap())
+/// Does not outlive the test, however that ends.
+struct Child(std::process::Child);
+
+impl Child {
+    fn kill(&mut self) {
+        self.0.kill().unwrap();
+        self.0.wait().unwrap();
+    }
+}
+
+impl Drop for Child {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn spawn_child(root: &Path) -> Child {
+    let child = Command::new(env::current_exe().unwrap())
         .args(["--exact", "child", "--nocapture"])
         .env(CHILD, root)
         .stdout(Stdio::null())
         .stderr(Stdio::inherit())
         .spawn()
-        .unwrap()
+        .unwrap();
+    Child(child)
 }
 
 #[test]
@@ -96,8 +114,7 @@ fn store_is_whole_after_kill_9_at_60_moments() {
         // Spread over a bake's length; a generator of our own keeps the moments reproducible.
         let moment = (round * 7919 + 13) % 61;
         sleep(Duration::from_millis(5 + moment));
-        child.kill().unwrap();
-        child.wait().unwrap();
+        child.kill();
         let store = Store::open_or_create(&root).unwrap();
         let report = store.verify(&[]).unwrap();
         assert!(
@@ -134,9 +151,8 @@ fn two_bakers_and_a_collector_at_once_do_no_harm() {
         store.collect(Policy::default()).unwrap();
     }
     for child in &mut children {
-        assert!(child.try_wait().unwrap().is_none(), "a baker gave up");
-        child.kill().unwrap();
-        child.wait().unwrap();
+        assert!(child.0.try_wait().unwrap().is_none(), "a baker gave up");
+        child.kill();
     }
 }
 
