@@ -22,7 +22,12 @@ pub fn pod(dir: &PodDir, address: &str) {
             tracing::warn!(pod = %dir.path().display(), %error, "cleaning up: {what}");
         }
     };
+    // Its shim first: it may be making more, which the end waits for.
     if let Some(record) = dir.load() {
+        processes(&[record.shim], &note);
+    }
+    if let Some(record) = dir.end() {
+        processes(&[record.shim, record.vmm], &note);
         resources(&record, &note);
     }
     note(
@@ -33,17 +38,19 @@ pub fn pod(dir: &PodDir, address: &str) {
     note("remove the pod's directory", dir.remove());
 }
 
-fn resources(record: &Record, note: &dyn Fn(&str, io::Result<()>)) {
+type Note<'a> = &'a dyn Fn(&str, io::Result<()>);
+
+fn processes(all: &[Option<ProcessRef>], note: Note<'_>) {
     let own = i32::try_from(std::process::id()).ok();
-    let others = |process: &ProcessRef| Some(process.pid) != own;
-    // A shim that ends in good order cleans up after itself by the same record.
-    for process in [record.shim, record.vmm]
-        .into_iter()
-        .flatten()
-        .filter(others)
-    {
-        note("kill a process", kill(process));
+    for process in all.iter().copied().flatten() {
+        // A shim that ends in good order cleans up after itself by the same record.
+        if Some(process.pid) != own {
+            note("kill a process", kill(process));
+        }
     }
+}
+
+fn resources(record: &Record, note: Note<'_>) {
     if let Some(netns) = &record.netns {
         // A namespace that is gone took its devices along.
         if let Ok(netns) = File::open(netns) {

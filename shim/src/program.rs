@@ -3,6 +3,7 @@
 use std::env;
 use std::fs;
 use std::io::{self, IsTerminal, Read, Write};
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -96,25 +97,22 @@ where
         &group,
     );
     let dir = PodDir::new(&config.state_dir, &args.namespace, &group);
-    let ShimSocket::New(listener) = bootstrap::bind_or_find(&address)? else {
-        write_address(&bundle, &address)?;
-        return answer(&params, &config, dir.load().and_then(|r| r.answer), address);
-    };
-    let started = (|| {
-        write_address(&bundle, &address)?;
-        dir.create()
-            .with_context(|| format!("make {}", dir.path().display()))?;
-        dir.save(&Record::default())
-            .context("write the pod's record")
-    })();
-    if let Err(error) = started {
-        // Best effort, so that the next start finds nothing half-made.
-        let _ = bootstrap::remove(&address);
-        return Err(error);
-    }
     // SAFETY: nothing so far has started a thread.
     match unsafe { bootstrap::fork_daemon() }.context("go into the background")? {
-        Fork::Daemon { starter } => {
+        Fork::Daemon { starter, mut tell } => {
+            // What is made is made on this side: `start` may be killed at any moment, and this side sees to the rest.
+            let begun = begin(&bundle, &address, &dir);
+            let word = match &begun {
+                Ok(Some(_)) => vec![SERVING],
+                Ok(None) => vec![FOUND],
+                Err(error) => format!("{error:#}").into_bytes(),
+            };
+            // That `start` is gone is noticed where its answer is waited for.
+            let _ = tell.write_all(&word);
+            drop(tell);
+            let Some(listener) = begun? else {
+                return Ok(());
+            };
             let shim = Shim {
                 namespace: args.namespace.clone(),
                 group,
@@ -128,10 +126,26 @@ where
         }
         Fork::Starter {
             daemon,
+            mut told,
             mut answered,
         } => {
-            // Ours is a copy; the daemon's stays open.
-            drop(listener);
+            let mut word = Vec::new();
+            told.read_to_end(&mut word)
+                .context("hear how the shim began")?;
+            match word.as_slice() {
+                [SERVING] => {}
+                [FOUND] => {
+                    let given_before = dir.load().and_then(|record| record.answer);
+                    return answer(&params, &config, given_before, address);
+                }
+                [] => {
+                    if !bootstrap::is_alive(&address) {
+                        cleanup::pod(&dir, &address);
+                    }
+                    anyhow::bail!("the shim was killed as it began");
+                }
+                error => anyhow::bail!("{}", String::from_utf8_lossy(error)),
+            }
             // A shim that is killed a little later than it should be is no reason not to start.
             let _ = bootstrap::adjust_oom_score(daemon);
             answer(&params, &config, None, address)?;
@@ -142,10 +156,36 @@ where
     }
 }
 
+/// What the shim says of its beginning, if not what went wrong: it serves, or has found one that does.
+const SERVING: u8 = 1;
+const FOUND: u8 = 2;
+
+/// Makes the pod's socket and record, unless there is a shim that has.
+fn begin(bundle: &Path, address: &str, dir: &PodDir) -> Result<Option<UnixListener>> {
+    let ShimSocket::New(listener) = bootstrap::bind_or_find(address)? else {
+        write_address(bundle, address)?;
+        return Ok(None);
+    };
+    let made = (|| {
+        write_address(bundle, address)?;
+        dir.create()
+            .with_context(|| format!("make {}", dir.path().display()))?;
+        dir.save(&Record::default())
+            .context("write the pod's record")
+    })();
+    if let Err(error) = made {
+        // Best effort, so that the next start finds nothing half-made.
+        let _ = bootstrap::remove(address);
+        let _ = dir.remove();
+        return Err(error);
+    }
+    Ok(Some(listener))
+}
+
 fn run_in_background<L>(
     shim: Shim,
     starter: io::PipeReader,
-    listener: std::os::unix::net::UnixListener,
+    listener: UnixListener,
     spec: Option<&Spec>,
     launcher: L,
 ) -> Result<()>

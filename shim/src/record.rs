@@ -3,10 +3,12 @@
 //! Written before a thing is made, not after: a name in the record may be one that never came to
 //! be, never the other way round.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
+use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 
 use crate::bootstrap::AnswerForm;
@@ -39,6 +41,15 @@ pub struct Record {
     /// How `start` was answered; containers of the pod that ask again get the same.
     pub answer: Option<AnswerForm>,
 }
+
+/// While it is held nobody takes the pod away: who cleans up waits, and then finds all that was made.
+#[derive(Debug)]
+pub struct Stay {
+    _lock: Flock<File>,
+}
+
+/// How long who cleans up waits for what is just being made. A thread that hangs must not keep a pod for ever.
+const END_WAIT: Duration = Duration::from_secs(2);
 
 /// Where a pod's record and sockets lie, and where its volumes are mounted.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -90,6 +101,36 @@ impl PodDir {
 
     fn record_path(&self) -> PathBuf {
         self.dir.join("record.json")
+    }
+
+    /// Where the record is once the pod is being removed.
+    fn ended_path(&self) -> PathBuf {
+        self.dir.join("record.ended.json")
+    }
+
+    /// For whoever makes something that has to be cleaned up. Fails when the pod is being removed.
+    pub fn stay(&self) -> io::Result<Stay> {
+        let lock = Flock::lock(File::open(&self.dir)?, FlockArg::LockShared);
+        let lock = lock.map_err(|(_, error)| error)?;
+        fs::metadata(self.record_path())?;
+        Ok(Stay { _lock: lock })
+    }
+
+    /// Has nothing more be made for this pod, and reads what was. Can be called again.
+    pub fn end(&self) -> Option<Record> {
+        let begun = Instant::now();
+        let mut dir = File::open(&self.dir).ok()?;
+        let _lock = loop {
+            match Flock::lock(dir, FlockArg::LockExclusiveNonblock) {
+                Ok(lock) => break Some(lock),
+                Err(_) if begun.elapsed() > END_WAIT => break None,
+                Err((back, _)) => dir = back,
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        };
+        // Not there the second time.
+        let _ = fs::rename(self.record_path(), self.ended_path());
+        serde_json::from_slice(&fs::read(self.ended_path()).ok()?).ok()
     }
 
     /// Makes the directory.
@@ -165,6 +206,32 @@ mod tests {
         pod.remove().unwrap();
         assert!(!dir.path().join("pods/k8s.io").exists());
         pod.remove().unwrap();
+    }
+
+    #[test]
+    fn nothing_is_made_behind_an_end_and_an_end_waits_for_what_is() {
+        let dir = tempfile::tempdir().unwrap();
+        let pod = PodDir::new(dir.path(), "k8s.io", "p1");
+        assert!(pod.stay().is_err());
+        pod.create().unwrap();
+        pod.save(&Record::default()).unwrap();
+        let (first, second) = (pod.stay().unwrap(), pod.stay().unwrap());
+        let ending = std::thread::spawn({
+            let pod = pod.clone();
+            move || pod.end()
+        });
+        std::thread::sleep(Duration::from_millis(50));
+        let taps = vec!["tap0".to_owned()];
+        let made = Record {
+            taps,
+            ..Record::default()
+        };
+        pod.save(&made).unwrap();
+        drop((first, second));
+        assert_eq!(ending.join().unwrap(), Some(made.clone()));
+        assert_eq!(pod.stay().unwrap_err().kind(), io::ErrorKind::NotFound);
+        assert_eq!(pod.load(), None);
+        assert_eq!(pod.end(), Some(made));
     }
 
     #[test]

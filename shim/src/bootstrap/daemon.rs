@@ -13,6 +13,8 @@ pub enum Fork {
     Starter {
         /// The daemon's process id.
         daemon: i32,
+        /// What the daemon says of its beginning.
+        told: PipeReader,
         /// Where to say that the answer was given.
         answered: PipeWriter,
     },
@@ -20,6 +22,8 @@ pub enum Fork {
     Daemon {
         /// Ends without a word if `start` was killed before it had answered: then nobody knows of this shim.
         starter: PipeReader,
+        /// Where to say how the beginning went.
+        tell: PipeWriter,
     },
 }
 
@@ -38,18 +42,20 @@ pub unsafe fn fork_daemon() -> io::Result<Fork> {
         .write(true)
         .open("/dev/null")?;
     let (starter, answered) = io::pipe()?;
+    let (told, tell) = io::pipe()?;
     // SAFETY: the caller promises that this is the only thread, so no lock can be held by another
     // one in the child's copy of the memory.
     match unsafe { fork() }? {
         ForkResult::Parent { child } => Ok(Fork::Starter {
             daemon: child.as_raw(),
+            told,
             answered,
         }),
         ForkResult::Child => {
-            drop(answered);
+            drop((answered, told));
             setsid()?;
             detach_stdio(&null)?;
-            Ok(Fork::Daemon { starter })
+            Ok(Fork::Daemon { starter, tell })
         }
     }
 }

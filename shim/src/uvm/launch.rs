@@ -30,7 +30,7 @@ use crate::cgroup;
 use crate::config::Config;
 use crate::error::{Error, Result, chain};
 use crate::network::{self, Forwarder, NetworkError, PodNetwork, Tap};
-use crate::record::{PodDir, ProcessRef, Record};
+use crate::record::{PodDir, ProcessRef, Record, Stay};
 use crate::share::{self, Share};
 use crate::size::{MIB, Size};
 use crate::timeline::Timeline;
@@ -197,8 +197,19 @@ impl StoreLauncher {
         Ok(file)
     }
 
+    /// Before anything is made that has to be cleaned up.
+    fn stay(&self) -> Result<Stay> {
+        let stay = self.dir.stay();
+        stay.map_err(|e| {
+            Error::failed(
+                "begin what its record, which is gone, would have to name",
+                e,
+            )
+        })
+    }
+
     /// Changes the pod's record.
-    fn note(&self, change: impl FnOnce(&mut Record)) -> Result<()> {
+    fn note(&self, _: &Stay, change: impl FnOnce(&mut Record)) -> Result<()> {
         let _turn = self.record.lock().unwrap_or_else(PoisonError::into_inner);
         let mut record = self.dir.load().unwrap_or_default();
         change(&mut record);
@@ -209,8 +220,9 @@ impl StoreLauncher {
 
     /// Enters the pod's cgroup and starts a VMM in it.
     fn spawn(&self, setup: &PodSetup, log: File, timeline: &Timeline) -> Result<Arc<Vmm>> {
+        let stay = self.stay()?;
         if let Some(directory) = setup.cgroup.as_deref().and_then(cgroup::directory) {
-            self.note(|r| r.cgroup = Some(directory.clone()))?;
+            self.note(&stay, |r| r.cgroup = Some(directory.clone()))?;
             timeline
                 .time("shim.cgroup", || {
                     cgroup::enter(&directory, std::process::id())
@@ -243,7 +255,7 @@ impl StoreLauncher {
                 Error::failed("start the VMM; `vmm` in kiln's configuration names it", e)
             })?;
         let process = i32::try_from(vmm.pid()).ok().and_then(ProcessRef::of);
-        self.note(|r| r.vmm = process)?;
+        self.note(&stay, |r| r.vmm = process)?;
         Ok(Arc::new(vmm))
     }
 
@@ -262,7 +274,8 @@ impl StoreLauncher {
         let network = timeline
             .time("shim.network.read", || network::inspect(&netns))
             .map_err(failed)?;
-        self.note(|r| {
+        let stay = self.stay()?;
+        self.note(&stay, |r| {
             r.netns = Some(path.clone());
             r.redirected = network.interfaces.iter().map(|i| i.name.clone()).collect();
             r.taps = (0..network.interfaces.len())
@@ -301,6 +314,7 @@ impl StoreLauncher {
         };
         let prepared = timeline.time("shim.files", || {
             let baked = self.open(setup)?;
+            let _stay = self.stay()?;
             let share = Share::create(self.dir.shared())?;
             Ok::<_, Error>((baked, Arc::new(share), self.listen()?))
         });

@@ -160,7 +160,8 @@ async fn pod_whose_processes_are_killed_ends_and_leaves_nothing(test: Test) -> R
 async fn shim_killed_while_a_pod_starts_leaves_nothing(test: Test) -> Result<()> {
     let before = census(&test).await?;
     // At several moments: a start takes about as long as the last of these.
-    for milliseconds in [0, 100, 300, 700, 1500] {
+    let moments = [0, 100, 300, 700, 1500];
+    for milliseconds in moments.repeat(usize::try_from(super::rounds()?)?) {
         let config = test.pod_config(&kiln_e2e::PodSpec::new())?;
         let starting = Pod::run(test.cri().clone(), config, test.handler());
         let killing = async {
