@@ -720,6 +720,28 @@ async fn remove_in_the_end(client: &Client, container: &Container) -> Result<()>
     remove(client, id, snapshotter).await
 }
 
+/// Removes a container's snapshot, if there is one. One whose container was never made, because containerd was killed in
+/// between, is kept by its label and named by nothing else.
+pub(crate) async fn remove_snapshot(client: &Client, id: &str) -> Result<()> {
+    let message = RemoveSnapshotRequest {
+        snapshotter: SNAPSHOTTER.to_owned(),
+        key: id.to_owned(),
+    };
+    Ok(unless_gone(client.snapshots().remove(call(message)?).await)?)
+}
+
+/// Makes an empty snapshot and removes it: containerd looks for directories that belong to no snapshot only where one
+/// was removed.
+pub(crate) async fn stir_snapshotter(client: &Client, key: &str) -> Result<()> {
+    let message = PrepareSnapshotRequest {
+        snapshotter: SNAPSHOTTER.to_owned(),
+        key: key.to_owned(),
+        ..Default::default()
+    };
+    client.snapshots().prepare(call(message)?).await?;
+    remove_snapshot(client, key).await
+}
+
 async fn remove(client: &Client, id: &str, snapshotter: &str) -> Result<()> {
     let container_id = id.to_owned();
     let kill = KillRequest {

@@ -194,6 +194,7 @@ impl Test {
     /// its own time otherwise.
     async fn collect_garbage(&self) -> Result<()> {
         let id = self.unique("garbage");
+        plain::stir_snapshotter(self.client(), &id).await?;
         let lease = leases::CreateRequest {
             id: id.clone(),
             ..Default::default()
@@ -240,6 +241,9 @@ impl Test {
             .lock()
             .map(|made| made.clone())
             .unwrap_or_default();
+        for id in &ids {
+            plain::remove_snapshot(self.client(), id).await?;
+        }
         let gone = wait::until("removal of all traces", SETTLE, || async {
             let traces = node::traces(&ids)?;
             Ok((traces.is_empty() && self.remove_pod_cgroups().is_ok()).then_some(()))
