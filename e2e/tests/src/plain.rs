@@ -727,19 +727,21 @@ pub(crate) async fn remove_snapshot(client: &Client, id: &str) -> Result<()> {
         snapshotter: SNAPSHOTTER.to_owned(),
         key: id.to_owned(),
     };
-    Ok(unless_gone(client.snapshots().remove(call(message)?).await)?)
+    Ok(unless_gone(
+        client.snapshots().remove(call(message)?).await,
+    )?)
 }
 
-/// Makes an empty snapshot and removes it: containerd looks for directories that belong to no snapshot only where one
-/// was removed.
-pub(crate) async fn stir_snapshotter(client: &Client, key: &str) -> Result<()> {
+/// Makes an empty snapshot that stays until it is removed.
+pub(crate) async fn keep_snapshot(client: &Client, key: &str) -> Result<()> {
     let message = PrepareSnapshotRequest {
         snapshotter: SNAPSHOTTER.to_owned(),
         key: key.to_owned(),
+        labels: HashMap::from([("containerd.io/gc.root".to_owned(), key.to_owned())]),
         ..Default::default()
     };
     client.snapshots().prepare(call(message)?).await?;
-    remove_snapshot(client, key).await
+    Ok(())
 }
 
 async fn remove(client: &Client, id: &str, snapshotter: &str) -> Result<()> {

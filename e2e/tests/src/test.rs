@@ -41,6 +41,8 @@ struct Inner {
     counter: AtomicU32,
     /// Ids of pods and containers that this run made: nothing on the node may name them after it.
     made: Mutex<Vec<String>>,
+    /// Snapshots that are there to be removed.
+    spares: Mutex<Vec<String>>,
 }
 
 impl Test {
@@ -63,6 +65,7 @@ impl Test {
                 scratch,
                 counter: AtomicU32::new(0),
                 made: Mutex::new(Vec::new()),
+                spares: Mutex::new(Vec::new()),
             }),
         })
     }
@@ -190,11 +193,42 @@ impl Test {
         })
     }
 
+    /// Makes empty snapshots, of which each collection of garbage removes one.
+    ///
+    /// A containerd that is killed while it makes a snapshot leaves a directory that belongs to none, and can make no other
+    /// one of that number. It looks for such directories only when a snapshot was removed.
+    pub async fn spare_snapshots(&self, count: usize) -> Result<()> {
+        for _ in 0..count {
+            let key = self.unique("spare");
+            plain::keep_snapshot(self.client(), &key).await?;
+            if let Ok(mut all) = self.inner.spares.lock() {
+                all.push(key);
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes those that are left of them.
+    pub async fn remove_spare_snapshots(&self) -> Result<()> {
+        let spares = self
+            .inner
+            .spares
+            .lock()
+            .map(|mut all| std::mem::take(&mut *all));
+        for spare in spares.unwrap_or_default() {
+            plain::remove_snapshot(self.client(), &spare).await?;
+        }
+        Ok(())
+    }
+
     /// Has containerd remove what nothing refers to any more, such as the files of removed snapshots, which it does in
     /// its own time otherwise.
     async fn collect_garbage(&self) -> Result<()> {
         let id = self.unique("garbage");
-        plain::stir_snapshotter(self.client(), &id).await?;
+        let spare = self.inner.spares.lock().ok().and_then(|mut all| all.pop());
+        if let Some(spare) = spare {
+            plain::remove_snapshot(self.client(), &spare).await?;
+        }
         let lease = leases::CreateRequest {
             id: id.clone(),
             ..Default::default()

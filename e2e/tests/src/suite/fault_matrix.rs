@@ -83,10 +83,15 @@ async fn killed_container_at_any_step(test: Test) -> Result<()> {
 async fn disturb(test: &Test, victim: Victim) -> Result<()> {
     // The first task leaves containerd's own directories.
     end(Plain::run(test, &sleeper()).await?).await?;
+    let rounds = super::rounds()?;
+    if victim == Victim::Containerd {
+        // For each step of a round, and each look at whether the node is as it was.
+        test.spare_snapshots(12 * usize::try_from(rounds)?).await?;
+    }
     let before = Census::take()?;
     let mut moments = Moments::new()?;
     // Each time at another moment of a step.
-    for _ in 0..super::rounds()? {
+    for _ in 0..rounds {
         for step in [Step::Create, Step::Start, Step::Exec, Step::Delete] {
             let moment = moments.next();
             let what = || format!("{victim:?} killed {moment:?} into {step:?}");
@@ -96,6 +101,7 @@ async fn disturb(test: &Test, victim: Victim) -> Result<()> {
             test.node_is_as(&before).await.with_context(what)?;
         }
     }
+    test.remove_spare_snapshots().await?;
     // The node is none the worse for it.
     let task = Plain::run(test, &sleeper()).await?;
     task.streams.wait_for("started").await?;
