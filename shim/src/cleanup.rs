@@ -38,6 +38,23 @@ pub fn pod(dir: &PodDir, address: &str) {
     note("remove the pod's directory", dir.remove());
 }
 
+/// Removes other pods that nobody else will: a shim that is killed between its answer and containerd's first call is
+/// forgotten by containerd, which removes the bundle and asks for nothing more.
+pub fn orphans(own: &PodDir) {
+    for other in own.others() {
+        let Some(record) = other.last_record() else {
+            continue;
+        };
+        let forgotten = record.bundle.as_ref().is_some_and(|b| !b.exists());
+        let address = record.address.unwrap_or_default();
+        let lives = record.shim.is_some_and(|shim| shim.is_alive());
+        if forgotten && !lives && !bootstrap::is_alive(&address) {
+            tracing::warn!(pod = %other.path().display(), "removing what a killed shim left");
+            pod(&other, &address);
+        }
+    }
+}
+
 type Note<'a> = &'a dyn Fn(&str, io::Result<()>);
 
 fn processes(all: &[Option<ProcessRef>], note: Note<'_>) {
@@ -129,6 +146,7 @@ fn pidfd_kill(pidfd: &OwnedFd) -> io::Result<()> {
 mod tests {
     use super::*;
     use std::os::unix::net::UnixListener;
+    use std::path::Path;
     use std::process::Command;
     use std::thread;
 
@@ -154,6 +172,46 @@ mod tests {
         assert!(!pod_dir.path().exists());
         assert!(!bootstrap::path_of(&address).exists());
         pod(&pod_dir, &address);
+    }
+
+    #[test]
+    fn only_what_nobody_will_ask_for_is_an_orphan() {
+        let dir = tempfile::tempdir().unwrap();
+        let own = ProcessRef::of(i32::try_from(std::process::id()).unwrap());
+        let dead = own.map(|own| ProcessRef {
+            started: own.started + 1,
+            ..own
+        });
+        let bundle = dir.path().join("bundle");
+        std::fs::create_dir(&bundle).unwrap();
+        let make = |name: &str, shim, bundle: &Path| {
+            let pod = PodDir::new(dir.path(), "n", name);
+            pod.create().unwrap();
+            let address = format!("unix://{}/{name}.sock", dir.path().display());
+            drop(UnixListener::bind(bootstrap::path_of(&address)).unwrap());
+            pod.save(&Record {
+                shim,
+                bundle: Some(bundle.to_owned()),
+                address: Some(address),
+                ..Record::default()
+            })
+            .unwrap();
+            pod
+        };
+        let gone = dir.path().join("gone");
+        let ours = make("ours", own, &bundle);
+        let orphan = make("orphan", dead, &gone);
+        let half_removed = make("half-removed", dead, &gone);
+        half_removed.end();
+        let stays = [
+            make("known", dead, &bundle),
+            make("lives", own, &gone),
+            make("begins", None, &bundle),
+        ];
+        orphans(&ours);
+        assert!(!orphan.path().exists() && !half_removed.path().exists());
+        assert!(!dir.path().join("orphan.sock").exists());
+        assert!(stays.iter().chain([&ours]).all(|pod| pod.path().exists()));
     }
 
     #[test]

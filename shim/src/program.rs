@@ -170,8 +170,12 @@ fn begin(bundle: &Path, address: &str, dir: &PodDir) -> Result<Option<UnixListen
         write_address(bundle, address)?;
         dir.create()
             .with_context(|| format!("make {}", dir.path().display()))?;
-        dir.save(&Record::default())
-            .context("write the pod's record")
+        let record = Record {
+            bundle: Some(bundle.to_owned()),
+            address: Some(address.to_owned()),
+            ..Record::default()
+        };
+        dir.save(&record).context("write the pod's record")
     })();
     if let Err(error) = made {
         // Best effort, so that the next start finds nothing half-made.

@@ -38,6 +38,10 @@ pub struct Record {
     pub taps: Vec<String>,
     /// The cgroup, as a directory.
     pub cgroup: Option<PathBuf>,
+    /// The bundle that the shim was started in, which containerd removes when it knows nothing of the pod any more.
+    pub bundle: Option<PathBuf>,
+    /// Where the shim listens.
+    pub address: Option<String>,
     /// How `start` was answered; containers of the pod that ask again get the same.
     pub answer: Option<AnswerForm>,
 }
@@ -148,6 +152,28 @@ impl PodDir {
     /// Reads the record; `None` if there is none or it can't be read.
     pub fn load(&self) -> Option<Record> {
         serde_json::from_slice(&fs::read(self.record_path()).ok()?).ok()
+    }
+
+    /// The record, also of a pod whose removal has begun.
+    pub fn last_record(&self) -> Option<Record> {
+        let ended = || serde_json::from_slice(&fs::read(self.ended_path()).ok()?).ok();
+        self.load().or_else(ended)
+    }
+
+    /// The other pods of the namespace.
+    pub fn others(&self) -> Vec<Self> {
+        let parents = (self.dir.parent(), self.shared.parent());
+        let (Some(pods), Some(shared)) = parents else {
+            return Vec::new();
+        };
+        let names = fs::read_dir(pods).into_iter().flatten().flatten();
+        names
+            .map(|entry| Self {
+                dir: entry.path(),
+                shared: shared.join(entry.file_name()),
+            })
+            .filter(|other| other != self)
+            .collect()
     }
 
     /// Removes the directory and, if it was the last one, its namespace's.

@@ -72,6 +72,7 @@ impl Shim {
         let result = runtime.block_on(self.serve(starter, listener, spec, launcher));
         // Threads that wait in open() for a FIFO's other end must not keep the process.
         runtime.shutdown_background();
+        cleanup::orphans(&self.pod_dir());
         cleanup::pod(&self.pod_dir(), &self.address);
         result
     }
