@@ -461,9 +461,11 @@ fn attach(machine: &Machine, slot: Option<u8>, disk: HostEnd) -> Result<u8> {
     }
 }
 
-/// A guest that has given nothing back for so long tries again only much later: Linux' driver waits most of a
-/// minute after a block that was busy.
+/// A guest that has given nothing back for so long, though it was asked again and again, keeps what it has.
 const SHRINK_PATIENCE: Duration = Duration::from_secs(20);
+/// How often it is asked again. By itself, Linux' driver waits most of a minute after a block that was busy, which a page
+/// under I/O is enough for.
+const ASK_AGAIN: Duration = Duration::from_secs(2);
 
 /// Asks the guest for a size and waits until it has followed, or has given back what memory it can.
 fn resize(server: &Server, cpus: u8, memory: u64, timeout: Duration) -> Result<()> {
@@ -487,6 +489,7 @@ fn resize(server: &Server, cpus: u8, memory: u64, timeout: Duration) -> Result<(
     }
     let mut pending = lock(&watcher.pending);
     let mut last = (machine.plugged().plugged, Instant::now());
+    let mut asked = Instant::now();
     loop {
         if let Some((cpu, status)) = pending.refused.first_key_value() {
             bail!("the guest refused to change vCPU {cpu} (ACPI status {status:#x})");
@@ -497,6 +500,10 @@ fn resize(server: &Server, cpus: u8, memory: u64, timeout: Duration) -> Result<(
         }
         if plugged.plugged != last.0 {
             last = (plugged.plugged, Instant::now());
+            asked = last.1;
+        } else if plugged.plugged > plugged.requested && asked.elapsed() >= ASK_AGAIN {
+            machine.remind_of_memory();
+            asked = Instant::now();
         }
         let stuck = last.1.elapsed() >= SHRINK_PATIENCE || Instant::now() >= deadline;
         if pending.cpus.is_empty() && plugged.plugged > plugged.requested && stuck {

@@ -251,6 +251,11 @@ impl Machine {
         }
     }
 
+    /// Asks the guest once more for the memory that it was asked for, if it has not followed.
+    pub fn remind_of_memory(&self) {
+        self.with_mem(|_, m| m.remind());
+    }
+
     /// What is plugged into the hot-plug window.
     pub fn plugged(&self) -> MemStatus {
         self.with_mem(|_, m| m.status()).unwrap_or_default()

@@ -187,6 +187,12 @@ impl Mem {
         Ok(())
     }
 
+    /// Asks the guest once more, if it has not followed: a driver that met something busy tries again at once.
+    pub fn remind(&mut self) {
+        self.unannounced |= self.status().plugged != self.requested;
+        self.announce();
+    }
+
     /// Usable part of the region for so much memory: whole blocks as Linux counts them, and one to
     /// spare, since a block may hold something that can't be moved.
     fn usable_for(&self, bytes: u64) -> u64 {

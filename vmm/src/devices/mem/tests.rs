@@ -121,8 +121,13 @@ fn memory_grows_and_shrinks_as_requested() {
     assert_eq!(config(&bench, 40), 200 * MIB);
     assert_eq!(ask(&mut bench, PLUG, BASE + 200 * MIB, 1), (NACK, 0));
 
+    // It has followed: nothing to remind it of.
+    bench.device.remind();
+    assert_eq!(bench.sink.config_count(), 1);
     bench.device.request(100 * MIB).unwrap();
     assert_eq!(bench.sink.config_count(), 2);
+    bench.device.remind();
+    assert_eq!(bench.sink.config_count(), 3);
     assert_eq!(ask(&mut bench, UNPLUG, BASE + 128 * MIB, 36), (ACK, 0));
     assert_eq!(ask(&mut bench, UNPLUG, BASE + 100 * MIB, 14), (ACK, 0));
     assert_eq!(
