@@ -134,6 +134,10 @@ impl PodDir {
         };
         // Not there the second time.
         let _ = fs::rename(self.record_path(), self.ended_path());
+        self.ended()
+    }
+
+    fn ended(&self) -> Option<Record> {
         serde_json::from_slice(&fs::read(self.ended_path()).ok()?).ok()
     }
 
@@ -156,8 +160,7 @@ impl PodDir {
 
     /// The record, also of a pod whose removal has begun.
     pub fn last_record(&self) -> Option<Record> {
-        let ended = || serde_json::from_slice(&fs::read(self.ended_path()).ok()?).ok();
-        self.load().or_else(ended)
+        self.load().or_else(|| self.ended())
     }
 
     /// The other pods of the namespace.

@@ -200,12 +200,7 @@ impl StoreLauncher {
     /// Before anything is made that has to be cleaned up.
     fn stay(&self) -> Result<Stay> {
         let stay = self.dir.stay();
-        stay.map_err(|e| {
-            Error::failed(
-                "begin what its record, which is gone, would have to name",
-                e,
-            )
-        })
+        stay.map_err(|e| Error::failed("go on with a pod that is being removed", e))
     }
 
     /// Changes the pod's record.

@@ -15,6 +15,7 @@ use super::same;
 const MIB: u64 = 1 << 20;
 const RAM: &str = "kiln.dev/overlay-ram";
 const DISK: &str = "kiln.dev/overlay-disk";
+const FLUSH: &str = "kiln.dev/overlay-flush";
 /// For what happens in the background.
 const SOON: Duration = Duration::from_secs(60);
 
@@ -23,6 +24,7 @@ pub(crate) fn cases() -> Vec<Case> {
         writes_beyond_the_ram_go_to_the_disk_and_stay_right.limit(600),
         limit_is_a_full_disk_and_deleting_makes_room,
         deleted_files_give_ram_back,
+        what_is_synced_is_on_the_disk_where_that_is_wanted,
         containers_of_a_pod_share_the_overlay_and_leave_nothing_in_it,
         spill_disk_that_is_full_is_an_error_of_the_write_alone.alone(),
         pods_share_the_nodes_ram_for_writes_fairly.alone(),
@@ -128,6 +130,26 @@ async fn writes_beyond_the_ram_go_to_the_disk_and_stay_right(test: Test) -> Resu
         Ok((back >= on_disk / 2).then_some(()))
     })
     .await
+}
+
+async fn what_is_synced_is_on_the_disk_where_that_is_wanted(test: Test) -> Result<()> {
+    const FILE: u64 = 8 * MIB;
+    for (flush, least, most) in [("disk", FILE, u64::MAX), ("none", 0, 0)] {
+        let spec = PodSpec::new()
+            .annotation(RAM, "256Mi")
+            .annotation(FLUSH, flush);
+        let pod = test.run_pod(&spec).await?;
+        let container = started(&pod, "main").await?;
+        put(&container, "/file", FILE, 1).await?;
+        let spilled = figure(&pod, "spilled")?;
+        ensure!(
+            (least..=most).contains(&spilled),
+            "{flush}: {spilled} bytes written to the disk"
+        );
+        check(&container, "/file", FILE, 1).await?;
+        pod.remove().await?;
+    }
+    Ok(())
 }
 
 fn free_bytes(path: &Path) -> Result<u64> {
