@@ -18,6 +18,8 @@ use tokio_tungstenite::tungstenite::http::HeaderValue;
 
 /// How long a stream may be silent while something is expected of it.
 const STEP: Duration = Duration::from_secs(30);
+/// How long a first answer may take before it is asked for once more, and how often it is.
+const KNOCK: (Duration, u32) = (Duration::from_secs(2), 15);
 /// What kubelet's streaming server has spoken since long before any containerd of today.
 const PROTOCOL: &str = "v4.channel.k8s.io";
 
@@ -124,6 +126,20 @@ impl Stream {
             }
         }
         Ok(())
+    }
+
+    /// Sends input again and again until the channel has this text. An attached client's input reaches the process before
+    /// containerd has added the client to those who get its output: what answers the first is lost now and then.
+    pub async fn knock(&mut self, input: &[u8], channel: usize, text: &str) -> Result<()> {
+        let (patience, times) = KNOCK;
+        for _ in 0..times {
+            self.send(0, input).await?;
+            if let Ok(answered) = tokio::time::timeout(patience, self.wait_for(channel, text)).await
+            {
+                return answered;
+            }
+        }
+        bail!("no {text:?} on channel {channel} after {times} times {input:?}")
     }
 
     /// Waits until the channel has at least so many bytes.
