@@ -718,13 +718,7 @@ impl Container {
 
     /// Asks it to stop, and kills it after `grace`.
     pub async fn stop(&self, grace: Duration) -> Result<()> {
-        match self.cri.stop_with_grace(&self.id, grace).await {
-            // It ended just as containerd was to kill it, and containerd hangs up on what has ended: kubelet asks again, too.
-            Err(error) if error.to_string().contains("ttrpc: closed") => {
-                Ok(self.cri.stop_with_grace(&self.id, grace).await?)
-            }
-            result => Ok(result?),
-        }
+        Ok(self.cri.stop_with_grace(&self.id, grace).await?)
     }
 
     /// Removes it.

@@ -118,9 +118,6 @@ impl Agent {
             scratch::limit(request.scratch_limit_bytes)
                 .action("limit the containers' writable layers")?;
         }
-        if request.scratch_flushes {
-            scratch::flushes(true).action("flush the containers' writable layers")?;
-        }
         if let Some(wanted) = request.resources.into_option() {
             let state = spans.of("resources", self.set_resources(wanted)).await?;
             response.resources = Some(state).into();

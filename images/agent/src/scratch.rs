@@ -36,20 +36,7 @@ pub(crate) fn mount_it() -> io::Result<()> {
         MsFlags::MS_NOATIME,
         Some(OPTIONS),
     )?;
-    flushes(false)
-}
-
-/// Whether the disk is told of what is synced. By default what was written is as safe without: it lasts as long as the
-/// VMM, and so each sync is a request less.
-pub(crate) fn flushes(wanted: bool) -> io::Result<()> {
-    let Some(disk) = disk() else { return Ok(()) };
-    let knob: PathBuf = ["/sys/block", &disk, "queue/write_cache"].iter().collect();
-    let cache = if wanted {
-        "write back"
-    } else {
-        "write through"
-    };
-    fs::write(knob, cache)
+    Ok(())
 }
 
 /// Leaves this many bytes to be written, so that a container that writes more is told at once that the disk is full:

@@ -118,14 +118,14 @@ struct Phase {
 }
 
 /// How many of the kills fall into each phase. The late ones cost a whole bake each; those that write to the
-/// store get several all the same, and those in which a guest only runs few.
+/// store get several all the same.
 const KILLS: [(&str, u32); 7] = [
-    ("", 17),
-    ("guest", 15),
-    ("boot", 3),
-    ("ready", 2),
+    ("", 15),
+    ("guest", 12),
+    ("boot", 5),
+    ("ready", 3),
     ("settled", 6),
-    ("saved", 2),
+    ("saved", 4),
     ("tried", 5),
 ];
 
