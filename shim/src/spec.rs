@@ -15,6 +15,7 @@ use crate::size::{Limits, Resources};
 
 const CONTAINER_TYPE: &str = "io.kubernetes.cri.container-type";
 const SANDBOX_ID: &str = "io.kubernetes.cri.sandbox-id";
+const CONTAINER_NAME: &str = "io.kubernetes.cri.container-name";
 const GROUP: &str = "io.containerd.runc.v2.group";
 const SANDBOX_CPU_QUOTA: &str = "io.kubernetes.cri.sandbox-cpu-quota";
 const SANDBOX_CPU_PERIOD: &str = "io.kubernetes.cri.sandbox-cpu-period";
@@ -116,6 +117,11 @@ impl Spec {
             .iter()
             .find_map(|k| self.annotations.get(*k))
             .map(String::as_str)
+    }
+
+    /// Its name in its pod, if it has one.
+    pub fn container_name(&self) -> Option<&str> {
+        self.annotations.get(CONTAINER_NAME).map(String::as_str)
     }
 
     /// What it is to its pod.

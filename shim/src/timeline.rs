@@ -4,10 +4,11 @@
 use std::fs;
 use std::future::Future;
 use std::io;
-use std::path::Path;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use kiln_agent_api::proto::Span;
 use serde::{Deserialize, Serialize};
 use tracing::Instrument;
 
@@ -20,6 +21,9 @@ pub struct Step {
     pub start_us: u64,
     /// How long it took, in microseconds.
     pub duration_us: u64,
+    /// The container whose start it belongs to, and is counted from; empty: the pod's.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub container: String,
 }
 
 /// Steps, which may overlap. Clones share them.
@@ -58,7 +62,16 @@ impl Timeline {
             name: name.into(),
             start_us,
             duration_us,
+            container: String::new(),
         });
+    }
+
+    /// Adds what the guest did in the step that began at `start_us`.
+    pub fn add_guest(&self, step: &str, start_us: u64, spans: &[Span]) {
+        for span in spans {
+            let name = format!("{step}.{}", span.name);
+            self.add(name, start_us + span.start_us, span.duration_us);
+        }
     }
 
     /// Times a function.
@@ -79,16 +92,73 @@ impl Timeline {
         result
     }
 
-    /// The steps in the order of their beginning.
+    /// The steps in the order of their beginning; one that holds others comes before them.
     pub fn steps(&self) -> Vec<Step> {
         let mut steps = self.lock().clone();
-        steps.sort_by_key(|s| s.start_us);
+        steps.sort_by_key(|s| (s.start_us, u64::MAX - s.duration_us));
         steps
     }
+}
 
-    /// Writes them to a file.
-    pub fn save(&self, path: &Path) -> io::Result<()> {
-        fs::write(path, serde_json::to_vec(&self.steps())?)
+/// What `kiln trace` shows of a pod: the timeline of its launch, and that of each of its containers, in a file.
+#[derive(Debug)]
+pub struct Trace {
+    path: PathBuf,
+    launch: Timeline,
+    containers: Mutex<Vec<Traced>>,
+}
+
+#[derive(Debug)]
+struct Traced {
+    id: String,
+    name: String,
+    timeline: Timeline,
+}
+
+impl Trace {
+    /// Nothing is written yet.
+    pub fn new(path: PathBuf, launch: Timeline) -> Self {
+        Self {
+            path,
+            launch,
+            containers: Mutex::default(),
+        }
+    }
+
+    /// Has a container's timeline among the others.
+    pub fn keep(&self, id: &str, name: &str, timeline: &Timeline) {
+        let mut containers = self.lock();
+        containers.retain(|known| known.id != id);
+        containers.push(Traced {
+            id: id.to_owned(),
+            name: name.to_owned(),
+            timeline: timeline.clone(),
+        });
+    }
+
+    /// A container is gone, and its timeline from the next [`Trace::save`] on.
+    pub fn forget(&self, id: &str) {
+        self.lock().retain(|known| known.id != id);
+    }
+
+    /// Writes all to the file, as a whole: somebody may be reading it.
+    pub fn save(&self) -> io::Result<()> {
+        let mut steps = self.launch.steps();
+        for traced in self.lock().iter() {
+            steps.extend(traced.timeline.steps().into_iter().map(|step| Step {
+                container: traced.name.clone(),
+                ..step
+            }));
+        }
+        let fresh = self.path.with_extension("new");
+        fs::write(&fresh, serde_json::to_vec(&steps)?)?;
+        fs::rename(fresh, &self.path)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<Traced>> {
+        self.containers
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -97,7 +167,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn steps_come_in_the_order_they_began_and_out_of_the_file_as_they_went_in() {
+    async fn steps_come_in_the_order_they_began() {
         let timeline = Timeline::default();
         let inner = timeline.clone();
         let answer = timeline
@@ -106,12 +176,40 @@ mod tests {
         timeline.add("last", u64::from(u32::MAX), 1);
         assert_eq!(answer, 7);
         let names: Vec<_> = timeline.steps().into_iter().map(|s| s.name).collect();
+        assert_eq!(names.first().map(String::as_str), Some("outer"));
         assert_eq!(names.last().map(String::as_str), Some("last"));
         assert_eq!(names.len(), 3);
+    }
+
+    #[test]
+    fn a_containers_steps_are_in_the_file_until_it_is_gone() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("trace.json");
-        timeline.save(&path).unwrap();
-        let read: Vec<Step> = serde_json::from_slice(&fs::read(path).unwrap()).unwrap();
-        assert_eq!(read, timeline.steps());
+        let step = |name: &str, at: u64| {
+            let timeline = Timeline::default();
+            timeline.add(name, at, 1);
+            timeline
+        };
+        let launch = step("launch", 7);
+        let trace = Trace::new(path.clone(), launch.clone());
+        let read = || -> Vec<Step> { serde_json::from_slice(&fs::read(&path).unwrap()).unwrap() };
+        trace.save().unwrap();
+        assert_eq!(read(), launch.steps());
+
+        trace.keep("c1", "main", &step("create", 3));
+        trace.keep("c2", "aside", &step("create", 2));
+        // Started since.
+        trace.keep("c1", "main", &step("start", 4));
+        trace.save().unwrap();
+        let all = read();
+        let told: Vec<_> = all.iter().map(|s| (&*s.container, &*s.name)).collect();
+        assert_eq!(
+            told,
+            [("", "launch"), ("aside", "create"), ("main", "start")]
+        );
+
+        trace.forget("c2");
+        trace.save().unwrap();
+        assert_eq!(read().len(), 2);
     }
 }

@@ -4,6 +4,7 @@
 mod benches;
 mod counters;
 mod curve;
+mod disk;
 mod peer;
 mod picture;
 mod report;

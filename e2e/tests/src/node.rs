@@ -122,6 +122,13 @@ pub fn cgroups() -> Vec<String> {
     found
 }
 
+/// The cgroup that all tests' pods are in, made if it is not there.
+pub fn tests_cgroup() -> Result<PathBuf> {
+    let path = Path::new(CGROUPS).join(TESTS_CGROUP.trim_start_matches('/'));
+    fs::create_dir_all(&path).with_context(|| format!("making cgroup {}", path.display()))?;
+    Ok(path)
+}
+
 /// Removes a cgroup and those below it, which works only if no process is in any of them.
 pub fn remove_cgroup(path: &str) -> io::Result<()> {
     for root in cgroup_roots() {

@@ -29,6 +29,9 @@ pub(crate) struct Step {
     /// Microseconds after the start.
     pub(crate) start_us: u64,
     pub(crate) duration_us: u64,
+    /// The pod's container whose start it belongs to, and is counted from; empty: the start of all.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub(crate) container: String,
 }
 
 fn micros(duration: Duration) -> u64 {
@@ -60,6 +63,7 @@ impl Timeline {
             name: name.into(),
             start_us,
             duration_us,
+            container: String::new(),
         });
     }
 
@@ -125,7 +129,7 @@ pub(crate) fn run(options: &args::Trace, output: &Output) -> Result<ExitCode, Fa
     if output.is_json() {
         output.json(&steps)?;
     } else {
-        output.text(&drawn(&steps, |bar| output.paint(Colour::Green, bar)))?;
+        output.text(&all_drawn(&steps, |bar| output.paint(Colour::Green, bar)))?;
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -170,6 +174,19 @@ fn entries(dir: &Path) -> Result<Vec<PathBuf>> {
     Ok(paths)
 }
 
+/// The start of all, and below it that of each container.
+fn all_drawn(steps: &[Step], paint: impl Fn(&str) -> String) -> String {
+    let mut text = String::new();
+    for steps in steps.chunk_by(|one, next| one.container == next.container) {
+        let container = steps.first().map_or("", |step| &step.container);
+        if !container.is_empty() {
+            text += &format!("\ncontainer {container}\n");
+        }
+        text += &drawn(steps, &paint);
+    }
+    text
+}
+
 /// One line a step: when it began, how long it took, its name, and a bar.
 pub(crate) fn drawn(steps: &[Step], paint: impl Fn(&str) -> String) -> String {
     let end = |step: &Step| step.start_us.saturating_add(step.duration_us);
@@ -208,6 +225,30 @@ mod tests {
             name: name.into(),
             start_us,
             duration_us,
+            container: String::new(),
+        }
+    }
+
+    #[test]
+    fn containers_are_drawn_each_for_itself() {
+        let of = |container: &str, step: Step| Step {
+            container: container.into(),
+            ..step
+        };
+        let steps = [
+            step("launch", 0, 30_000),
+            of("main", step("create", 0, 4000)),
+            of("main", step("start", 5000, 1000)),
+            of("aside", step("create", 0, 2000)),
+        ];
+        let text = all_drawn(&steps, str::to_owned);
+        let titles: Vec<_> = text
+            .lines()
+            .filter(|line| line.starts_with("container "))
+            .collect();
+        assert_eq!(titles, ["container main", "container aside"]);
+        for total in ["30.000 ms  all", "6.000 ms  all", "2.000 ms  all"] {
+            assert!(text.contains(total), "{total} in {text}");
         }
     }
 

@@ -8,6 +8,8 @@ use super::process::Process;
 use crate::error::{Error, Result};
 use crate::rootfs::Storage;
 use crate::size::Limits;
+use crate::spec::Spec;
+use crate::timeline::Timeline;
 
 /// What stands behind a container.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -23,12 +25,16 @@ pub enum Kind {
 pub struct Container {
     /// Its id.
     pub id: String,
+    /// What people call it: its name in the pod, or its id.
+    pub name: String,
     /// Its bundle.
     pub bundle: PathBuf,
     /// What stands behind it.
     pub kind: Kind,
     /// Its first process.
     pub init: Arc<Process>,
+    /// Of its start.
+    pub(super) timeline: Timeline,
     pub(super) limits: Mutex<Limits>,
     pub(super) storage: Mutex<Option<Storage>>,
     execs: Mutex<HashMap<String, Exec>>,
@@ -48,14 +54,16 @@ impl Container {
         bundle: PathBuf,
         kind: Kind,
         init: Arc<Process>,
-        limits: Limits,
+        spec: &Spec,
     ) -> Self {
         Self {
             id: id.to_owned(),
             bundle,
             kind,
+            name: spec.container_name().unwrap_or(id).to_owned(),
             init,
-            limits: Mutex::new(limits),
+            timeline: Timeline::default(),
+            limits: Mutex::new(spec.limits()),
             storage: Mutex::new(None),
             execs: Mutex::default(),
         }

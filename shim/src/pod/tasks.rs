@@ -74,11 +74,11 @@ impl Pod {
             task.bundle.clone(),
             kind,
             process,
-            spec.limits(),
+            &spec,
         ));
         if kind == Kind::Guest {
-            self.create_in_guest(uvm.as_ref(), &container, &spec, &task.rootfs)
-                .await?;
+            let creating = self.create_in_guest(uvm.as_ref(), &container, &spec, &task.rootfs);
+            container.timeline.of("create", creating).await?;
         }
         lock(&self.containers).insert(task.id.clone(), Arc::clone(&container));
         let pid = uvm.pid();
@@ -109,6 +109,7 @@ impl Pod {
             spec,
             rootfs,
             pod_files: lock(&self.sandbox).is_some(),
+            timeline: &container.timeline,
         };
         let (storage, guest) = Storage::prepare(&wanted, &self.config, uvm).await?;
         let (tty_width, tty_height) = spec.console_size();
@@ -128,11 +129,13 @@ impl Pod {
             tty_height,
             ..Default::default()
         };
-        if let Err(error) = uvm.create(request).await {
+        if let Err(error) = uvm.create(request, &container.timeline).await {
             storage.release(Some(uvm)).await;
             return Err(error);
         }
-        if let Err(error) = container.init.connect(uvm).await {
+        let connecting = container.init.connect(uvm);
+        let connected = container.timeline.of("guest.stdio", connecting).await;
+        if let Err(error) = connected {
             if let Err(also) = uvm.delete(&container.id, "").await {
                 tracing::warn!(
                     error = also.chain(),
@@ -160,7 +163,9 @@ impl Pod {
         let pid = self.pid();
         if exec.is_empty() {
             if container.kind == Kind::Guest {
-                self.uvm()?.start(id).await?;
+                let (uvm, timeline) = (self.uvm()?, &container.timeline);
+                timeline.of("start", uvm.start(id, timeline)).await?;
+                uvm.keep_trace(id, &container.name, timeline);
             }
             process.set_phase(Phase::Running);
             self.publisher.publish(&Event::Start {

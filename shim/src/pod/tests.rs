@@ -5,6 +5,7 @@ use super::*;
 use crate::share::Volume;
 use crate::size::Size;
 use crate::time::UnixNanos;
+use crate::timeline::Timeline;
 use crate::uvm::GuestDisk;
 use async_trait::async_trait;
 use containerd_shim_protos::api::{Empty, ForwardRequest};
@@ -82,15 +83,20 @@ impl Uvm for Scripted {
     fn pid(&self) -> u32 {
         4242
     }
-    async fn create(&self, r: proto::CreateContainerRequest) -> Result<()> {
+    async fn create(&self, r: proto::CreateContainerRequest, _: &Timeline) -> Result<()> {
         self.call("create", &r.container_id)
     }
-    async fn start(&self, container: &str) -> Result<()> {
+    async fn start(&self, container: &str, _: &Timeline) -> Result<()> {
         let hold = self.hold_start.lock().unwrap().clone();
         if let Some(hold) = hold {
             hold.notified().await;
         }
         self.call("start", container)
+    }
+    fn keep_trace(&self, container: &str, name: &str, timeline: &Timeline) {
+        let steps = timeline.steps();
+        let steps: Vec<_> = steps.iter().map(|step| &*step.name).collect();
+        let _ = self.call("trace", &format!("{container} {name}: {}", steps.join(" ")));
     }
     async fn exec(&self, r: proto::ExecRequest) -> Result<()> {
         self.call("exec", &r.exec_id)
@@ -325,6 +331,8 @@ async fn a_lone_container_lives_and_leaves_nothing() {
     assert_eq!(bed.create("c", None).await.unwrap(), 4242);
     assert_eq!(bed.pod.state("c", "").unwrap().phase, Phase::Created);
     bed.pod.start("c", "").await.unwrap();
+    let steps = "create shim.volumes shim.image.make vmm.plug-root guest.stdio start";
+    assert!(bed.uvm.was_called(&format!("trace c c: {steps}")));
     bed.uvm.end("c", "", 3);
     assert_eq!(bed.pod.wait("c", "").await.unwrap().status, 3);
     let (pid, exit) = bed.pod.delete("c", "").await.unwrap();

@@ -27,6 +27,7 @@ use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::share::Volume;
 use crate::spec::Spec;
+use crate::timeline::Timeline;
 use crate::uvm::{GuestDisk, Uvm};
 use image::{Directories, Source};
 use layers::Layer;
@@ -36,6 +37,8 @@ const DISK_WAIT_MS: u32 = 5000;
 /// How many slots, the first ones, the layers of a container may take: half of what is baked by default. The others stay for
 /// more containers and for block volumes, which would have to be plugged.
 const LAYER_SLOTS: u8 = 4;
+/// The step that gives the guest the disks of a container's root.
+const PLUG_ROOT: &str = "vmm.plug-root";
 
 /// What the guest is told to make of a container's files.
 #[derive(Debug)]
@@ -61,6 +64,8 @@ pub struct Wanted<'a> {
     pub rootfs: &'a [Mount],
     /// Whether the pod's own files are the shim's to bring, and not containerd's.
     pub pod_files: bool,
+    /// Of its start.
+    pub timeline: &'a Timeline,
 }
 
 /// What a container's files hold on to, on the host and in the μVM's slots.
@@ -100,14 +105,18 @@ impl Storage {
             spec,
             rootfs,
             pod_files,
+            timeline,
         } = *wanted;
         // Volumes first: what can't be had is found out before a disk is attached.
-        let mut mounts = volumes::prepare(uvm, &mut self.volumes, spec.mounts()?)?;
+        let wanted = spec.mounts()?;
+        let mut mounts = timeline.time("shim.volumes", || {
+            volumes::prepare(uvm, &mut self.volumes, wanted)
+        })?;
         if pod_files {
             volumes::add_pods_own(&mut mounts, spec.root_is_read_only());
         }
         let root = self
-            .attach_root(image::find(rootfs, bundle)?, config, uvm)
+            .attach_root(image::find(rootfs, bundle)?, config, uvm, timeline)
             .await?;
         let mut mounts_in_guest = guest_mounts(id, &root);
         for (number, device) in spec.block_devices().iter().enumerate() {
@@ -133,15 +142,17 @@ impl Storage {
         source: Source,
         config: &Config,
         uvm: &dyn Uvm,
+        timeline: &Timeline,
     ) -> Result<Root> {
         let image = match source {
-            Source::Directories(directories) => image_of(config, directories).await?,
+            Source::Directories(directories) => image_of(config, directories, timeline).await?,
             Source::Layers {
                 layers,
                 directories,
                 user_xattrs,
             } => {
-                if self.attach_layers(&layers, uvm).await? {
+                let attaching = self.attach_layers(&layers, uvm);
+                if timeline.of(PLUG_ROOT, attaching).await? {
                     return Ok(Root {
                         disks: self.disks.clone(),
                         kind: "erofs".into(),
@@ -153,7 +164,7 @@ impl Storage {
                     layers = layers.len(),
                     "too many layers for a slot each: they become one image"
                 );
-                image_of(config, directories).await?
+                image_of(config, directories, timeline).await?
             }
             Source::Image {
                 path,
@@ -165,7 +176,8 @@ impl Storage {
                     .write(!read_only)
                     .open(&path)
                     .map_err(|e| Error::failed(format!("open the image {}", path.display()), e))?;
-                let disk = uvm.attach_disk(file, read_only).await?;
+                let attaching = uvm.attach_disk(file, read_only);
+                let disk = timeline.of(PLUG_ROOT, attaching).await?;
                 self.disks.push(disk.clone());
                 return Ok(Root {
                     disks: vec![disk],
@@ -175,7 +187,8 @@ impl Storage {
                 });
             }
         };
-        let disk = uvm.attach_disk(image, true).await?;
+        let attaching = uvm.attach_disk(image, true);
+        let disk = timeline.of(PLUG_ROOT, attaching).await?;
         self.disks.push(disk.clone());
         Ok(Root {
             disks: vec![disk],
@@ -248,12 +261,18 @@ struct Root {
     user_xattrs: bool,
 }
 
-async fn image_of(config: &Config, directories: Directories) -> Result<File> {
+async fn image_of(config: &Config, directories: Directories, timeline: &Timeline) -> Result<File> {
     let config = config.clone();
+    let begun = timeline.now();
     let making = tokio::task::spawn_blocking(move || image::erofs(&config, &directories));
     let lease = making
         .await
         .map_err(|e| Error::failed("make an image of the root file system", e))??;
+    let step = match lease.made {
+        true => "shim.image.make",
+        false => "shim.image.find",
+    };
+    timeline.add(step, begun, timeline.now() - begun);
     // The lock that keeps the image goes with the file, to the VMM.
     Ok(lease.file)
 }

@@ -15,6 +15,7 @@ use crate::error::{Error, Result};
 use crate::events::Exit;
 use crate::pod::random;
 use crate::time::UnixNanos;
+use crate::timeline::Timeline;
 
 /// No call but `Wait` may take longer; a guest that doesn't answer is broken.
 const CALL_TIMEOUT: Duration = Duration::from_secs(60);
@@ -146,36 +147,31 @@ impl Guest {
     }
 
     /// See [`Uvm::create`](super::Uvm::create).
-    pub async fn create(&self, request: proto::CreateContainerRequest) -> Result<()> {
+    pub async fn create(
+        &self,
+        request: proto::CreateContainerRequest,
+        timeline: &Timeline,
+    ) -> Result<()> {
         let what = refused(format!("create container {}", request.container_id));
-        let response = self
-            .agent
-            .create_container(context(), &request)
-            .await
-            .map_err(what)?;
-        for span in response.spans {
-            tracing::debug!(
-                step = span.name,
-                at_us = span.start_us,
-                us = span.duration_us,
-                "guest"
-            );
-        }
+        let (step, asked) = ("guest.create", timeline.now());
+        let creating = self.agent.create_container(context(), &request);
+        let response = timeline.of(step, creating).await.map_err(what)?;
+        timeline.add_guest(step, asked, &response.spans);
         Ok(())
     }
 
     /// See [`Uvm::start`](super::Uvm::start).
-    pub async fn start(&self, container: &str) -> Result<()> {
+    pub async fn start(&self, container: &str, timeline: &Timeline) -> Result<()> {
         let request = proto::StartContainerRequest {
             container_id: container.into(),
             ..Default::default()
         };
         let what = refused(format!("start container {container}"));
-        self.agent
-            .start_container(context(), &request)
-            .await
-            .map_err(what)
-            .map(|_| ())
+        let (step, asked) = ("guest.start", timeline.now());
+        let starting = self.agent.start_container(context(), &request);
+        let response = timeline.of(step, starting).await.map_err(what)?;
+        timeline.add_guest(step, asked, &response.spans);
+        Ok(())
     }
 
     /// See [`Uvm::exec`](super::Uvm::exec).

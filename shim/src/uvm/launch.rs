@@ -33,7 +33,7 @@ use crate::network::{self, Forwarder, NetworkError, PodNetwork, Tap};
 use crate::record::{PodDir, ProcessRef, Record, Stay};
 use crate::share::{self, Share};
 use crate::size::{MIB, Size};
-use crate::timeline::Timeline;
+use crate::timeline::{Timeline, Trace};
 
 /// Launches μVMs from the store.
 #[derive(Debug, Clone)]
@@ -369,13 +369,10 @@ impl StoreLauncher {
         let vsock = Vsock::new(self.dir.vsock());
         let guest = timeline.of("guest.connect", Guest::connect(vsock)).await?;
         let network = setup.netns.as_ref().map(|_| wired.network.for_agent());
-        let asked = timeline.now();
+        let (step, asked) = ("guest.identity", timeline.now());
         let identity = guest.set_identity(setup, network, vec![shared_mount()]);
-        let identity = timeline.of("guest.identity", identity).await?;
-        for span in identity.spans {
-            let name = format!("guest.identity.{}", span.name);
-            timeline.add(name, asked + span.start_us, span.duration_us);
-        }
+        let identity = timeline.of(step, identity).await?;
+        timeline.add_guest(step, asked, &identity.spans);
         let events = timeline.of("guest.events", guest.events()).await?;
         let grown = follow_growth(guest.clone(), size, timeline.clone());
         let forwarder = self.forward(setup, guest.clone());
@@ -398,6 +395,7 @@ impl StoreLauncher {
             baked: base,
             lease,
             forwarder,
+            trace: Trace::new(self.dir.trace(), timeline.clone()),
         }))
     }
 
@@ -580,9 +578,7 @@ impl Launcher for StoreLauncher {
             us = timeline.now(),
             "the μVM runs"
         );
-        if let Err(error) = timeline.save(&self.dir.trace()) {
-            tracing::warn!(%error, "the start's timeline can't be kept");
-        }
+        uvm.save_trace();
         Ok(Arc::new(uvm))
     }
 }

@@ -25,6 +25,7 @@ use crate::error::Result;
 use crate::events::Exit;
 use crate::share::Volume;
 use crate::size::Size;
+use crate::timeline::Timeline;
 
 /// What a μVM is launched with.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -83,9 +84,13 @@ pub trait Uvm: Send + Sync {
     fn pid(&self) -> u32;
 
     /// Makes a container; its first process waits to be started.
-    async fn create(&self, request: proto::CreateContainerRequest) -> Result<()>;
+    async fn create(
+        &self,
+        request: proto::CreateContainerRequest,
+        timeline: &Timeline,
+    ) -> Result<()>;
     /// Starts a container's first process.
-    async fn start(&self, container: &str) -> Result<()>;
+    async fn start(&self, container: &str, timeline: &Timeline) -> Result<()>;
     /// Starts another process.
     async fn exec(&self, request: proto::ExecRequest) -> Result<()>;
     /// Sends a signal; an empty `exec` means the first process.
@@ -126,6 +131,9 @@ pub trait Uvm: Send + Sync {
     async fn detach_disk(&self, disk: &GuestDisk) -> Result<()>;
     /// Changes the size of the μVM.
     async fn resize(&self, size: Size) -> Result<()>;
+
+    /// Keeps for `kiln trace` where the time of a container's start went, until the container is deleted.
+    fn keep_trace(&self, container: &str, name: &str, timeline: &Timeline);
 
     /// Ends the μVM and everything that belongs to it on the host. Done twice is done once.
     async fn stop(&self);

@@ -20,6 +20,7 @@ use crate::events::Exit;
 use crate::network::Forwarder;
 use crate::share::{Share, Volume};
 use crate::size::{MIB, Size};
+use crate::timeline::{Timeline, Trace};
 
 /// How long the guest may take to give memory and vCPUs back.
 const SHRINK_TIMEOUT_MS: u32 = 10_000;
@@ -43,6 +44,7 @@ pub(super) struct RunningUvm {
     _lease: Lease,
     /// The way from the pod's namespace on the host, once it is open.
     forwarder: Arc<Mutex<Option<Forwarder>>>,
+    trace: Arc<Trace>,
 }
 
 /// What makes one.
@@ -56,6 +58,7 @@ pub(super) struct Parts {
     pub(super) baked: Size,
     pub(super) lease: Lease,
     pub(super) forwarder: Arc<Mutex<Option<Forwarder>>>,
+    pub(super) trace: Trace,
 }
 
 /// The disk slots that are free, of those that were baked.
@@ -139,7 +142,13 @@ impl RunningUvm {
             baked: parts.baked,
             _lease: parts.lease,
             forwarder: parts.forwarder,
+            trace: Arc::new(parts.trace),
         }
+    }
+
+    /// Writes down where the time of the launch went.
+    pub(super) fn save_trace(&self) {
+        save(&self.trace);
     }
 
     /// Runs a blocking call of the VMM's client.
@@ -181,6 +190,13 @@ impl RunningUvm {
     }
 }
 
+/// Nothing depends on a trace.
+fn save(trace: &Trace) {
+    if let Err(error) = trace.save() {
+        tracing::warn!(%error, "the start's timeline can't be kept");
+    }
+}
+
 /// The request for a size. With no time it returns at once, and the guest follows in its own time.
 pub(super) fn resize_request(size: Size, timeout_ms: u32) -> Request {
     Request::Resize {
@@ -200,14 +216,25 @@ impl Uvm for RunningUvm {
         self.guest.write_file(path, text).await
     }
 
-    async fn create(&self, request: proto::CreateContainerRequest) -> Result<()> {
-        self.guest.create(request).await
+    async fn create(
+        &self,
+        request: proto::CreateContainerRequest,
+        timeline: &Timeline,
+    ) -> Result<()> {
+        self.guest.create(request, timeline).await
     }
 
-    async fn start(&self, container: &str) -> Result<()> {
+    async fn start(&self, container: &str, timeline: &Timeline) -> Result<()> {
         // The first thing many programs do is to count CPUs and memory.
-        self.grown().await?;
-        self.guest.start(container).await
+        timeline.of("guest.grown", self.grown()).await?;
+        self.guest.start(container, timeline).await
+    }
+
+    fn keep_trace(&self, container: &str, name: &str, timeline: &Timeline) {
+        self.trace.keep(container, name, timeline);
+        let trace = Arc::clone(&self.trace);
+        // After the answer: nobody waits for it.
+        tokio::spawn(async move { save(&trace) });
     }
 
     async fn exec(&self, request: proto::ExecRequest) -> Result<()> {
@@ -251,6 +278,9 @@ impl Uvm for RunningUvm {
     }
 
     async fn delete(&self, container: &str, exec: &str) -> Result<()> {
+        if exec.is_empty() {
+            self.trace.forget(container);
+        }
         self.guest.delete(container, exec).await
     }
 

@@ -9,11 +9,14 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use kiln_e2e::{ContainerSpec, Pod, PodSpec, Test, setup};
+use serde::Deserialize;
 
 use super::Settings;
 use crate::counters::{Counting, private_memory};
 use crate::result::Measured;
 
+/// Where kiln keeps the timelines of CRI's pods.
+const TRACES: &str = "/run/kiln/pods/k8s.io";
 /// A start takes no longer, not even on a busy emulated machine.
 const LIMIT: Duration = Duration::from_secs(60);
 /// What has to settle between two pods (removals go on behind CRI's answer).
@@ -75,6 +78,7 @@ async fn start(test: &Test, counting: &Counting, measured: Option<&mut Measured>
 
     let counted = counting.now()?.since(&counters);
     let memory = private_memory(pod.id(), test.id())?;
+    let root = root_of(pod.id())?;
     let begin_removal = Instant::now();
     pod.remove().await?;
     let removed = begin_removal.elapsed();
@@ -91,12 +95,48 @@ async fn start(test: &Test, counting: &Counting, measured: Option<&mut Measured>
         // The output may come before the call's answer.
         add("start to output", "ms", ms(created, output));
         add("stop and remove", "ms", removed.as_secs_f64() * 1000.0);
+        if let Some(root) = root {
+            add("root file system", "ms", root);
+        }
         for (what, unit, value) in counted {
             add(what, unit, value);
         }
         add("private memory", "KiB", memory);
     }
     Ok(())
+}
+
+/// How many milliseconds of the start of a kiln pod's container went into its root file system: its image is found, given to
+/// the guest, and mounted there.
+fn root_of(pod: &str) -> Result<Option<f64>> {
+    const STEPS: [&str; 3] = ["shim.image.find", "vmm.plug-root", "guest.create.mount"];
+    let path = Path::new(TRACES).join(pod).join("trace.json");
+    let begun = Instant::now();
+    while path.exists() && begun.elapsed() < LIMIT {
+        let steps: Vec<Step> = serde_json::from_slice(&std::fs::read(&path)?)
+            .with_context(|| format!("{} is no timeline", path.display()))?;
+        let of_root: Vec<u64> = steps
+            .iter()
+            .filter(|step| STEPS.contains(&&*step.name))
+            .map(|step| step.duration_us)
+            .collect();
+        if of_root.len() == STEPS.len() {
+            return Ok(Some(of_root.iter().sum::<u64>() as f64 / 1000.0));
+        }
+        // It is written after containerd has its answer. The very first pod makes the image, and does not find it.
+        if steps.iter().any(|step| step.name == "guest.start") {
+            return Ok(None);
+        }
+        std::thread::sleep(PAUSE / 50);
+    }
+    Ok(None)
+}
+
+/// A step of `kiln trace`.
+#[derive(Debug, Deserialize)]
+struct Step {
+    name: String,
+    duration_us: u64,
 }
 
 /// A log file that is not there yet, watched by inotify: nothing polls while the pod starts.

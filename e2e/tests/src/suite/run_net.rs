@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use kiln_e2e::harness::Case;
-use kiln_e2e::{Test, cases, wait};
+use kiln_e2e::{ContainerSpec, Test, cases, wait};
 use tokio::process::Command;
 
 use super::kiln_run::{Kiln, send};
@@ -171,9 +171,37 @@ async fn trace_shows_where_the_time_of_a_start_went(test: Test) -> Result<()> {
     ensure!(took > 0 && resume + took <= start, "{steps:?}");
     send(&child, libc::SIGTERM)?;
     same!(child.wait().await?.code(), Some(0));
-    // A pod's start has one as well.
+    // A pod's start has one as well, and the start of each of its containers.
     let pod = test.pod().await?;
-    let text = trace(&["trace", &pod.id()[..12]]).await?;
+    let id = &pod.id()[..12];
+    let text = trace(&["trace", id]).await?;
     ensure!(text.contains("STEP") && text.lines().count() > 3, "{text}");
+    for name in ["first", "second"] {
+        pod.start(&ContainerSpec::shell(name, "exec sleep 600"))
+            .await?;
+    }
+    let text = wait::until("timelines of both containers", STEP, || async {
+        let text = trace(&["trace", id]).await?;
+        Ok(text.contains("container second").then_some(text))
+    });
+    let text = text.await?;
+    let (_, containers) = text
+        .split_once("container first")
+        .with_context(|| format!("no first container in {text}"))?;
+    let (first, second) = containers
+        .split_once("container second")
+        .with_context(|| format!("no second container in {text}"))?;
+    for steps in [first, second] {
+        for step in [
+            "shim.volumes",
+            "shim.image",
+            "vmm.plug-root",
+            "guest.create.mount",
+            "guest.start",
+        ] {
+            ensure!(steps.contains(step), "no {step} in\n{text}");
+        }
+    }
+    ensure!(second.contains("shim.image.find"), "made twice:\n{text}");
     Ok(())
 }
