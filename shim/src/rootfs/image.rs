@@ -149,8 +149,7 @@ fn is_empty(dir: &Path) -> bool {
 /// The image of directories, made now if the cache hasn't got it. The lease holds it for as long as its file is open
 /// anywhere. Blocks.
 pub(super) fn erofs(config: &Config, directories: &Directories) -> Result<Lease> {
-    let cache = Cache::open(&config.rootfs_cache, config.rootfs_cache_size)
-        .map_err(|e| Error::failed("open the cache of root file system images", e))?;
+    let cache = Cache::new(&config.rootfs_cache, config.rootfs_cache_size);
     let lowers = &directories.lowers;
     let key = match &directories.lasting {
         Lasting::Committed => ImageKey::from_lowers(lowers)

@@ -95,8 +95,12 @@ async fn start(test: &Test, counting: &Counting, measured: Option<&mut Measured>
         // The output may come before the call's answer.
         add("start to output", "ms", ms(created, output));
         add("stop and remove", "ms", removed.as_secs_f64() * 1000.0);
+        for (step, took) in root.iter().flatten() {
+            add(step, "ms", *took);
+        }
         if let Some(root) = root {
-            add("root file system", "ms", root);
+            let all = root.iter().map(|(_, took)| took).sum();
+            add("root file system", "ms", all);
         }
         for (what, unit, value) in counted {
             add(what, unit, value);
@@ -108,20 +112,20 @@ async fn start(test: &Test, counting: &Counting, measured: Option<&mut Measured>
 
 /// How many milliseconds of the start of a kiln pod's container went into its root file system: its image is found, given to
 /// the guest, and mounted there.
-fn root_of(pod: &str) -> Result<Option<f64>> {
+fn root_of(pod: &str) -> Result<Option<Vec<(String, f64)>>> {
     const STEPS: [&str; 3] = ["shim.image.find", "vmm.plug-root", "guest.create.mount"];
     let path = Path::new(TRACES).join(pod).join("trace.json");
     let begun = Instant::now();
     while path.exists() && begun.elapsed() < LIMIT {
         let steps: Vec<Step> = serde_json::from_slice(&std::fs::read(&path)?)
             .with_context(|| format!("{} is no timeline", path.display()))?;
-        let of_root: Vec<u64> = steps
+        let of_root: Vec<_> = steps
             .iter()
             .filter(|step| STEPS.contains(&&*step.name))
-            .map(|step| step.duration_us)
+            .map(|step| (step.name.clone(), step.duration_us as f64 / 1000.0))
             .collect();
         if of_root.len() == STEPS.len() {
-            return Ok(Some(of_root.iter().sum::<u64>() as f64 / 1000.0));
+            return Ok(Some(of_root));
         }
         // It is written after containerd has its answer. The very first pod makes the image, and does not find it.
         if steps.iter().any(|step| step.name == "guest.start") {

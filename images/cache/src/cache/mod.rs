@@ -67,23 +67,33 @@ pub struct Entry {
 }
 
 impl Cache {
-    /// Opens the cache in `dir`, making it if need be, with room for `budget` bytes of images. The budget bends rather
-    /// than let a pod fail: images in use are never removed for it. What crashed processes left is removed.
-    pub fn open(dir: impl Into<PathBuf>, budget: u64) -> Result<Cache, CacheError> {
-        let cache = Cache {
+    /// The cache in `dir`, with room for `budget` bytes of images. The budget bends rather than let a pod fail: images in
+    /// use are never removed for it. Nothing is touched before something is asked for.
+    pub fn new(dir: impl Into<PathBuf>, budget: u64) -> Cache {
+        Cache {
             dir: dir.into(),
             budget,
-        };
+        }
+    }
+
+    /// The same, made if need be. What crashed processes left is removed.
+    pub fn open(dir: impl Into<PathBuf>, budget: u64) -> Result<Cache, CacheError> {
+        let cache = Cache::new(dir, budget);
+        cache.prepare()?;
+        Ok(cache)
+    }
+
+    /// What an image needs to be made, and a start with one that is there should not wait for.
+    fn prepare(&self) -> Result<(), CacheError> {
         for sub in ["images", "building", "locks", "trash"] {
-            let path = cache.dir.join(sub);
+            let path = self.dir.join(sub);
             DirBuilder::new()
                 .recursive(true)
                 .mode(0o700)
                 .create(&path)
                 .map_err(failed("make the directory", &path))?;
         }
-        cache.clean()?;
-        Ok(cache)
+        self.clean()
     }
 
     /// The image of `lowers`, which `key` identifies; it is made if the cache has none. When several processes ask
@@ -94,6 +104,7 @@ impl Cache {
         if let Some(lease) = self.lookup(key)? {
             return Ok(lease);
         }
+        self.prepare()?;
         let _lock = self.lock_key(key)?;
         // Someone else may have made it meanwhile; or it is there, and only has to be read again.
         if let Some(lease) = self.lookup(key)? {

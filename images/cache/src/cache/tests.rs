@@ -36,8 +36,10 @@ impl Node {
 #[test]
 fn the_second_lease_is_of_the_same_file() {
     let node = Node::new();
-    let cache = node.cache(u64::MAX);
+    let cache = Cache::new(node.scratch.path().join("cache"), u64::MAX);
     let (key, lowers) = node.layer("a", 100);
+    assert!(cache.lookup(&key).unwrap().is_none());
+    assert!(!node.scratch.path().join("cache").exists());
     let first = cache.image_for(&key, &lowers).unwrap();
     let second = cache.image_for(&key, &lowers).unwrap();
     assert_eq!((first.made, second.made), (true, false));
