@@ -268,9 +268,10 @@ async fn limits_change_while_the_container_runs(test: Test) -> Result<()> {
         quick.throttled == 0 || share > 22_500,
         "{share} µs a period: {quick:?}"
     );
-    // 100 MiB fit now, and do not any more afterwards.
-    let script = "testprog fill 100 20 > /out & p=$!; \
-                  until grep -q 'filled 100' /out || ! grep -q . /proc/$p/cmdline; do sleep 0.1; done; \
+    // 100 MiB fit now, and do not any more afterwards. (A process has a program until it ends; its command line is empty for a
+    // moment of exec, too.)
+    let script = ": > /out; testprog fill 100 20 > /out & p=$!; \
+                  until grep -q 'filled 100' /out || ! test -e /proc/$p/exe; do sleep 0.1; done; \
                   kill $p; wait $p; cat /out";
     let fill = &["sh", "-c", script];
     let output = container.exec(fill).await?;
