@@ -90,6 +90,8 @@ impl Agent {
             }
             // Pages that were in use once would be part of every snapshot otherwise.
             resources::zero_free_memory().action("clear free memory")?;
+            // After the caches are gone.
+            scratch::rehearse().action("rehearse a container's writable layer")?;
             Ok(())
         })
         .await?;
@@ -124,9 +126,10 @@ impl Agent {
         }
         let mounts = request.mounts;
         if !mounts.is_empty() {
-            spans
+            let each = spans
                 .of("mount", blocking(move || Ok(storage::add(&mounts)?)))
                 .await?;
+            spans.within("mount", each);
         }
         // Frozen since the kernel told of the resume, if anything ran then.
         let pod = self.containers.hierarchy().pod();

@@ -144,7 +144,8 @@ impl proto::Agent for Service {
             let mut spans = Spans::new();
             let mounts = request.mounts;
             let add = move || Ok(crate::storage::add(&mounts)?);
-            spans.of("mount", crate::container::blocking(add)).await?;
+            let each = spans.of("mount", crate::container::blocking(add)).await?;
+            spans.within("mount", each);
             Ok(proto::AddMountsResponse {
                 spans: spans.finish(),
                 ..Default::default()

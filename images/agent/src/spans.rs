@@ -1,8 +1,12 @@
 //! The timed steps behind an answer.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use kiln_agent_api::proto;
+
+fn microseconds(duration: Duration) -> u64 {
+    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
+}
 
 /// Steps of one call.
 #[derive(Debug)]
@@ -36,9 +40,17 @@ impl Spans {
         result
     }
 
+    /// The steps of a step, which were timed on another thread.
+    pub(crate) fn within(&mut self, name: &str, inner: Self) {
+        let offset = microseconds(inner.start - self.start);
+        for mut span in inner.spans {
+            span.name = format!("{name}.{}", span.name);
+            span.start_us += offset;
+            self.spans.push(span);
+        }
+    }
+
     fn add(&mut self, name: &str, begun: Instant) {
-        let microseconds =
-            |duration: std::time::Duration| u64::try_from(duration.as_micros()).unwrap_or(u64::MAX);
         let mut span = proto::Span::new();
         span.name = name.to_owned();
         span.start_us = microseconds(begun - self.start);

@@ -11,6 +11,7 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use thiserror::Error;
 
 use crate::disk;
+use crate::spans::Spans;
 
 /// Why something is not mounted, or still is.
 #[derive(Debug, Error)]
@@ -142,10 +143,11 @@ fn parse_options(kind: &str, options: &[String]) -> Options {
     parsed
 }
 
-/// Mounts all, in order; if one fails, unmounts those before it. Blocks the thread.
-pub(crate) fn add(mounts: &[proto::Mount]) -> Result<()> {
+/// Mounts all, in order; if one fails, unmounts those before it. Blocks the thread. Returns what each took.
+pub(crate) fn add(mounts: &[proto::Mount]) -> Result<Spans> {
+    let mut spans = Spans::new();
     for (done, mount) in mounts.iter().enumerate() {
-        if let Err(error) = add_one(mount) {
+        if let Err(error) = spans.now(&mount.type_, || add_one(mount)) {
             for earlier in mounts[..done].iter().rev() {
                 // The first error is the one to report.
                 detach(&earlier.target);
@@ -153,7 +155,7 @@ pub(crate) fn add(mounts: &[proto::Mount]) -> Result<()> {
             return Err(error);
         }
     }
-    Ok(())
+    Ok(spans)
 }
 
 fn add_one(wanted: &proto::Mount) -> Result<()> {

@@ -98,10 +98,6 @@ async fn start(test: &Test, counting: &Counting, measured: Option<&mut Measured>
         for (step, took) in root.iter().flatten() {
             add(step, "ms", *took);
         }
-        if let Some(root) = root {
-            let all = root.iter().map(|(_, took)| took).sum();
-            add("root file system", "ms", all);
-        }
         for (what, unit, value) in counted {
             add(what, unit, value);
         }
@@ -111,7 +107,7 @@ async fn start(test: &Test, counting: &Counting, measured: Option<&mut Measured>
 }
 
 /// How many milliseconds of the start of a kiln pod's container went into its root file system: its image is found, given to
-/// the guest, and mounted there.
+/// the guest, and mounted there. All of it, and each step.
 fn root_of(pod: &str) -> Result<Option<Vec<(String, f64)>>> {
     const STEPS: [&str; 3] = ["shim.image.find", "vmm.plug-root", "guest.create.mount"];
     let path = Path::new(TRACES).join(pod).join("trace.json");
@@ -119,13 +115,15 @@ fn root_of(pod: &str) -> Result<Option<Vec<(String, f64)>>> {
     while path.exists() && begun.elapsed() < LIMIT {
         let steps: Vec<Step> = serde_json::from_slice(&std::fs::read(&path)?)
             .with_context(|| format!("{} is no timeline", path.display()))?;
-        let of_root: Vec<_> = steps
-            .iter()
-            .filter(|step| STEPS.contains(&&*step.name))
-            .map(|step| (step.name.clone(), step.duration_us as f64 / 1000.0))
-            .collect();
-        if of_root.len() == STEPS.len() {
-            return Ok(Some(of_root));
+        let took = |step: &Step| step.duration_us as f64 / 1000.0;
+        let is_of_root = |step: &&Step| STEPS.contains(&&*step.name);
+        let all: Vec<f64> = steps.iter().filter(is_of_root).map(took).collect();
+        if all.len() == STEPS.len() {
+            let is_part = |step: &&Step| STEPS.iter().any(|of| step.name.starts_with(of));
+            let parts = steps.iter().filter(is_part);
+            let total = ("root file system".to_owned(), all.iter().sum());
+            let parts = parts.map(|step| (step.name.clone(), took(step)));
+            return Ok(Some(std::iter::once(total).chain(parts).collect()));
         }
         // It is written after containerd has its answer. The very first pod makes the image, and does not find it.
         if steps.iter().any(|step| step.name == "guest.start") {

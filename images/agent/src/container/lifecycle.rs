@@ -115,9 +115,10 @@ impl Containers {
         let mounts = request.mounts.clone();
         unfinished.files = Placed::by(&mounts);
         if !mounts.is_empty() {
-            spans
+            let each = spans
                 .of("mount", blocking(move || Ok(storage::add(&mounts)?)))
                 .await?;
+            spans.within("mount", each);
         }
         let rootfs = self.rootfs(request);
         let guest = Guest {
