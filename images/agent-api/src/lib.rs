@@ -71,6 +71,10 @@ pub const GUEST_FILES: &str = "/run/kiln/etc";
 /// Where the file system of the containers' writable layers is mounted, in the guest.
 pub const GUEST_SCRATCH: &str = "/run/kiln/scratch";
 
+/// Where they lie on it. Not at its top, whose directories ext4 spreads over the whole disk: the guest has nothing of a far-off
+/// part of it in memory.
+pub const GUEST_LAYERS: &str = "/run/kiln/scratch/layers";
+
 /// The pod's shared memory file system, in the guest: the source of a container's `/dev/shm`.
 pub const GUEST_SHM: &str = "/run/kiln/shm";
 

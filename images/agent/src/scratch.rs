@@ -8,7 +8,7 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use kiln_agent_api::{GUEST_SCRATCH, GUEST_STATE_DIR, slots};
+use kiln_agent_api::{GUEST_LAYERS, GUEST_SCRATCH, GUEST_STATE_DIR, slots};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::statvfs::statvfs;
 
@@ -43,12 +43,12 @@ pub(crate) fn mount_it() -> io::Result<()> {
 /// Makes and removes what a container has there. What the file system had to read for it then stays in memory, and so in
 /// every copy of this μVM: none of them reads it at the start of its first container.
 pub(crate) fn rehearse() -> io::Result<()> {
-    const LAYERS: &str = "rehearsal";
-    let own = Path::new(GUEST_SCRATCH).join(LAYERS);
+    const NAME: &str = "rehearsal";
     if !is_mounted()? {
         return Ok(());
     }
-    let root = Path::new(GUEST_STATE_DIR).join(LAYERS);
+    let own = Path::new(GUEST_LAYERS).join(NAME);
+    let root = Path::new(GUEST_STATE_DIR).join(NAME);
     let [upper, work] = ["upper", "work"].map(|name| own.join(name));
     for folder in [&upper, &work, &root] {
         fs::create_dir_all(folder)?;

@@ -1,7 +1,7 @@
 //! A container started and ended in the guest that is tried out: a bake whose containers do not start is none, and the
 //! pages that a start needs are known afterwards.
 
-use kiln_agent_api::{GUEST_SCRATCH, GUEST_STATE_DIR, proto};
+use kiln_agent_api::{GUEST_LAYERS, GUEST_STATE_DIR, proto};
 use serde_json::{Value, json};
 use ttrpc::context::Context;
 
@@ -35,7 +35,7 @@ pub(crate) async fn container(agent: &proto::AgentClient, deadline: Context) -> 
 
 /// As a container's in a pod, but above what the guest itself has.
 fn root_mount(root: &str) -> proto::Mount {
-    let own = format!("{GUEST_SCRATCH}/{CONTAINER}");
+    let own = format!("{GUEST_LAYERS}/{CONTAINER}");
     let (upper, work) = (format!("{own}/upper"), format!("{own}/work"));
     proto::Mount {
         source: "overlay".to_owned(),

@@ -308,7 +308,7 @@ fn guest_mounts(id: &str, root: &Root) -> Vec<proto::Mount> {
     let lowers: Vec<_> = (0..root.disks.len())
         .map(|number| format!("{base}/lower-{number}"))
         .collect();
-    let rw = format!("{}/{id}", kiln_agent_api::GUEST_SCRATCH);
+    let rw = format!("{}/{id}", kiln_agent_api::GUEST_LAYERS);
     let (upper, work) = (format!("{rw}/upper"), format!("{rw}/work"));
     let mut options = vec![
         format!("lowerdir={}", lowers.join(":")),

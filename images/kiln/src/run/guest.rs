@@ -7,7 +7,7 @@ use anyhow::{Context, Result, anyhow};
 use kiln_agent_api::client::{ConnectError, Vsock};
 use kiln_agent_api::proto::{self, AgentClient};
 use kiln_agent_api::stream::{Header, Kind, TOKEN_LEN};
-use kiln_agent_api::{GUEST_FILES, GUEST_SCRATCH, GUEST_STATE_DIR, slots};
+use kiln_agent_api::{GUEST_FILES, GUEST_LAYERS, GUEST_STATE_DIR, slots};
 use kiln_vmm_control::ScratchLimits;
 use tokio::net::UnixStream;
 use ttrpc::context::{Context as Deadline, with_duration};
@@ -293,7 +293,7 @@ fn rootfs() -> String {
 pub(crate) fn mounts(image_bytes: u64, share: Option<&str>) -> Vec<proto::Mount> {
     let base = format!("{GUEST_STATE_DIR}/storage/{CONTAINER}");
     let lower = format!("{base}/lower");
-    let rw = format!("{GUEST_SCRATCH}/{CONTAINER}");
+    let rw = format!("{GUEST_LAYERS}/{CONTAINER}");
     let (upper, work) = (format!("{rw}/upper"), format!("{rw}/work"));
     let mount = |source: &str, target: &str, kind: &str, options: Vec<String>| proto::Mount {
         source: source.to_owned(),
