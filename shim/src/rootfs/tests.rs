@@ -36,12 +36,12 @@ fn read_only_image_gets_a_writable_layer_on_the_scratch_disk() {
     );
     let options = [
         "lowerdir=/run/kiln/storage/c1/lower-0",
-        "upperdir=/run/kiln/scratch/c1/upper",
-        "workdir=/run/kiln/scratch/c1/work",
+        "upperdir=/run/kiln/scratch/layers/c1/upper",
+        "workdir=/run/kiln/scratch/layers/c1/work",
     ];
     assert_eq!(mounts[1].options, options);
     // The one that holds the others goes last.
-    assert_eq!(mounts[1].make_directories[0], "/run/kiln/scratch/c1");
+    assert_eq!(mounts[1].make_directories[0], "/run/kiln/scratch/layers/c1");
 }
 
 #[test]
