@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use kiln_agent_api::{proto, slots};
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 
 use crate::storage::{Result, StorageError};
 use crate::uevent;
@@ -59,6 +60,16 @@ fn in_slot(device: &Path) -> Option<String> {
         .filter_map(|entry| fs::read_dir(entry.path().join("block")).ok())
         .find_map(|mut disks| disks.next()?.ok())?;
     Some(format!("/dev/{}", disk.file_name().to_str()?))
+}
+
+/// Has the kernel read a disk's beginning at once, where an EROFS image has its superblock and then its inodes: mounting it
+/// and finding a program asks for them a page at a time. What was read stays only as long as the disk is open.
+pub(crate) fn read_ahead(device: &str) -> Option<File> {
+    const LENGTH: i64 = 64 << 10;
+    // Whatever fails here is reported by the mount.
+    let file = File::open(device).ok()?;
+    posix_fadvise(&file, 0, LENGTH, PosixFadviseAdvice::POSIX_FADV_WILLNEED).ok()?;
+    Some(file)
 }
 
 /// Has the kernel refuse writes to a disk, or take them. A slot keeps this for whatever disk comes next.

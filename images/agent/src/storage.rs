@@ -173,6 +173,8 @@ fn add_one(wanted: &proto::Mount) -> Result<()> {
     {
         disk::set_read_only(disk, read_only)?;
     }
+    let ahead = disk.as_deref().filter(|_| wanted.type_ == "erofs");
+    let _open_until_mounted = ahead.and_then(disk::read_ahead);
     if wanted.make_target {
         let file = options.bind.is_some() && !Path::new(source).is_dir();
         make_target(Path::new(&wanted.target), file, wanted.target_mode)?;
