@@ -7,7 +7,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use kiln_agent_api::client::{ConnectError, Vsock};
 use kiln_agent_api::proto;
-use kiln_agent_api::{MIN_ENTROPY, PROTOCOL_VERSION};
+use kiln_agent_api::{MIN_ENTROPY, PROTOCOL_VERSION, slots};
 use kiln_store::{Class, Description, Digest, Kernel, Kind, Manifest, Staging, Store, WorkingSet};
 use kiln_vmm_control::VmmError;
 use tokio::time::{sleep, timeout};
@@ -223,7 +223,7 @@ pub async fn bake(
         .map(|kind| on_disk(&staging.path(*kind)))
         .sum();
     tell(Progress::Saved { bytes });
-    let (took, set) = try_out(&order.vmm, &staging, &work).await?;
+    let (took, set) = try_out(order, &staging, &work).await?;
     tell(Progress::Tried {
         took,
         touched: set.pages() << 12,
@@ -460,7 +460,7 @@ fn check_hello(hello: &proto::HelloResponse, release: &str) -> Result<(), BakeEr
 
 /// Resumes what was saved, gives it an identity, starts a container, and ends it. Returns how long that took, and the pages it needed.
 async fn try_out(
-    vmm: &Path,
+    order: &Order,
     staging: &Staging,
     work: &Work,
 ) -> Result<(Duration, WorkingSet), BakeError> {
@@ -480,7 +480,7 @@ async fn try_out(
     let watch = File::open(&path)
         .and_then(Watch::begin)
         .map_err(on_memory)?;
-    let machine = Machine::resume(vmm, staging.dir(), &socket, RESUME_LIMIT)
+    let machine = Machine::resume(&order.vmm, staging.dir(), &socket, RESUME_LIMIT)
         .await
         .map_err(on_machine)?;
     let agent = reach(&machine, &socket, Start::Resumed, STAGE).await?;
@@ -497,7 +497,19 @@ async fn try_out(
             problem,
         });
     }
-    match rehearsal::container(&agent, deadline()).await {
+    let image = match order.class.slots {
+        0 => None,
+        _ => Some(rehearsal::image(&order.agent, staging.dir())?),
+    };
+    let size = match image {
+        None => None,
+        Some((disk, size)) => {
+            let attached = machine.attach(slots::FIRST_DISK, disk, RESUME_LIMIT).await;
+            attached.map_err(on_machine)?;
+            Some(size)
+        }
+    };
+    match rehearsal::container(&agent, size, deadline()).await {
         Ok(0) => {}
         Ok(code) => {
             let problem = format!("a container's program ended with {code}");

@@ -465,6 +465,18 @@ impl Machine {
         Ok(())
     }
 
+    /// Gives the guest a disk that is only read, in a slot it was baked with.
+    pub async fn attach(&self, slot: u8, disk: File, limit: Duration) -> Result<(), MachineError> {
+        let request = Request::AttachBlock {
+            slot: Some(slot),
+            fd: 0,
+            read_only: true,
+        };
+        self.ask("attach a disk", request, vec![disk.into()], limit)
+            .await?;
+        Ok(())
+    }
+
     /// Ends the machine.
     pub async fn stop(self) -> Result<(), MachineError> {
         self.ask("stop", Request::Stop, Vec::new(), Duration::from_secs(10))
