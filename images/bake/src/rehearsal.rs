@@ -40,7 +40,7 @@ fn write_image(agent: &Path, own: &Path) -> io::Result<(File, u64)> {
 }
 
 /// Starts a container whose only program is the agent's, which says its version. Returns the program's exit code. An image
-/// of this size is in the first disk's slot; without one, which a machine without slots can't have, the guest's own files do.
+/// of this size is in the first disk's slot; a machine without slots has none, and the guest's own files do there.
 pub(crate) async fn container(
     agent: &proto::AgentClient,
     image: Option<u64>,
