@@ -95,8 +95,14 @@ impl Store {
             other => other.context("reading", dir)?,
         };
         for entry in entries {
-            let path = entry.context("reading", dir)?.path();
-            unless_gone(self.disk.remove_file(&path)).context("removing", &path)?;
+            let entry = entry.context("reading", dir)?;
+            let path = entry.path();
+            // A bake has folders in it for a while.
+            if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+                self.remove_staging(&path)?;
+            } else {
+                unless_gone(self.disk.remove_file(&path)).context("removing", &path)?;
+            }
         }
         unless_gone(self.disk.remove_dir(dir)).context("removing", dir)
     }

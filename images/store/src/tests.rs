@@ -205,6 +205,30 @@ fn bake_begins_while_others_end_theirs() {
 }
 
 #[test]
+fn killed_bake_that_had_folders_is_swept_by_the_next_one() {
+    let (_dir, store) = store();
+    let killed = |name: &str| {
+        let deep = store.root().join("tmp").join(name).join("tree/deeper");
+        std::fs::create_dir_all(&deep).unwrap();
+        std::fs::write(deep.join("file"), "x").unwrap();
+        std::os::unix::fs::symlink(store.root().join("objects"), deep.join("link")).unwrap();
+    };
+    killed("1-0");
+    bake(&store, "one").unwrap();
+    killed("2-0");
+    assert_eq!(store.collect(Policy::default()).unwrap().interrupted, 1);
+    let left = std::fs::read_dir(store.root().join("tmp")).unwrap();
+    assert_eq!(left.count(), 0);
+    assert_eq!(store.verify(&[]).unwrap().objects, 2);
+    // What a bake leaves in its own folder goes with it.
+    let staging = store.begin(0).unwrap();
+    std::fs::create_dir(staging.dir().join("tree")).unwrap();
+    drop(staging);
+    let left = std::fs::read_dir(store.root().join("tmp")).unwrap();
+    assert_eq!(left.count(), 0);
+}
+
+#[test]
 fn leased_uvm_is_neither_removed_nor_collected() {
     let (_dir, store) = store();
     let id = bake(&store, "one").unwrap();
