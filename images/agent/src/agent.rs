@@ -116,6 +116,9 @@ impl Agent {
         for (name, value) in &request.sysctls {
             set_sysctl(name, value)?;
         }
+        if request.scratch_flush {
+            scratch::flush().action("have what containers sync flushed")?;
+        }
         if request.scratch_limit_bytes > 0 {
             scratch::limit(request.scratch_limit_bytes)
                 .action("limit the containers' writable layers")?;

@@ -12,9 +12,11 @@ use kiln_agent_api::{GUEST_LAYERS, GUEST_SCRATCH, GUEST_STATE_DIR, slots};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::statvfs::statvfs;
 
-/// Deleted files give their room back at once, and nothing is initialized behind the guest's back, which would fill
-/// the overlay's RAM with zeroes.
-const OPTIONS: &str = "discard,noinit_itable";
+/// Deleted files give their room back at once. Nothing is initialized behind the guest's back, which would fill the
+/// overlay's RAM with zeroes. A sync asks for no flush: what the overlay has taken lasts as long as it, flushed or not.
+const OPTIONS: &str = "discard,noinit_itable,nobarrier";
+/// Has syncs ask for a flush.
+const FLUSHING: &str = "barrier";
 
 fn disk() -> Option<String> {
     let disk = slots::disk_name(slots::SCRATCH)?;
@@ -36,6 +38,19 @@ pub(crate) fn mount_it() -> io::Result<()> {
         Some("ext4"),
         MsFlags::MS_NOATIME,
         Some(OPTIONS),
+    )?;
+    Ok(())
+}
+
+/// From now on a sync is answered when the host's disk has it.
+pub(crate) fn flush() -> io::Result<()> {
+    let flags = MsFlags::MS_REMOUNT | MsFlags::MS_NOATIME;
+    mount(
+        None::<&str>,
+        GUEST_SCRATCH,
+        None::<&str>,
+        flags,
+        Some(FLUSHING),
     )?;
     Ok(())
 }

@@ -5,6 +5,7 @@ use std::time::Duration;
 use kiln_agent_api::client::{ConnectError, Vsock};
 use kiln_agent_api::proto::{self, AgentClient};
 use kiln_agent_api::stream::{Header, Status};
+use kiln_vmm_control::Flush;
 use tokio::net::UnixStream;
 use tokio::sync::mpsc;
 use ttrpc::Code;
@@ -96,6 +97,7 @@ impl Guest {
             sysctls: setup.sysctls.clone().into_iter().collect(),
             mounts,
             scratch_limit_bytes: setup.overlay.content(),
+            scratch_flush: setup.overlay_flush == Flush::Disk,
             // Last, for it ages.
             wall_clock_ns: UnixNanos::now().0,
             ..Default::default()
