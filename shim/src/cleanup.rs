@@ -5,11 +5,12 @@ use std::io;
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 use std::time::Duration;
 
+use kiln_uvm::share;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::network;
 use crate::record::{PodDir, ProcessRef, Record};
-use crate::{bootstrap, cgroup, share};
+use crate::{bootstrap, cgroup};
 
 /// How long a killed process may take to be gone.
 const KILL_WAIT: Duration = Duration::from_secs(2);

@@ -6,6 +6,7 @@
 
 use std::fmt::Write as _;
 
+use kiln_uvm::share::ShareError;
 use ttrpc::{Code, get_status};
 
 /// What went wrong, by what the caller can make of it.
@@ -92,6 +93,15 @@ pub fn chain(error: &(dyn std::error::Error + 'static)) -> String {
         source = cause.source();
     }
     text
+}
+
+impl From<ShareError> for Error {
+    fn from(error: ShareError) -> Self {
+        match error {
+            ShareError::Closed => Self::Unavailable(error.to_string()),
+            ShareError::System { .. } => Self::failed("share a volume with the μVM", error),
+        }
+    }
 }
 
 impl From<Error> for ttrpc::Error {

@@ -19,7 +19,6 @@ pub mod record;
 pub mod rootfs;
 pub mod server;
 pub mod service;
-pub mod share;
 pub mod size;
 pub mod spec;
 pub mod stats;

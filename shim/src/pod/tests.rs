@@ -2,7 +2,6 @@
 //! it was asked, so that tests choose the order in which things happen.
 
 use super::*;
-use crate::share::Volume;
 use crate::size::Size;
 use crate::time::UnixNanos;
 use crate::timeline::Timeline;
@@ -12,6 +11,7 @@ use containerd_shim_protos::api::{Empty, ForwardRequest};
 use containerd_shim_protos::shim_async::{Events, create_events};
 use kiln_agent_api::proto;
 use kiln_agent_api::stream::{Header, Kind as StreamKind};
+use kiln_uvm::share::Volume;
 use serde_json::json;
 use std::fs::File;
 use std::io::{Read, Write};

@@ -22,10 +22,10 @@ use std::path::Path;
 
 use containerd_shim_protos::api::Mount;
 use kiln_agent_api::{proto, slots};
+use kiln_uvm::share::Volume;
 
 use crate::config::Config;
 use crate::error::{Error, Result};
-use crate::share::Volume;
 use crate::spec::Spec;
 use crate::timeline::Timeline;
 use crate::uvm::{GuestDisk, Uvm};

@@ -7,9 +7,9 @@
 use std::path::Path;
 
 use kiln_agent_api::{GUEST_FILES, GUEST_SHM};
+use kiln_uvm::share::Volume;
 
 use crate::error::Result;
-use crate::share::Volume;
 use crate::spec::SpecMount;
 use crate::uvm::Uvm;
 

@@ -17,6 +17,7 @@ use kiln_agent_api::client::Vsock;
 use kiln_agent_api::{proto, slots};
 use kiln_overlay::{Budget, BudgetError};
 use kiln_store::{Class, Kind, Lease, Store};
+use kiln_uvm::share::{self, Share};
 use kiln_vmm_control::{
     End, Flush, Jail, PageRun, Reply, Request, ScratchLimits, Spawn, Vmm, VmmError, spill_file,
 };
@@ -31,7 +32,6 @@ use crate::config::Config;
 use crate::error::{Error, Result, chain};
 use crate::network::{self, Forwarder, NetworkError, PodNetwork, Tap};
 use crate::record::{PodDir, ProcessRef, Record, Stay};
-use crate::share::{self, Share};
 use crate::size::{MIB, Size};
 use crate::timeline::{Timeline, Trace};
 

@@ -18,12 +18,12 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use kiln_agent_api::proto;
 use kiln_agent_api::stream::Header;
+use kiln_uvm::share::Volume;
 use kiln_vmm_control::{Flush, ScratchLimits};
 use tokio::net::UnixStream;
 
 use crate::error::Result;
 use crate::events::Exit;
-use crate::share::Volume;
 use crate::size::Size;
 use crate::timeline::Timeline;
 

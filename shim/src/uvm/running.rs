@@ -9,6 +9,7 @@ use async_trait::async_trait;
 use kiln_agent_api::stream::Header;
 use kiln_agent_api::{proto, slots};
 use kiln_store::Lease;
+use kiln_uvm::share::{Share, Volume};
 use kiln_vmm_control::{Reply, Request, Vmm, VmmError, exit};
 use tokio::net::UnixStream;
 use tokio::sync::{mpsc, watch};
@@ -18,7 +19,6 @@ use super::{Guest, GuestDisk, GuestEvent, Uvm};
 use crate::error::{Error, Result};
 use crate::events::Exit;
 use crate::network::Forwarder;
-use crate::share::{Share, Volume};
 use crate::size::{MIB, Size};
 use crate::timeline::{Timeline, Trace};
 
@@ -293,7 +293,7 @@ impl Uvm for RunningUvm {
     }
 
     fn share(&self, volume: &Volume) -> Result<String> {
-        self.share.add(volume)
+        Ok(self.share.add(volume)?)
     }
 
     fn unshare(&self, volume: &Volume) {

@@ -8,6 +8,7 @@ use kiln_agent_api::client::{ConnectError, Vsock};
 use kiln_agent_api::proto::{self, AgentClient};
 use kiln_agent_api::stream::{Header, Kind, TOKEN_LEN};
 use kiln_agent_api::{GUEST_FILES, GUEST_LAYERS, GUEST_STATE_DIR, slots};
+use kiln_uvm::share::guest_mount_point;
 use kiln_vmm_control::ScratchLimits;
 use tokio::net::UnixStream;
 use ttrpc::context::{Context as Deadline, with_duration};
@@ -290,7 +291,7 @@ fn rootfs() -> String {
 }
 
 /// What the guest mounts before the container is made: the image below, the overlay's disk above.
-pub(crate) fn mounts(image_bytes: u64, share: Option<&str>) -> Vec<proto::Mount> {
+pub(crate) fn mounts(image_bytes: u64, share: bool) -> Vec<proto::Mount> {
     let base = format!("{GUEST_STATE_DIR}/storage/{CONTAINER}");
     let lower = format!("{base}/lower");
     let rw = format!("{GUEST_LAYERS}/{CONTAINER}");
@@ -310,8 +311,9 @@ pub(crate) fn mounts(image_bytes: u64, share: Option<&str>) -> Vec<proto::Mount>
         min_size: image_bytes,
         ..mount(&disk, &lower, "erofs", vec!["ro".to_owned()])
     }];
-    if let Some(target) = share {
-        mounts.push(mount(slots::FS_TAG, target, "virtiofs", Vec::new()));
+    if share {
+        let target = guest_mount_point();
+        mounts.push(mount(slots::FS_TAG, &target, "virtiofs", Vec::new()));
     }
     mounts.push(proto::Mount {
         make_directories: vec![rw, upper.clone(), work.clone()],

@@ -10,6 +10,7 @@ mod session;
 mod spec;
 mod terminal;
 mod uvm;
+mod volumes;
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
@@ -17,7 +18,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use kiln_agent_api::stream::TOKEN_LEN;
 use kiln_vmm_control::{ScratchLimits, spill_file};
 
@@ -30,15 +31,14 @@ use guest::{Guest, NotStarted, Process};
 use net::Net;
 use place::{Facts, PLACES, Place};
 use session::{Session, Signals};
-use spec::{Bind, Wanted};
+use spec::Wanted;
 use uvm::{Ends, Size, Uvm, in_time};
+use volumes::{Volume, Volumes};
 
 /// Exit code of `kiln run` and `kiln exec` when it is kiln that failed, not the command.
 const OWN_FAILURE: u8 = 125;
 /// How long a resumed guest may take for what a person waits for: many at once on a slow machine take long.
 const START_LIMIT: Duration = Duration::from_secs(120);
-/// Where the guest has the directories that `-v` names.
-const SHARE: &str = "/run/kiln/share";
 /// The timeline of a μVM's start, in its place.
 const TRACE: &str = "trace.json";
 /// How often a console that is followed is looked at.
@@ -98,7 +98,7 @@ fn start(store: &Path, options: &args::Run) -> Result<u8> {
         .iter()
         .map(|text| Volume::parse(text))
         .collect::<Result<Vec<_>>>()?;
-    let share = Share::make(&volumes)?;
+    let volumes = Volumes::make(&volumes)?;
     let net = Net::open(&options.net, &options.ip, &options.gateway, &options.dns)?;
     let seccomp = seccomp::profile(options.seccomp.as_deref())?;
     let vmm = crate::bake::program(options.vmm.as_deref(), "kiln-vmm", "--vmm")?;
@@ -107,7 +107,7 @@ fn start(store: &Path, options: &args::Run) -> Result<u8> {
         options,
         image,
         process,
-        share,
+        volumes,
         net,
         seccomp,
         vmm,
@@ -129,7 +129,7 @@ struct Start<'a> {
     options: &'a args::Run,
     image: Image,
     process: serde_json::Value,
-    share: Option<Share>,
+    volumes: Option<Volumes>,
     net: Net,
     seccomp: Option<serde_json::Value>,
     vmm: PathBuf,
@@ -165,7 +165,7 @@ async fn resume_and_run(start: Start<'_>) -> Result<u8> {
     };
     let ends = Ends {
         root: root.file,
-        share: start.share.as_ref().map(Share::open).transpose()?,
+        share: start.volumes.as_ref().map(Volumes::open).transpose()?,
         cable: start.net.cable()?,
         spill: spill_file(&options.overlay_dir)?,
         scratch,
@@ -213,7 +213,7 @@ async fn resume_and_run(start: Start<'_>) -> Result<u8> {
         let at = timeline.now();
         guest.write_files(hostname, start.net.resolv_conf()).await?;
         timeline.since("agent.files", at);
-        let binds: Vec<Bind> = start.share.iter().flat_map(Share::binds).collect();
+        let binds = start.volumes.as_ref().map_or(&[][..], Volumes::binds);
         let base = u64::from(uvm.class().memory_mib) << 20;
         // A guest cannot be smaller than it was baked; its container can.
         let limit = options.memory.filter(|memory| *memory < base);
@@ -221,10 +221,10 @@ async fn resume_and_run(start: Start<'_>) -> Result<u8> {
             &start.process,
             hostname,
             limit,
-            &binds,
+            binds,
             start.seccomp.as_ref(),
         );
-        let mounts = guest::mounts(image_bytes, start.share.as_ref().map(|_| SHARE));
+        let mounts = guest::mounts(image_bytes, start.volumes.is_some());
         let at = timeline.now();
         let made = guest
             .start(&spec, &process, mounts, terminal::size())
@@ -274,100 +274,6 @@ pub(crate) fn trace_of(name: &str) -> Result<Option<PathBuf>> {
     let all = place::all(Path::new(PLACES))?;
     let runs = all.iter().any(|one| one.name == name);
     Ok(runs.then(|| Path::new(PLACES).join(name).join(TRACE)))
-}
-
-/// A directory or file of the host for the container: `SOURCE:TARGET[:ro]`.
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct Volume {
-    source: PathBuf,
-    target: String,
-    read_only: bool,
-}
-
-impl Volume {
-    fn parse(text: &str) -> Result<Volume> {
-        let wrong = || {
-            format!(
-                "{text:?} is no volume: write it like /SOURCE:/TARGET or /SOURCE:/TARGET:ro (-v)"
-            )
-        };
-        let mut parts = text.split(':');
-        let (source, target) = parts.next().zip(parts.next()).with_context(wrong)?;
-        let read_only = match parts.next() {
-            None | Some("rw") => false,
-            Some("ro") => true,
-            Some(_) => bail!(wrong()),
-        };
-        if parts.next().is_some() || !target.starts_with('/') || target == "/" {
-            bail!(wrong());
-        }
-        let source = fs::canonicalize(source)
-            .with_context(|| format!("the volume's source {source} cannot be used"))?;
-        Ok(Volume {
-            source,
-            target: target.to_owned(),
-            read_only,
-        })
-    }
-}
-
-/// The directory that the guest sees, with the volumes bound into it. It exists in a mount namespace of
-/// this process's own, so that nothing of it is left, however the process ends.
-struct Share {
-    dir: PathBuf,
-    volumes: Vec<Volume>,
-}
-
-impl Share {
-    /// To be called while the process has one thread: a namespace is a thread's, and later threads get
-    /// that of the first.
-    fn make(volumes: &[Volume]) -> Result<Option<Share>> {
-        use rustix::mount::{
-            MountFlags, MountPropagationFlags, mount, mount_bind_recursive, mount_change,
-        };
-
-        if volumes.is_empty() {
-            return Ok(None);
-        }
-        // SAFETY: what follows in this thread sees the new namespace; nothing relies on the old one.
-        unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNS) }
-            .context("making a mount namespace for the volumes (are you root?)")?;
-        let propagation = MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC;
-        mount_change("/", propagation).context("keeping the volumes' mounts to this process")?;
-        let dir = PathBuf::from(PLACES).with_file_name("share");
-        fs::create_dir_all(&dir).with_context(|| format!("making {}", dir.display()))?;
-        mount("kiln", &dir, "tmpfs", MountFlags::empty(), c"mode=755")
-            .with_context(|| format!("mounting {}", dir.display()))?;
-        for (number, volume) in volumes.iter().enumerate() {
-            let target = dir.join(number.to_string());
-            if volume.source.is_dir() {
-                fs::create_dir(&target)?;
-            } else {
-                File::create(&target)?;
-            }
-            mount_bind_recursive(&volume.source, &target)
-                .with_context(|| format!("binding the volume {}", volume.source.display()))?;
-        }
-        Ok(Some(Share {
-            dir,
-            volumes: volumes.to_vec(),
-        }))
-    }
-
-    fn open(&self) -> Result<File> {
-        File::open(&self.dir).with_context(|| format!("opening {}", self.dir.display()))
-    }
-
-    fn binds(&self) -> Vec<Bind> {
-        let volumes = self.volumes.iter().enumerate();
-        volumes
-            .map(|(number, volume)| Bind {
-                source: format!("{SHARE}/{number}"),
-                target: volume.target.clone(),
-                read_only: volume.read_only,
-            })
-            .collect()
-    }
 }
 
 /// `kiln exec`.
@@ -461,18 +367,6 @@ pub(crate) fn console(options: &args::Console) -> Result<ExitCode, Failure> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn volumes_are_read_and_wrong_ones_refused_with_the_form() {
-        let volume = Volume::parse("/tmp:/data:ro").unwrap();
-        assert_eq!((volume.target.as_str(), volume.read_only), ("/data", true));
-        for wrong in ["/tmp", "/tmp:data", "/tmp:/", "/tmp:/a:x", "/tmp:/a:ro:x"] {
-            let error = Volume::parse(wrong).unwrap_err().to_string();
-            assert!(error.contains("/SOURCE:/TARGET"), "{error}");
-        }
-        let error = Volume::parse("/nowhere-at-all:/x").unwrap_err().to_string();
-        assert!(error.contains("/nowhere-at-all"), "{error}");
-    }
 
     #[test]
     fn command_that_never_ran_has_its_own_exit_codes() {

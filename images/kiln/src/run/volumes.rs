@@ -1,0 +1,154 @@
+//! Directories and files of the host for a container: `-v`.
+
+use std::fs::{self, DirBuilder, File};
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use kiln_uvm::share::{self, Share};
+
+use super::place::PLACES;
+use super::spec::Bind;
+
+/// A directory or file of the host for the container: `SOURCE:TARGET[:ro]`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Volume {
+    source: PathBuf,
+    target: String,
+    read_only: bool,
+}
+
+impl Volume {
+    pub(super) fn parse(text: &str) -> Result<Volume> {
+        let wrong = || {
+            format!(
+                "{text:?} is no volume: write it like /SOURCE:/TARGET or /SOURCE:/TARGET:ro (-v)"
+            )
+        };
+        let mut parts = text.split(':');
+        let (source, target) = parts.next().zip(parts.next()).with_context(wrong)?;
+        let read_only = match parts.next() {
+            None | Some("rw") => false,
+            Some("ro") => true,
+            Some(_) => bail!(wrong()),
+        };
+        if parts.next().is_some() || !target.starts_with('/') || target == "/" {
+            bail!(wrong());
+        }
+        let source = fs::canonicalize(source)
+            .with_context(|| format!("the volume's source {source} cannot be used"))?;
+        Ok(Volume {
+            source,
+            target: target.to_owned(),
+            read_only,
+        })
+    }
+}
+
+/// The directory that the guest sees, with the volumes in it. It is mounted in a mount namespace of this process's own,
+/// so that nothing of it is left, however the process ends.
+#[derive(Debug)]
+pub(super) struct Volumes {
+    share: Share,
+    binds: Vec<Bind>,
+}
+
+impl Volumes {
+    /// To be called while the process has one thread: a namespace is a thread's, and later threads get
+    /// that of the first.
+    pub(super) fn make(volumes: &[Volume]) -> Result<Option<Self>> {
+        use rustix::mount::{MountPropagationFlags, mount_change};
+        use rustix::thread::{UnshareFlags, unshare_unsafe};
+
+        if volumes.is_empty() {
+            return Ok(None);
+        }
+        // SAFETY: what follows in this thread sees the new namespace; nothing relies on the old one.
+        unsafe { unshare_unsafe(UnshareFlags::NEWNS) }
+            .context("making a mount namespace for the volumes (are you root?)")?;
+        let propagation = MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC;
+        mount_change("/", propagation).context("keeping the volumes' mounts to this process")?;
+        Self::make_in(&Path::new(PLACES).with_file_name("share"), volumes).map(Some)
+    }
+
+    fn make_in(dir: &Path, volumes: &[Volume]) -> Result<Self> {
+        // Others that run have theirs on the same directory, each in a namespace of its own.
+        DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(dir)
+            .with_context(|| format!("making {}", dir.display()))?;
+        let share = Share::mount_on(dir)?;
+        let binds = volumes.iter().map(|volume| {
+            let source = share.add(&share::Volume {
+                source: volume.source.clone(),
+                read_only: volume.read_only,
+                // A mount that came later would not be read-only.
+                follows_host: !volume.read_only,
+            })?;
+            Ok(Bind {
+                source,
+                target: volume.target.clone(),
+                read_only: volume.read_only,
+            })
+        });
+        let binds = binds.collect::<Result<_>>()?;
+        Ok(Self { share, binds })
+    }
+
+    /// The directory, for the VMM.
+    pub(super) fn open(&self) -> Result<File> {
+        Ok(self.share.open()?)
+    }
+
+    /// How the container gets the volumes.
+    pub(super) fn binds(&self) -> &[Bind] {
+        &self.binds
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn volumes_are_read_and_wrong_ones_refused_with_the_form() {
+        let volume = Volume::parse("/tmp:/data:ro").unwrap();
+        assert_eq!((volume.target.as_str(), volume.read_only), ("/data", true));
+        for wrong in ["/tmp", "/tmp:data", "/tmp:/", "/tmp:/a:x", "/tmp:/a:ro:x"] {
+            let error = Volume::parse(wrong).unwrap_err().to_string();
+            assert!(error.contains("/SOURCE:/TARGET"), "{error}");
+        }
+        let error = Volume::parse("/nowhere-at-all:/x").unwrap_err().to_string();
+        assert!(error.contains("/nowhere-at-all"), "{error}");
+    }
+
+    #[test]
+    fn read_only_volume_is_read_only_on_the_host() {
+        use rustix::mount::{MountPropagationFlags, mount_change};
+        use rustix::thread::{UnshareFlags, unshare_unsafe};
+
+        let dir = tempfile::tempdir().unwrap();
+        let (source, share) = (dir.path().join("source"), dir.path().join("share"));
+        fs::create_dir(&source).unwrap();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
+                // SAFETY: this thread ends with the test, and opens nothing before.
+                if unsafe { unshare_unsafe(UnshareFlags::NEWNS | UnshareFlags::FS) }.is_err()
+                    || mount_change("/", private).is_err()
+                {
+                    eprintln!("skipped: no mount namespaces here (needs root)");
+                    return;
+                }
+                let text = |end| format!("{}:/data{end}", source.display());
+                let asked = [text(":ro"), text("")].map(|t| Volume::parse(&t).unwrap());
+                let volumes = Volumes::make_in(&share, &asked).unwrap();
+                assert_eq!(volumes.binds().len(), 2);
+                let refused = fs::write(share.join("0/x"), "").unwrap_err();
+                assert_eq!(refused.kind(), std::io::ErrorKind::ReadOnlyFilesystem);
+                fs::write(share.join("1/x"), "").unwrap();
+            });
+        });
+    }
+}

@@ -1,0 +1,255 @@
+use super::*;
+use std::thread;
+
+use rustix::mount::{MountPropagationFlags, mount_change};
+use rustix::thread::{UnshareFlags, unshare_unsafe};
+
+/// Runs a test in a mount namespace of its own, in which everything is shared as systemd has it.
+fn isolated(test: impl FnOnce(&Path) + Send) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path();
+    thread::scope(|scope| {
+        scope.spawn(move || {
+            let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
+            // SAFETY: this thread ends with the test, and opens nothing before.
+            if unsafe { unshare_unsafe(UnshareFlags::NEWNS | UnshareFlags::FS) }.is_err()
+                || mount_change("/", private).is_err()
+            {
+                eprintln!("skipped: no mount namespaces here (needs root)");
+                return;
+            }
+            mount_tmpfs(path);
+            mount_change(path, MountPropagationFlags::SHARED).unwrap();
+            test(path);
+        });
+    });
+}
+
+fn mount_tmpfs(on: &Path) {
+    mount("t", on, "tmpfs", MountFlags::empty(), None).unwrap();
+}
+
+fn volume(source: &Path) -> Volume {
+    Volume {
+        source: source.to_owned(),
+        read_only: false,
+        follows_host: true,
+    }
+}
+
+fn read_only(source: &Path) -> Volume {
+    Volume {
+        read_only: true,
+        ..volume(source)
+    }
+}
+
+fn on_host(share: &Path, guest: &str) -> PathBuf {
+    let name = guest.strip_prefix(&guest_mount_point()).unwrap();
+    share.join(name.trim_start_matches('/'))
+}
+
+#[test]
+fn volumes_are_shared_and_the_hosts_files_survive_the_end() {
+    isolated(|root| {
+        let (data, dir) = (root.join("data"), root.join("share/ns/pod"));
+        fs::create_dir(&data).unwrap();
+        fs::write(data.join("precious"), "x").unwrap();
+        let share = Share::create(&dir).unwrap();
+        let path = on_host(&dir, &share.add(&volume(&data)).unwrap());
+        assert_eq!(fs::read(path.join("precious")).unwrap(), b"x");
+        fs::write(path.join("new"), "y").unwrap();
+        share.close();
+        assert!(!dir.exists() && !root.join("share/ns").exists());
+        assert_eq!(fs::read(data.join("precious")).unwrap(), b"x");
+        assert_eq!(fs::read(data.join("new")).unwrap(), b"y");
+        assert!(matches!(share.add(&volume(&data)), Err(ShareError::Closed)));
+    });
+}
+
+#[test]
+fn mounts_of_the_host_arrive_and_are_never_taken_along() {
+    isolated(|root| {
+        let data = root.join("data");
+        fs::create_dir_all(data.join("sub")).unwrap();
+        let dir = root.join("share/ns/pod");
+        let share = Share::create(&dir).unwrap();
+        let path = on_host(&dir, &share.add(&volume(&data)).unwrap());
+        mount_tmpfs(&data.join("sub"));
+        fs::write(data.join("sub/late"), "z").unwrap();
+        assert_eq!(fs::read(path.join("sub/late")).unwrap(), b"z");
+        share.release(&volume(&data));
+        share.close();
+        assert_eq!(fs::read(data.join("sub/late")).unwrap(), b"z");
+    });
+}
+
+#[test]
+fn one_mount_serves_all_containers_until_the_last_releases_it() {
+    isolated(|root| {
+        let file = root.join("hosts");
+        fs::write(&file, "h").unwrap();
+        let dir = root.join("share/ns/pod");
+        let share = Share::create(&dir).unwrap();
+        let first = share.add(&volume(&file)).unwrap();
+        assert_eq!(share.add(&volume(&file)).unwrap(), first);
+        let path = on_host(&dir, &first);
+        share.release(&volume(&file));
+        assert_eq!(fs::read(&path).unwrap(), b"h");
+        share.release(&volume(&file));
+        assert!(!path.exists());
+        // A name that the guest may remember is not used for something else.
+        assert_ne!(share.add(&volume(&file)).unwrap(), first);
+        share.close();
+        assert_eq!(fs::read(&file).unwrap(), b"h");
+    });
+}
+
+#[test]
+fn read_only_is_kept_on_the_host_too_and_below() {
+    isolated(|root| {
+        let data = root.join("data");
+        fs::create_dir_all(data.join("below")).unwrap();
+        mount_tmpfs(&data.join("below"));
+        let dir = root.join("share/ns/pod");
+        let share = Share::create(&dir).unwrap();
+        let path = on_host(&dir, &share.add(&read_only(&data)).unwrap());
+        assert!(fs::write(path.join("x"), "").is_err());
+        assert!(fs::write(path.join("below/x"), "").is_err());
+        let path = on_host(&dir, &share.add(&volume(&data)).unwrap());
+        fs::write(path.join("x"), "").unwrap();
+        fs::write(path.join("below/x"), "").unwrap();
+        share.close();
+    });
+}
+
+#[test]
+fn missing_volume_is_named_and_leaves_nothing() {
+    isolated(|root| {
+        let dir = root.join("share/ns/pod");
+        let share = Share::create(&dir).unwrap();
+        let error = share
+            .add(&volume(Path::new("/no/such/volume")))
+            .unwrap_err();
+        assert!(error.to_string().contains("/no/such/volume"), "{error:?}");
+        assert_eq!(fs::read_dir(&dir).unwrap().count(), 0);
+        share.close();
+    });
+}
+
+#[test]
+fn a_directory_with_something_in_it_is_never_removed() {
+    let dir = tempfile::tempdir().unwrap();
+    let pod = dir.path().join("pod");
+    fs::create_dir(&pod).unwrap();
+    fs::write(pod.join("precious"), "x").unwrap();
+    assert!(remove(&pod).is_err());
+    assert!(pod.join("precious").exists());
+}
+
+#[test]
+fn no_name_in_the_directory_can_be_changed_from_where_the_guest_looks() {
+    use rustix::fs::{RenameFlags, mkdirat, renameat_with, symlinkat, unlinkat};
+
+    isolated(|root| {
+        let data = root.join("data");
+        fs::create_dir(&data).unwrap();
+        let dir = root.join("share/ns/pod");
+        let share = Share::create(&dir).unwrap();
+        share.add(&volume(&data)).unwrap();
+        let view = share.open().unwrap();
+        let refused = |result: rustix::io::Result<()>| assert_eq!(result, Err(Errno::ROFS));
+        refused(symlinkat("/etc", &view, "x"));
+        refused(mkdirat(&view, "1", Mode::RWXU));
+        refused(renameat_with(&view, "0", &view, "1", RenameFlags::empty()));
+        refused(unlinkat(&view, "0", AtFlags::REMOVEDIR));
+        refused(rustix::fs::fchmod(&view, Mode::RWXU | Mode::RWXO));
+        share.close();
+    });
+}
+
+/// What a guest could do if it had the right to change names: between any two steps of ours, a link is where the mount
+/// point was.
+#[test]
+fn a_mount_point_that_is_swapped_for_a_link_leads_nowhere() {
+    use rustix::fs::{CWD, RenameFlags, renameat_with, symlinkat};
+
+    isolated(|root| {
+        let (data, target) = (root.join("data"), root.join("target"));
+        for made in [&data, &target] {
+            fs::create_dir(made).unwrap();
+        }
+        fs::write(data.join("evil"), "").unwrap();
+        let dir = root.join("share/ns/pod");
+        let share = Share::create(&dir).unwrap();
+        let state = share.lock();
+        let inside = state.inside.as_ref().unwrap();
+        symlinkat(&target, inside, "link").unwrap();
+        let swap = |name: &str| {
+            renameat_with(inside, "link", inside, name, RenameFlags::EXCHANGE).unwrap();
+        };
+        let tree = Tree::of(&volume(&data)).unwrap();
+
+        // Before it is opened: refused.
+        make_point(inside, "a", true).unwrap();
+        swap("a");
+        assert!(share.point("a").is_err());
+        swap("a");
+        // After it was opened: the mount goes to what was opened, whatever that is called now.
+        let point = share.point("a").unwrap();
+        swap("a");
+        mounts::put(&tree.mount, &point).unwrap();
+        assert!(dir.join("link/evil").exists());
+        assert!(!target.join("evil").exists());
+        // Before it is unmounted: nothing of the host's goes.
+        mount_tmpfs(&target);
+        fs::write(target.join("precious"), "").unwrap();
+        let flags = UnmountFlags::DETACH | UnmountFlags::NOFOLLOW;
+        assert!(unmount(dir.join("a"), flags).is_err());
+        assert!(target.join("precious").exists());
+        let resolved = rustix::fs::readlinkat(CWD, dir.join("a"), Vec::new()).unwrap();
+        assert_eq!(resolved.to_bytes(), target.as_os_str().as_encoded_bytes());
+        drop(state);
+        share.close();
+    });
+}
+
+/// A guest that asks for a name again and again finds the volume as it is to be, or nothing.
+#[test]
+fn a_read_only_volume_is_never_seen_writable() {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    isolated(|root| {
+        let data = root.join("data");
+        fs::create_dir(&data).unwrap();
+        fs::write(data.join("file"), "as it was").unwrap();
+        let dir = root.join("share/ns/pod");
+        let share = Share::create(&dir).unwrap();
+        let (view, over) = (share.open().unwrap(), AtomicBool::new(false));
+        let written = thread::scope(|scope| {
+            let guest = scope.spawn(|| {
+                let mut written = 0;
+                let mut next = 0;
+                while !over.load(Ordering::Relaxed) {
+                    let path = format!("{next}/file");
+                    let flags = OFlags::WRONLY | OFlags::CLOEXEC;
+                    match rustix::fs::openat(&view, &path, flags, Mode::empty()) {
+                        Ok(_) => written += 1,
+                        Err(Errno::ROFS) => next += 1,
+                        Err(_) => {}
+                    }
+                }
+                written
+            });
+            for _ in 0..300 {
+                share.add(&read_only(&data)).unwrap();
+                thread::yield_now();
+                share.release(&read_only(&data));
+            }
+            over.store(true, Ordering::Relaxed);
+            guest.join().unwrap()
+        });
+        assert_eq!(written, 0);
+        share.close();
+    });
+}
