@@ -41,7 +41,7 @@ pub mod proto {
 
 /// Version of the API. It counts up when an old host could misunderstand a new agent, or the other
 /// way round; fields that are merely new don't change it.
-pub const PROTOCOL_VERSION: u32 = 1;
+pub const PROTOCOL_VERSION: u32 = 2;
 
 /// vsock port of the ttrpc service, in the guest.
 pub const RPC_PORT: u32 = 1024;
@@ -81,4 +81,4 @@ pub const GUEST_SHM: &str = "/run/kiln/shm";
 // A baked μVM carries an agent with these numbers inside it; a host with others cannot reach it. A
 // change here is a new PROTOCOL_VERSION.
 const _: () = assert!(RPC_PORT == 1024 && STREAM_PORT == 1025 && READY_PORT == 1026);
-const _: () = assert!(PROTOCOL_VERSION == 1);
+const _: () = assert!(PROTOCOL_VERSION == 2);

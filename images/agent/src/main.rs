@@ -28,6 +28,7 @@ mod stdio;
 mod storage;
 mod sys;
 mod uevent;
+mod written;
 
 use std::io::{self, Write};
 use std::path::PathBuf;

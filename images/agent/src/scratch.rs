@@ -7,6 +7,7 @@ use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use kiln_agent_api::{GUEST_LAYERS, GUEST_SCRATCH, GUEST_STATE_DIR, slots};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -89,7 +90,25 @@ pub(crate) fn rehearse() -> io::Result<()> {
     fs::remove_dir(&root)?;
     fs::remove_dir_all(&own)?;
     nix::unistd::syncfs(fs::File::open(GUEST_SCRATCH)?)?;
+    BAKED_BYTES.store(used()?, Ordering::Relaxed);
     Ok(())
+}
+
+/// What the file system took for itself when the machine was baked.
+static BAKED_BYTES: AtomicU64 = AtomicU64::new(0);
+
+fn used() -> io::Result<u64> {
+    let figures = statvfs(GUEST_SCRATCH)?;
+    let blocks = figures.blocks().saturating_sub(figures.blocks_free());
+    Ok(blocks * figures.fragment_size())
+}
+
+/// Bytes that containers have on it, what the guest has not written to the disk yet included.
+pub(crate) fn written() -> io::Result<u64> {
+    if !is_mounted()? {
+        return Ok(0);
+    }
+    Ok(used()?.saturating_sub(BAKED_BYTES.load(Ordering::Relaxed)))
 }
 
 /// Whether there is such a file system: a machine without the disk has none.

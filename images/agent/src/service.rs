@@ -9,10 +9,11 @@ use tokio::sync::broadcast::error::RecvError;
 use ttrpc::asynchronous::{ServerStreamSender, TtrpcContext};
 
 use crate::agent::Agent;
-use crate::container::Event;
 use crate::container::process::Process;
+use crate::container::{Event, blocking};
 use crate::error::AgentError;
 use crate::spans::Spans;
+use crate::written;
 
 /// The service.
 #[derive(Debug, Clone)]
@@ -337,6 +338,15 @@ impl proto::Agent for Service {
         request: proto::StatsRequest,
     ) -> ttrpc::Result<proto::StatsResponse> {
         Ok(self.agent.containers.stats(&request.container_id)?)
+    }
+
+    async fn written(
+        &self,
+        _: &TtrpcContext,
+        request: proto::WrittenRequest,
+    ) -> ttrpc::Result<proto::WrittenResponse> {
+        self.gated(|_| blocking(move || written::answer(&request)))
+            .await
     }
 
     async fn resize_tty(

@@ -13,6 +13,7 @@ mod process;
 mod resize;
 mod sandbox;
 mod tasks;
+mod written;
 
 #[cfg(test)]
 mod tests;
@@ -53,6 +54,7 @@ pub struct Pod {
     setup: Mutex<Option<Launched>>,
     containers: Mutex<HashMap<String, Arc<Container>>>,
     sandbox: Mutex<Option<sandbox::Sandbox>>,
+    accounting: Mutex<written::Accounting>,
     /// Set when the μVM is gone for good.
     ended: watch::Sender<Option<Exit>>,
     shutdown: watch::Sender<bool>,
@@ -89,6 +91,7 @@ impl Pod {
             setup: Mutex::new(None),
             containers: Mutex::default(),
             sandbox: Mutex::new(None),
+            accounting: Mutex::default(),
             ended: watch::channel(None).0,
             shutdown: watch::channel(false).0,
         })

@@ -423,8 +423,12 @@ impl Pod {
     }
 
     /// Usage of a container; of the whole pod for its sandbox.
-    pub async fn stats(&self, id: &str) -> Result<(proto::StatsResponse, proto::NetworkState)> {
+    pub async fn stats(
+        self: &Arc<Self>,
+        id: &str,
+    ) -> Result<(proto::StatsResponse, proto::NetworkState)> {
         let container = self.container(id)?;
+        self.account_writes();
         let asked = if container.kind == Kind::Pause {
             ""
         } else {

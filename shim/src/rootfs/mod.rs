@@ -14,11 +14,14 @@ mod image;
 mod layers;
 mod mounts;
 mod volumes;
+mod written;
 
 pub use volumes::POD_FILES;
+pub use written::WritableLayer;
 
 use std::fs::{File, OpenOptions};
 use std::path::Path;
+use std::sync::Arc;
 
 use containerd_shim_protos::api::Mount;
 use kiln_agent_api::{proto, slots};
@@ -74,6 +77,7 @@ pub struct Wanted<'a> {
 pub struct Storage {
     disks: Vec<GuestDisk>,
     volumes: Vec<Volume>,
+    layer: Option<Arc<WritableLayer>>,
 }
 
 impl Storage {
@@ -115,6 +119,7 @@ impl Storage {
         if pod_files {
             volumes::add_pods_own(&mut mounts, spec.root_is_read_only());
         }
+        self.layer = WritableLayer::find(rootfs).map(Arc::new);
         let root = self
             .attach_root(image::find(rootfs, bundle)?, config, uvm, timeline)
             .await?;
@@ -223,8 +228,16 @@ impl Storage {
         Ok(true)
     }
 
+    /// Where containerd looks for what the container wrote.
+    pub fn layer(&self) -> Option<Arc<WritableLayer>> {
+        self.layer.clone()
+    }
+
     /// Gives back what is held. Without a μVM there is nothing left to give back to.
     pub async fn release(mut self, uvm: Option<&dyn Uvm>) {
+        if let Some(layer) = self.layer.take() {
+            layer.close();
+        }
         let Some(uvm) = uvm else { return };
         for volume in &self.volumes {
             uvm.unshare(volume);

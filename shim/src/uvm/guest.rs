@@ -278,6 +278,16 @@ impl Guest {
         self.agent.stats(context(), &request).await.map_err(what)
     }
 
+    /// See [`Uvm::written`](super::Uvm::written).
+    pub async fn written(&self, containers: &[String]) -> Result<proto::WrittenResponse> {
+        let request = proto::WrittenRequest {
+            container_ids: containers.to_vec(),
+            ..Default::default()
+        };
+        let what = refused("measure what the containers wrote");
+        self.agent.written(context(), &request).await.map_err(what)
+    }
+
     /// See [`Uvm::pids`](super::Uvm::pids).
     pub async fn pids(&self, container: &str) -> Result<Vec<u32>> {
         let request = proto::PidsRequest {

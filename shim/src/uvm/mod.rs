@@ -67,6 +67,19 @@ pub struct GuestDisk {
     pub size: u64,
 }
 
+/// What containers wrote to their root file systems, in bytes.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Written {
+    /// What the overlay holds, in RAM and spilled: the host's own knowledge.
+    pub held: u64,
+    /// The most that there can be: what it holds, and a memory full of what the guest has yet to write.
+    pub limit: u64,
+    /// What the guest says of all containers.
+    pub total: u64,
+    /// What it says of each that was asked for.
+    pub own: Vec<u64>,
+}
+
 /// What the guest's own events are to the shim.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum GuestEvent {
@@ -105,6 +118,8 @@ pub trait Uvm: Send + Sync {
     async fn update(&self, container: &str, resources: Vec<u8>) -> Result<()>;
     /// Usage of a container, or of all together for an empty id.
     async fn stats(&self, container: &str) -> Result<proto::StatsResponse>;
+    /// What containers wrote to their root file systems: all together, and each of these.
+    async fn written(&self, containers: &[String]) -> Result<Written>;
     /// The guest's process ids of a container's processes.
     async fn pids(&self, container: &str) -> Result<Vec<u32>>;
     /// The guest's network counters.

@@ -15,7 +15,7 @@ use tokio::net::UnixStream;
 use tokio::sync::{mpsc, watch};
 
 use super::log::LastLine;
-use super::{Guest, GuestDisk, GuestEvent, Uvm};
+use super::{Guest, GuestDisk, GuestEvent, Uvm, Written};
 use crate::error::{Error, Result};
 use crate::events::Exit;
 use crate::network::Forwarder;
@@ -263,6 +263,28 @@ impl Uvm for RunningUvm {
 
     async fn stats(&self, container: &str) -> Result<proto::StatsResponse> {
         self.guest.stats(container).await
+    }
+
+    async fn written(&self, containers: &[String]) -> Result<Written> {
+        let action = "read what the overlay holds";
+        let reply = self
+            .call(action, |vmm| vmm.call(&Request::Stats, &[]))
+            .await?;
+        let Reply::Stats {
+            overlays, memory, ..
+        } = reply
+        else {
+            return Err(vmm_error(action)(VmmError::Protocol));
+        };
+        let overlay = overlays.unwrap_or_default();
+        let told = self.guest.written(containers).await?;
+        let held = overlay.ram.saturating_add(overlay.spill);
+        Ok(Written {
+            held,
+            limit: held.saturating_add(memory),
+            total: told.total_bytes,
+            own: told.containers.iter().map(|one| one.bytes).collect(),
+        })
     }
 
     async fn pids(&self, container: &str) -> Result<Vec<u32>> {
