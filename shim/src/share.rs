@@ -13,6 +13,7 @@ use std::ffi::CString;
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -65,7 +66,11 @@ impl Share {
     pub fn create(dir: &Path) -> Result<Self> {
         // What an earlier attempt left.
         remove(dir).map_err(|e| failed("clear the pod's shared directory", dir, e))?;
-        fs::create_dir_all(dir).map_err(|e| failed("make the pod's shared directory", dir, e))?;
+        let mut private = fs::DirBuilder::new();
+        private.recursive(true).mode(0o700);
+        private
+            .create(dir)
+            .map_err(|e| failed("make the pod's shared directory", dir, e))?;
         mount(
             Some("kiln"),
             dir,

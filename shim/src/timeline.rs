@@ -1,7 +1,6 @@
 //! Where the time of a pod's start goes: named steps with their beginning and length, as spans for
 //! the log and as a file for `kiln trace`.
 
-use std::fs;
 use std::future::Future;
 use std::io;
 use std::path::PathBuf;
@@ -9,6 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use kiln_agent_api::proto::Span;
+use kiln_store::private;
 use serde::{Deserialize, Serialize};
 use tracing::Instrument;
 
@@ -150,9 +150,7 @@ impl Trace {
                 ..step
             }));
         }
-        let fresh = self.path.with_extension("new");
-        fs::write(&fresh, serde_json::to_vec(&steps)?)?;
-        fs::rename(fresh, &self.path)
+        private::replace(&self.path, &serde_json::to_vec(&steps)?)
     }
 
     fn lock(&self) -> MutexGuard<'_, Vec<Traced>> {
@@ -165,6 +163,7 @@ impl Trace {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs;
 
     #[tokio::test]
     async fn steps_come_in_the_order_they_began() {

@@ -16,7 +16,7 @@ use async_trait::async_trait;
 use kiln_agent_api::client::Vsock;
 use kiln_agent_api::{proto, slots};
 use kiln_overlay::{Budget, BudgetError};
-use kiln_store::{Class, Kind, Lease, Store};
+use kiln_store::{Class, Kind, Lease, Store, private};
 use kiln_vmm_control::{
     End, Flush, Jail, PageRun, Reply, Request, ScratchLimits, Spawn, Vmm, VmmError, spill_file,
 };
@@ -285,9 +285,7 @@ impl StoreLauncher {
 
     fn listen(&self) -> Result<UnixListener> {
         let path = self.dir.vsock();
-        // What an earlier attempt left.
-        let _ = fs::remove_file(&path);
-        UnixListener::bind(&path).map_err(|e| {
+        private::listen(&path).map_err(|e| {
             let what = format!(
                 "listen on {} for the guest; a shorter `state_dir` may help",
                 path.display()
