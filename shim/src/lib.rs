@@ -12,6 +12,7 @@ pub mod error;
 pub mod events;
 pub mod log;
 pub mod network;
+pub mod oom;
 pub mod pod;
 pub mod program;
 pub mod publisher;

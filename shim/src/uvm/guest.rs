@@ -1,5 +1,6 @@
 //! The guest's side of a μVM: calls to its agent.
 
+use std::borrow::Cow;
 use std::time::Duration;
 
 use kiln_agent_api::client::{ConnectError, Vsock};
@@ -22,6 +23,10 @@ use crate::timeline::Timeline;
 const CALL_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long the guest may take to bring online what was plugged.
 const GROW_TIMEOUT_MS: u32 = 30_000;
+/// Events of the guest that wait for the pod.
+const WAITING_EVENTS: usize = 16;
+/// No text of the guest's is passed on beyond this.
+const LONGEST_TEXT: usize = 1 << 10;
 /// Bytes of entropy given at resume: two of the kernel generator's keys.
 const ENTROPY: usize = 64;
 
@@ -49,7 +54,7 @@ fn refused(what: impl Into<String>) -> impl FnOnce(ttrpc::Error) -> Error {
     let what = what.into();
     move |error| match error {
         ttrpc::Error::RpcStatus(status) => {
-            let text = status.message().to_owned();
+            let text = cut(status.message(), LONGEST_TEXT).into_owned();
             match status.code() {
                 Code::NOT_FOUND => Error::NotFound(what),
                 Code::ALREADY_EXISTS => Error::AlreadyExists(what),
@@ -60,8 +65,20 @@ fn refused(what: impl Into<String>) -> impl FnOnce(ttrpc::Error) -> Error {
                 _ => Error::failed(format!("the guest could not {what}"), text),
             }
         }
-        other => Error::Unavailable(format!("the guest is gone ({what}: {other})")),
+        other => {
+            let why = other.to_string();
+            let why = cut(&why, LONGEST_TEXT);
+            Error::Unavailable(format!("the guest is gone ({what}: {why})"))
+        }
     }
+}
+
+/// At most so many bytes of a text, whole characters.
+fn cut(text: &str, most: usize) -> Cow<'_, str> {
+    if text.len() <= most {
+        return Cow::Borrowed(text);
+    }
+    Cow::Owned(format!("{}…", &text[..text.floor_char_boundary(most)]))
 }
 
 fn not_connected(error: ConnectError) -> Error {
@@ -337,18 +354,19 @@ impl Guest {
     }
 
     /// Starts to listen to what happens unasked. The channel ends with the guest.
-    pub async fn events(&self) -> Result<mpsc::UnboundedReceiver<GuestEvent>> {
+    pub async fn events(&self) -> Result<mpsc::Receiver<GuestEvent>> {
         let mut stream = self
             .agent
             .events(Context::default(), &proto::EventsRequest::new())
             .await
             .map_err(refused("tell its events"))?;
-        let (tell, events) = mpsc::unbounded_channel();
+        let (tell, events) = mpsc::channel(WAITING_EVENTS);
         tokio::spawn(async move {
             while let Ok(Some(event)) = stream.recv().await {
                 if event.has_oom() {
                     let container = event.oom().container_id.clone();
-                    if tell.send(GuestEvent::Oom { container }).is_err() {
+                    // A guest that tells more than is taken waits.
+                    if tell.send(GuestEvent::Oom { container }).await.is_err() {
                         return;
                     }
                 }
@@ -396,6 +414,20 @@ mod tests {
         assert!(matches!(precondition, Error::FailedPrecondition(_)));
         let internal = refused("mount it")(error(Code::INTERNAL));
         assert_eq!(internal.chain(), "the guest could not mount it: because");
+    }
+
+    #[test]
+    fn long_texts_of_the_guest_are_cut_between_characters() {
+        let long = "ü".repeat(LONGEST_TEXT);
+        let status = ttrpc::get_status(Code::INTERNAL, format!("x{long}"));
+        let error = refused("mount it")(ttrpc::Error::RpcStatus(status));
+        let text = error.chain();
+        assert!(
+            text.len() < LONGEST_TEXT + 64 && text.ends_with("ü…"),
+            "{}",
+            text.len()
+        );
+        assert_eq!(cut("short", LONGEST_TEXT), "short");
     }
 
     #[test]
