@@ -12,6 +12,10 @@ use kiln_store::private;
 use serde::{Deserialize, Serialize};
 use tracing::Instrument;
 
+/// How much of a guest's answer is believed to be a timeline: it goes into a file, and from there to a terminal.
+const MOST_SPANS: usize = 64;
+const LONGEST_NAME: usize = 64;
+
 /// One step.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Step {
@@ -66,11 +70,13 @@ impl Timeline {
         });
     }
 
-    /// Adds what the guest did in the step that began at `start_us`.
+    /// Adds what the guest says it did in the step that began at `start_us`.
     pub fn add_guest(&self, step: &str, start_us: u64, spans: &[Span]) {
-        for span in spans {
-            let name = format!("{step}.{}", span.name);
-            self.add(name, start_us + span.start_us, span.duration_us);
+        for span in spans.iter().take(MOST_SPANS) {
+            let end = span.name.floor_char_boundary(LONGEST_NAME);
+            let told = span.name[..end].replace(char::is_control, "?");
+            let start = start_us.saturating_add(span.start_us);
+            self.add(format!("{step}.{told}"), start, span.duration_us);
         }
     }
 
@@ -178,6 +184,26 @@ mod tests {
         assert_eq!(names.first().map(String::as_str), Some("outer"));
         assert_eq!(names.last().map(String::as_str), Some("last"));
         assert_eq!(names.len(), 3);
+    }
+
+    #[test]
+    fn a_guest_that_tells_too_much_fills_nothing_and_breaks_nothing() {
+        let timeline = Timeline::default();
+        let span = Span {
+            name: format!("\u{1b}{}", "ü".repeat(1 << 20)),
+            start_us: u64::MAX,
+            duration_us: u64::MAX,
+            ..Default::default()
+        };
+        timeline.add_guest("guest.create", 7, &vec![span; 1000]);
+        let steps = timeline.steps();
+        assert_eq!(steps.len(), MOST_SPANS);
+        assert_eq!(steps[0].start_us, u64::MAX);
+        let told = steps[0].name.strip_prefix("guest.create.").unwrap();
+        assert!(
+            told.len() <= LONGEST_NAME && told.starts_with("?ü"),
+            "{told}"
+        );
     }
 
     #[test]
