@@ -25,6 +25,7 @@ pub mod size;
 pub mod spec;
 pub mod stats;
 pub mod stdio;
+pub mod text;
 pub mod time;
 pub mod timeline;
 pub mod uvm;

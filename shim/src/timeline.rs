@@ -12,6 +12,8 @@ use kiln_store::private;
 use serde::{Deserialize, Serialize};
 use tracing::Instrument;
 
+use crate::text::beginning;
+
 /// How much of a guest's answer is believed to be a timeline: it goes into a file, and from there to a terminal.
 const MOST_SPANS: usize = 64;
 const LONGEST_NAME: usize = 64;
@@ -73,8 +75,7 @@ impl Timeline {
     /// Adds what the guest says it did in the step that began at `start_us`.
     pub fn add_guest(&self, step: &str, start_us: u64, spans: &[Span]) {
         for span in spans.iter().take(MOST_SPANS) {
-            let end = span.name.floor_char_boundary(LONGEST_NAME);
-            let told = span.name[..end].replace(char::is_control, "?");
+            let told = beginning(&span.name, LONGEST_NAME).replace(char::is_control, "?");
             let start = start_us.saturating_add(span.start_us);
             self.add(format!("{step}.{told}"), start, span.duration_us);
         }

@@ -287,11 +287,11 @@ impl Bed {
     }
 
     fn bundle(&self, id: &str, kind: Option<&str>) -> PathBuf {
-        self.bundle_with(id, kind, json!({}))
+        self.bundle_with(id, kind, &json!({}))
     }
 
     /// A bundle whose first process is described by `process`.
-    fn bundle_with(&self, id: &str, kind: Option<&str>, process: serde_json::Value) -> PathBuf {
+    fn bundle_with(&self, id: &str, kind: Option<&str>, process: &serde_json::Value) -> PathBuf {
         let bundle = self.dir.path().join(id);
         std::fs::create_dir_all(bundle.join("rootfs")).unwrap();
         let mut annotations = json!({});
@@ -760,7 +760,7 @@ async fn processes_are_the_guests_with_the_first_under_the_pids_that_all_answers
 async fn vmm_has_the_score_of_the_safest_live_container() {
     let bed = Bed::new("sb").await;
     let create = async |id: &str, kind, score: i32| {
-        let bundle = bed.bundle_with(id, Some(kind), json!({"oomScoreAdj": score}));
+        let bundle = bed.bundle_with(id, Some(kind), &json!({"oomScoreAdj": score}));
         let stdio = StdioPaths::default();
         bed.create_from(bundle, id, stdio).await.unwrap();
     };

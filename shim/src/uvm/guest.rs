@@ -1,6 +1,5 @@
 //! The guest's side of a μVM: calls to its agent.
 
-use std::borrow::Cow;
 use std::time::Duration;
 
 use kiln_agent_api::client::{ConnectError, Vsock};
@@ -16,6 +15,7 @@ use super::{GuestEvent, PodSetup};
 use crate::error::{Error, Result};
 use crate::events::Exit;
 use crate::pod::random;
+use crate::text::beginning;
 use crate::time::UnixNanos;
 use crate::timeline::Timeline;
 
@@ -54,7 +54,7 @@ fn refused(what: impl Into<String>) -> impl FnOnce(ttrpc::Error) -> Error {
     let what = what.into();
     move |error| match error {
         ttrpc::Error::RpcStatus(status) => {
-            let text = cut(status.message(), LONGEST_TEXT).into_owned();
+            let text = cut(status.message());
             match status.code() {
                 Code::NOT_FOUND => Error::NotFound(what),
                 Code::ALREADY_EXISTS => Error::AlreadyExists(what),
@@ -66,19 +66,18 @@ fn refused(what: impl Into<String>) -> impl FnOnce(ttrpc::Error) -> Error {
             }
         }
         other => {
-            let why = other.to_string();
-            let why = cut(&why, LONGEST_TEXT);
+            let why = cut(&other.to_string());
             Error::Unavailable(format!("the guest is gone ({what}: {why})"))
         }
     }
 }
 
-/// At most so many bytes of a text, whole characters.
-fn cut(text: &str, most: usize) -> Cow<'_, str> {
-    if text.len() <= most {
-        return Cow::Borrowed(text);
+/// What the guest says, but not more of it than somebody wants to read.
+fn cut(text: &str) -> String {
+    match beginning(text, LONGEST_TEXT) {
+        all if all.len() == text.len() => all.to_owned(),
+        part => format!("{part}…"),
     }
-    Cow::Owned(format!("{}…", &text[..text.floor_char_boundary(most)]))
 }
 
 fn not_connected(error: ConnectError) -> Error {
@@ -427,7 +426,7 @@ mod tests {
             "{}",
             text.len()
         );
-        assert_eq!(cut("short", LONGEST_TEXT), "short");
+        assert_eq!(cut("short"), "short");
     }
 
     #[test]

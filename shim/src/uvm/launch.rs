@@ -210,7 +210,7 @@ impl StoreLauncher {
     /// Before anything is made that has to be cleaned up.
     fn stay(&self) -> Result<Stay> {
         let stay = self.dir.stay();
-        stay.map_err(|e| Error::failed("go on with a pod that is being removed", e))
+        stay.map_err(|e| Error::failed("make what the pod needs", e))
     }
 
     /// Changes the pod's record.
