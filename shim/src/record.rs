@@ -64,7 +64,16 @@ const STAY_WAIT: Duration = Duration::from_secs(10);
 pub enum StayError {
     /// Its record is gone, or its directory is.
     #[error("the pod is being removed")]
-    Ended(#[source] io::Error),
+    Ended,
+    /// They can't be looked at.
+    #[error("look at the pod's directory {}", path.display())]
+    Unknown {
+        /// The directory.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
     /// Another process has its directory locked, and keeps it.
     #[error(transparent)]
     Locked(#[from] LockError),
@@ -135,9 +144,16 @@ impl PodDir {
     }
 
     fn stay_within(&self, limit: Duration) -> Result<Stay, StayError> {
-        let dir = File::open(&self.dir).map_err(StayError::Ended)?;
+        let unless_gone = |source: io::Error| match source.kind() {
+            io::ErrorKind::NotFound => StayError::Ended,
+            _ => StayError::Unknown {
+                path: self.dir.clone(),
+                source,
+            },
+        };
+        let dir = File::open(&self.dir).map_err(unless_gone)?;
         lock::shared(&dir, limit)?;
-        fs::metadata(self.record_path()).map_err(StayError::Ended)?;
+        fs::metadata(self.record_path()).map_err(unless_gone)?;
         Ok(Stay { _lock: dir })
     }
 
@@ -278,7 +294,7 @@ mod tests {
         pod.save(&made).unwrap();
         drop((first, second));
         assert_eq!(ending.join().unwrap(), Some(made.clone()));
-        assert!(matches!(pod.stay(), Err(StayError::Ended(_))));
+        assert!(matches!(pod.stay(), Err(StayError::Ended)));
         assert_eq!(pod.load(), None);
         assert_eq!(pod.end(), Some(made));
     }

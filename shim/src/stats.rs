@@ -170,6 +170,18 @@ mod tests {
     }
 
     #[test]
+    fn sums_of_a_guests_numbers_have_an_end() {
+        let mut stats = proto::StatsResponse::new();
+        let memory = stats.memory.mut_or_insert_default();
+        for kind in ["anon", "file"] {
+            let name = format!("workingset_refault_{kind}");
+            memory.stat.insert(name, u64::MAX);
+        }
+        let out = convert(&stats, &proto::NetworkState::new());
+        assert_eq!(out.memory.workingset_refault, u64::MAX);
+    }
+
+    #[test]
     fn loopback_is_not_the_pods_network() {
         let interface = |name: &str, rx_bytes| proto::InterfaceState {
             name: name.into(),
