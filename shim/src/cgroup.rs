@@ -117,9 +117,56 @@ fn nearest_usable(directory: &Path) -> Option<PathBuf> {
         .map(Path::to_owned)
 }
 
+/// Processes of a cgroup that the kernel killed because memory ran out, from a moment on.
+#[derive(Debug)]
+pub struct OomKills {
+    events: PathBuf,
+    before: Option<u64>,
+}
+
+impl OomKills {
+    /// Counts from now on what happens in the cgroup and below it.
+    pub fn since_now(directory: &Path) -> Self {
+        let events = directory.join("memory.events");
+        let before = oom_kills(&events);
+        Self { events, before }
+    }
+
+    /// Whether there were any. Not, if the cgroup doesn't tell.
+    pub fn any(&self) -> bool {
+        matches!((self.before, oom_kills(&self.events)), (Some(before), Some(now)) if now > before)
+    }
+}
+
+fn oom_kills(events: &Path) -> Option<u64> {
+    let text = fs::read_to_string(events).ok()?;
+    let count = text
+        .lines()
+        .find_map(|line| line.strip_prefix("oom_kill "))?;
+    count.trim().parse().ok()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn oom_kills_are_those_since_the_beginning() {
+        let dir = tempfile::tempdir().unwrap();
+        let tell = |kills: u32| {
+            let text = format!("low 0\nhigh 0\nmax 9\noom 5\noom_kill {kills}\noom_group_kill 7\n");
+            fs::write(dir.path().join("memory.events"), text).unwrap();
+        };
+        let untold = OomKills::since_now(dir.path());
+        tell(2);
+        let kills = OomKills::since_now(dir.path());
+        assert!(!kills.any());
+        tell(3);
+        assert!(kills.any());
+        assert!(!untold.any(), "it is not known how many there were before");
+        fs::remove_file(dir.path().join("memory.events")).unwrap();
+        assert!(!kills.any());
+    }
 
     #[test]
     fn cgroupfs_paths_are_taken_as_they_are() {

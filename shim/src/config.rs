@@ -4,7 +4,8 @@
 //! latter reaches the rest. An absent file is the default configuration. Unknown keys are errors:
 //! a misspelt limit must not be no limit.
 
-use std::collections::BTreeMap;
+mod annotations;
+
 use std::path::{Path, PathBuf};
 use std::{fs, io};
 
@@ -15,26 +16,11 @@ use kiln_vmm_control::{DEFAULT_SPILL_DIRECTORY, Flush, ScratchLimits};
 use crate::bootstrap::AnswerForm;
 use crate::size::{MIB, ParseSizeError, parse_size};
 
+pub use annotations::{ANNOTATION_PREFIX, Most, PodOverrides};
+use annotations::{FileAnnotations, HARMLESS, KNOWN, MOST_OVERLAY_DISK};
+
 /// Where the file is looked for when containerd's runtime options name none.
 pub const DEFAULT_PATH: &str = "/etc/kiln/config.toml";
-/// What every annotation of ours starts with.
-pub const ANNOTATION_PREFIX: &str = "kiln.dev/";
-
-const CPUS: &str = "kiln.dev/cpus";
-const MEMORY: &str = "kiln.dev/memory";
-const DEBUG: &str = "kiln.dev/debug";
-const OVERLAY_RAM: &str = "kiln.dev/overlay-ram";
-const OVERLAY_DISK: &str = "kiln.dev/overlay-disk";
-const OVERLAY_FLUSH: &str = "kiln.dev/overlay-flush";
-/// All there are; the file's allow-list is a subset.
-const KNOWN: [&str; 6] = [
-    CPUS,
-    MEMORY,
-    DEBUG,
-    OVERLAY_RAM,
-    OVERLAY_DISK,
-    OVERLAY_FLUSH,
-];
 
 /// What is meant.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -73,6 +59,8 @@ pub struct Config {
     pub debug: bool,
     /// Which annotations pods may use.
     pub allowed_annotations: Vec<String>,
+    /// The most that they may ask for.
+    pub most: Most,
 }
 
 /// What was written.
@@ -111,10 +99,18 @@ struct FileOverlay {
     flush: Option<Flush>,
 }
 
-#[derive(Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-struct FileAnnotations {
-    allow: Option<Vec<String>>,
+fn size(key: &'static str, text: Option<&str>, default: u64) -> Result<u64, ConfigError> {
+    match text {
+        Some(text) => parse_size(text).map_err(|source| ConfigError::Size { key, source }),
+        None => Ok(default),
+    }
+}
+
+fn positive(key: &'static str, number: Option<u32>, default: u32) -> Result<u32, ConfigError> {
+    match number {
+        Some(0) => Err(ConfigError::Zero { key }),
+        number => Ok(number.unwrap_or(default)),
+    }
 }
 
 /// The configuration can't be used.
@@ -158,14 +154,29 @@ pub enum ConfigError {
     UnknownAllowed(String),
     /// A pod uses an annotation that doesn't exist or isn't allowed.
     #[error(
-        "the pod's annotation {key} is not allowed on this node; annotations.allow in kiln's \
-         configuration has: {allowed}"
+        "the pod's annotation {key} is not allowed on this node; leave it out, or have it added to \
+         annotations.allow in kiln's configuration, which has: {allowed}"
     )]
     NotAllowed {
         /// The annotation.
         key: String,
         /// Those allowed.
         allowed: String,
+    },
+    /// An annotation asks for more than the node gives.
+    #[error(
+        "the pod's annotation {key} is {value:?}, and this node gives at most {most}; ask for less, \
+         or have {setting} raised in kiln's configuration"
+    )]
+    TooMuch {
+        /// The annotation.
+        key: String,
+        /// Its value.
+        value: String,
+        /// The most there is.
+        most: String,
+        /// The key of the configuration that says so.
+        setting: &'static str,
     },
     /// An annotation's value makes no sense.
     #[error("the pod's annotation {key} is {value:?}; {expected}")]
@@ -179,25 +190,9 @@ pub enum ConfigError {
     },
 }
 
-/// What a pod's annotations ask for.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct PodOverrides {
-    /// vCPUs.
-    pub cpus: Option<u32>,
-    /// Memory.
-    pub memory: Option<u64>,
-    /// Log at debug level.
-    pub debug: Option<bool>,
-    /// RAM of the writable layers.
-    pub overlay_ram: Option<u64>,
-    /// Disk of the writable layers.
-    pub overlay_disk: Option<u64>,
-    /// What flushes of the writable layers do.
-    pub overlay_flush: Option<Flush>,
-}
-
 impl Default for Config {
     fn default() -> Self {
+        let (max_cpus, memory) = (host_cpus(), host_memory());
         Self {
             store: "/var/lib/kiln/store".into(),
             state_dir: "/run/kiln".into(),
@@ -208,14 +203,20 @@ impl Default for Config {
             default_cpus: 1,
             default_memory: 256 * MIB,
             guest_overhead: 64 * MIB,
-            max_cpus: host_cpus(),
+            max_cpus,
             overlay: ScratchLimits::default(),
             overlay_flush: Flush::default(),
-            overlay_node_ram: host_memory() / 2,
+            overlay_node_ram: memory / 2,
             overlay_dir: DEFAULT_SPILL_DIRECTORY.into(),
             answer: None,
             debug: false,
-            allowed_annotations: KNOWN.map(str::to_owned).to_vec(),
+            allowed_annotations: HARMLESS.map(str::to_owned).to_vec(),
+            most: Most {
+                cpus: max_cpus,
+                memory: memory / 2,
+                overlay_ram: memory / 2,
+                overlay_disk: MOST_OVERLAY_DISK,
+            },
         }
     }
 }
@@ -243,14 +244,14 @@ impl Config {
             source: Box::new(source),
         })?;
         let d = Self::default();
-        let size = |key, text: Option<String>, default| match text {
-            Some(text) => parse_size(&text).map_err(|source| ConfigError::Size { key, source }),
-            None => Ok(default),
-        };
-        let positive = |key, n: Option<u32>, default| match n {
-            Some(0) => Err(ConfigError::Zero { key }),
-            n => Ok(n.unwrap_or(default)),
-        };
+        let size = |key, text: Option<String>, default| size(key, text.as_deref(), default);
+        let max_cpus = positive("uvm.max_cpus", file.uvm.max_cpus, d.max_cpus)?;
+        let node_ram = size(
+            "overlay.node_ram",
+            file.overlay.node_ram,
+            d.overlay_node_ram,
+        )?;
+        let most = file.annotations.most(max_cpus, node_ram)?;
         let allowed = file.annotations.allow.unwrap_or(d.allowed_annotations);
         if let Some(unknown) = allowed.iter().find(|a| !KNOWN.contains(&a.as_str())) {
             return Err(ConfigError::UnknownAllowed(unknown.clone()));
@@ -270,88 +271,19 @@ impl Config {
             default_cpus: positive("uvm.cpus", file.uvm.cpus, d.default_cpus)?,
             default_memory: size("uvm.memory", file.uvm.memory, d.default_memory)?,
             guest_overhead: size("uvm.overhead", file.uvm.overhead, d.guest_overhead)?,
-            max_cpus: positive("uvm.max_cpus", file.uvm.max_cpus, d.max_cpus)?,
+            max_cpus,
             overlay: ScratchLimits {
                 ram: size("overlay.ram", file.overlay.ram, d.overlay.ram)?,
                 disk: size("overlay.disk", file.overlay.disk, d.overlay.disk)?,
             },
             overlay_flush: file.overlay.flush.unwrap_or(d.overlay_flush),
-            overlay_node_ram: size(
-                "overlay.node_ram",
-                file.overlay.node_ram,
-                d.overlay_node_ram,
-            )?,
+            overlay_node_ram: node_ram,
             overlay_dir: file.overlay.dir.unwrap_or(d.overlay_dir),
             answer: file.answer,
             debug: file.debug.unwrap_or(false),
             allowed_annotations: allowed,
+            most,
         })
-    }
-
-    /// Reads a pod's `kiln.dev/` annotations. One that is unknown or not on the allow-list is an
-    /// error, so that nobody believes it had an effect.
-    pub fn pod_overrides(
-        &self,
-        annotations: &BTreeMap<String, String>,
-    ) -> Result<PodOverrides, ConfigError> {
-        let mut overrides = PodOverrides::default();
-        for (key, value) in annotations
-            .iter()
-            .filter(|(k, _)| k.starts_with(ANNOTATION_PREFIX))
-        {
-            if !self.allowed_annotations.contains(key) {
-                return Err(ConfigError::NotAllowed {
-                    key: key.clone(),
-                    allowed: self.allowed_annotations.join(", "),
-                });
-            }
-            let wrong = |expected| ConfigError::Annotation {
-                key: key.clone(),
-                value: value.clone(),
-                expected,
-            };
-            match key.as_str() {
-                CPUS => {
-                    let cpus: u32 = value.parse().unwrap_or(0);
-                    if cpus == 0 {
-                        return Err(wrong("it must be a whole number of at least 1"));
-                    }
-                    overrides.cpus = Some(cpus);
-                }
-                MEMORY => {
-                    let bytes = parse_size(value).map_err(|_| {
-                        wrong("it must be a size such as 512MiB, 2Gi or a number of bytes")
-                    })?;
-                    overrides.memory = Some(bytes);
-                }
-                OVERLAY_RAM | OVERLAY_DISK => {
-                    let bytes = parse_size(value).map_err(|_| {
-                        wrong("it must be a size such as 512MiB, 2Gi or a number of bytes")
-                    })?;
-                    if key == OVERLAY_RAM {
-                        overrides.overlay_ram = Some(bytes);
-                    } else {
-                        overrides.overlay_disk = Some(bytes);
-                    }
-                }
-                OVERLAY_FLUSH => {
-                    overrides.overlay_flush = Some(match value.as_str() {
-                        "none" => Flush::None,
-                        "disk" => Flush::Disk,
-                        _ => return Err(wrong("it must be none or disk")),
-                    });
-                }
-                DEBUG => {
-                    overrides.debug = Some(
-                        value
-                            .parse()
-                            .map_err(|_| wrong("it must be true or false"))?,
-                    );
-                }
-                _ => {}
-            }
-        }
-        Ok(overrides)
     }
 }
 
@@ -379,13 +311,6 @@ mod tests {
 
     fn parse(text: &str) -> Result<Config, ConfigError> {
         Config::parse(text, Path::new("config.toml"))
-    }
-
-    fn annotations(pairs: &[(&str, &str)]) -> BTreeMap<String, String> {
-        pairs
-            .iter()
-            .map(|(k, v)| ((*k).to_owned(), (*v).to_owned()))
-            .collect()
     }
 
     #[test]
@@ -418,63 +343,5 @@ mod tests {
     #[test]
     fn a_file_that_was_named_must_exist() {
         assert!(Config::load(Some(Path::new("/nonexistent/kiln.toml"))).is_err());
-    }
-
-    #[test]
-    fn annotations_set_the_size() {
-        let config = Config::default();
-        let asked = annotations(&[
-            ("kiln.dev/cpus", "3"),
-            ("kiln.dev/memory", "1Gi"),
-            ("a", "b"),
-        ]);
-        let overrides = config.pod_overrides(&asked).unwrap();
-        assert_eq!(overrides.cpus, Some(3));
-        assert_eq!(overrides.memory, Some(1024 * MIB));
-    }
-
-    #[test]
-    fn what_flushes_do_is_the_nodes_to_say_and_then_the_pods() {
-        let config = parse("[overlay]\nflush = 'disk'").unwrap();
-        assert_eq!(config.overlay_flush, Flush::Disk);
-        assert!(parse("[overlay]\nflush = 'always'").is_err());
-        let of = |pairs: &[_]| config.pod_overrides(&annotations(pairs)).unwrap();
-        assert_eq!(of(&[]).overlay_flush, None);
-        for (value, flush) in [("none", Flush::None), ("disk", Flush::Disk)] {
-            let asked = of(&[("kiln.dev/overlay-flush", value)]);
-            assert_eq!(asked.overlay_flush, Some(flush));
-        }
-    }
-
-    #[test]
-    fn annotations_off_the_list_are_refused_not_ignored() {
-        let config = parse("[annotations]\nallow = ['kiln.dev/cpus']").unwrap();
-        assert!(
-            config
-                .pod_overrides(&annotations(&[("kiln.dev/cpus", "2")]))
-                .is_ok()
-        );
-        for key in ["kiln.dev/memory", "kiln.dev/invented"] {
-            let error = config
-                .pod_overrides(&annotations(&[(key, "1Gi")]))
-                .unwrap_err();
-            assert!(error.to_string().contains(key), "{error}");
-        }
-        assert!(parse("[annotations]\nallow = ['kiln.dev/invented']").is_err());
-    }
-
-    #[test]
-    fn nonsense_values_say_what_would_make_sense() {
-        let config = Config::default();
-        for (key, value) in [
-            ("kiln.dev/cpus", "0"),
-            ("kiln.dev/memory", "much"),
-            ("kiln.dev/overlay-flush", "sometimes"),
-        ] {
-            let error = config
-                .pod_overrides(&annotations(&[(key, value)]))
-                .unwrap_err();
-            assert!(error.to_string().contains("must be"), "{error}");
-        }
     }
 }

@@ -6,9 +6,10 @@
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use nix::fcntl::{Flock, FlockArg};
+use kiln_store::lock::{self, LockError};
+use kiln_store::private::{self, PrivateError};
 use serde::{Deserialize, Serialize};
 
 use crate::bootstrap::AnswerForm;
@@ -49,15 +50,39 @@ pub struct Record {
 /// While it is held nobody takes the pod away: who cleans up waits, and then finds all that was made.
 #[derive(Debug)]
 pub struct Stay {
-    _lock: Flock<File>,
+    _lock: File,
 }
 
-/// How long who cleans up waits for what is just being made. A thread that hangs must not keep a pod for ever.
+/// How long who cleans up waits for what is just being made. A thread that hangs must not keep a pod for ever, and
+/// containerd gives `delete` five seconds.
 const END_WAIT: Duration = Duration::from_secs(2);
+/// How long who makes something waits for who cleans up, who then has removed the record.
+const STAY_WAIT: Duration = Duration::from_secs(10);
 
-/// Where a pod's record and sockets lie, and where its volumes are mounted.
+/// Nothing may be made for a pod.
+#[derive(Debug, thiserror::Error)]
+pub enum StayError {
+    /// Its record is gone, or its directory is.
+    #[error("the pod is being removed")]
+    Ended,
+    /// They can't be looked at.
+    #[error("look at the pod's directory {}", path.display())]
+    Unknown {
+        /// The directory.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// Another process has its directory locked, and keeps it.
+    #[error(transparent)]
+    Locked(#[from] LockError),
+}
+
+/// Where a pod's record and sockets lie, and where its volumes are mounted. All of it is root's alone.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PodDir {
+    state_dir: PathBuf,
     dir: PathBuf,
     shared: PathBuf,
 }
@@ -69,6 +94,7 @@ impl PodDir {
         Self {
             dir: of("pods"),
             shared: of("shared"),
+            state_dir: state_dir.to_owned(),
         }
     }
 
@@ -113,25 +139,34 @@ impl PodDir {
     }
 
     /// For whoever makes something that has to be cleaned up. Fails when the pod is being removed.
-    pub fn stay(&self) -> io::Result<Stay> {
-        let lock = Flock::lock(File::open(&self.dir)?, FlockArg::LockShared);
-        let lock = lock.map_err(|(_, error)| error)?;
-        fs::metadata(self.record_path())?;
-        Ok(Stay { _lock: lock })
+    pub fn stay(&self) -> Result<Stay, StayError> {
+        self.stay_within(STAY_WAIT)
+    }
+
+    fn stay_within(&self, limit: Duration) -> Result<Stay, StayError> {
+        let unless_gone = |source: io::Error| match source.kind() {
+            io::ErrorKind::NotFound => StayError::Ended,
+            _ => StayError::Unknown {
+                path: self.dir.clone(),
+                source,
+            },
+        };
+        let dir = File::open(&self.dir).map_err(unless_gone)?;
+        lock::shared(&dir, limit)?;
+        fs::metadata(self.record_path()).map_err(unless_gone)?;
+        Ok(Stay { _lock: dir })
     }
 
     /// Has nothing more be made for this pod, and reads what was. Can be called again.
     pub fn end(&self) -> Option<Record> {
-        let begun = Instant::now();
-        let mut dir = File::open(&self.dir).ok()?;
-        let _lock = loop {
-            match Flock::lock(dir, FlockArg::LockExclusiveNonblock) {
-                Ok(lock) => break Some(lock),
-                Err(_) if begun.elapsed() > END_WAIT => break None,
-                Err((back, _)) => dir = back,
-            }
-            std::thread::sleep(Duration::from_millis(1));
-        };
+        self.end_within(END_WAIT)
+    }
+
+    fn end_within(&self, limit: Duration) -> Option<Record> {
+        let dir = File::open(&self.dir).ok()?;
+        if let Err(error) = lock::exclusive(&dir, limit) {
+            tracing::warn!(%error, "the pod is removed although something may still be made for it");
+        }
         // Not there the second time.
         let _ = fs::rename(self.record_path(), self.ended_path());
         self.ended()
@@ -141,16 +176,15 @@ impl PodDir {
         serde_json::from_slice(&fs::read(self.ended_path()).ok()?).ok()
     }
 
-    /// Makes the directory.
-    pub fn create(&self) -> io::Result<()> {
-        fs::create_dir_all(&self.dir)
+    /// Makes the directory, and those that lead to it from the state directory on private.
+    pub fn create(&self) -> Result<(), PrivateError> {
+        let relative = self.dir.strip_prefix(&self.state_dir);
+        private::below(&self.state_dir, relative.unwrap_or(&self.dir)).map(drop)
     }
 
     /// Writes the record, whole or not at all.
     pub fn save(&self, record: &Record) -> io::Result<()> {
-        let new = self.dir.join("record.json.new");
-        fs::write(&new, serde_json::to_vec(record)?)?;
-        fs::rename(new, self.record_path())
+        private::replace(&self.record_path(), &serde_json::to_vec(record)?)
     }
 
     /// Reads the record; `None` if there is none or it can't be read.
@@ -174,6 +208,7 @@ impl PodDir {
             .map(|entry| Self {
                 dir: entry.path(),
                 shared: shared.join(entry.file_name()),
+                state_dir: self.state_dir.clone(),
             })
             .filter(|other| other != self)
             .collect()
@@ -216,6 +251,7 @@ impl ProcessRef {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::fs::PermissionsExt;
     use std::process::Command;
 
     #[test]
@@ -258,9 +294,47 @@ mod tests {
         pod.save(&made).unwrap();
         drop((first, second));
         assert_eq!(ending.join().unwrap(), Some(made.clone()));
-        assert_eq!(pod.stay().unwrap_err().kind(), io::ErrorKind::NotFound);
+        assert!(matches!(pod.stay(), Err(StayError::Ended)));
         assert_eq!(pod.load(), None);
         assert_eq!(pod.end(), Some(made));
+    }
+
+    #[test]
+    fn a_directory_that_somebody_keeps_locked_holds_nobody_up_for_ever() {
+        let dir = tempfile::tempdir().unwrap();
+        let pod = PodDir::new(dir.path(), "k8s.io", "p1");
+        pod.create().unwrap();
+        pod.save(&Record::default()).unwrap();
+        let hostile = File::open(pod.path()).unwrap();
+        assert!(lock::try_exclusive(&hostile).unwrap());
+        let soon = Duration::from_millis(20);
+        let error = pod.stay_within(soon).unwrap_err();
+        let own = format!("process {} ", std::process::id());
+        assert!(error.to_string().contains(&own), "{error}");
+        assert_eq!(pod.end_within(soon), Some(Record::default()));
+    }
+
+    #[test]
+    fn what_an_older_version_made_is_closed_when_a_pod_starts() {
+        let dir = tempfile::tempdir().unwrap();
+        let state = dir.path().join("kiln");
+        let pod = PodDir::new(&state, "k8s.io", "p1");
+        fs::create_dir_all(pod.path()).unwrap();
+        for open in [&state, &state.join("pods"), pod.path()] {
+            fs::set_permissions(open, fs::Permissions::from_mode(0o755)).unwrap();
+        }
+        pod.create().unwrap();
+        pod.save(&Record::default()).unwrap();
+        let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+        for closed in [
+            &state,
+            &state.join("pods"),
+            &state.join("pods/k8s.io"),
+            pod.path(),
+        ] {
+            assert_eq!(mode(closed), 0o700, "{}", closed.display());
+        }
+        assert_eq!(mode(&pod.record_path()), 0o600);
     }
 
     #[test]

@@ -7,6 +7,9 @@ use crate::config::{Config, PodOverrides};
 /// 2^20 bytes.
 pub const MIB: u64 = 1 << 20;
 
+/// Memory is plugged in multiples of this.
+const BLOCK: u64 = 2 * MIB;
+
 /// vCPUs and memory of a μVM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Size {
@@ -91,7 +94,8 @@ pub fn size_of(limits: Limits, overrides: &PodOverrides, config: &Config) -> Siz
         cpus: cpus.clamp(1, config.max_cpus),
         memory: memory
             .saturating_add(config.guest_overhead)
-            .next_multiple_of(2 * MIB),
+            .checked_next_multiple_of(BLOCK)
+            .unwrap_or(u64::MAX - u64::MAX % BLOCK),
     }
 }
 
@@ -227,6 +231,24 @@ mod tests {
                 memory: (1024 + 64) * MIB
             }
         );
+    }
+
+    #[test]
+    fn the_largest_numbers_there_are_make_a_size_all_the_same() {
+        let overrides = PodOverrides {
+            cpus: Some(u32::MAX),
+            memory: Some(u64::MAX),
+            ..Default::default()
+        };
+        let size = size_of(Limits::default(), &overrides, &config());
+        assert_eq!((size.cpus, size.memory % BLOCK), (8, 0));
+        let most = Limits {
+            cpu_quota: i64::MAX,
+            cpu_period: 1,
+            memory: i64::MAX,
+        };
+        assert_eq!(most.plus(most).cpus(), None);
+        assert_eq!(size_of(most, &PodOverrides::default(), &config()).cpus, 1);
     }
 
     #[test]

@@ -177,6 +177,12 @@ impl Spec {
             .filter(|p| !p.is_empty())
     }
 
+    /// How likely the first process is to be killed when memory runs out, if the spec says.
+    pub fn oom_score_adj(&self) -> Option<i32> {
+        let score = self.value.pointer("/process/oomScoreAdj")?.as_i64()?;
+        i32::try_from(score).ok()
+    }
+
     /// The host name.
     pub fn hostname(&self) -> Option<&str> {
         self.value

@@ -81,6 +81,10 @@ fn convert(stats: &proto::StatsResponse, network: &proto::NetworkState) -> wire:
 
 fn memory(memory: &proto::MemoryStats) -> wire::MemoryStat {
     let stat = |key: &str| memory.stat.get(key).copied().unwrap_or(0);
+    let sum = |key: &str| {
+        let of = |kind: &str| stat(&format!("{key}_{kind}"));
+        of("anon").saturating_add(of("file"))
+    };
     wire::MemoryStat {
         anon: stat("anon"),
         file: stat("file"),
@@ -103,8 +107,8 @@ fn memory(memory: &proto::MemoryStats) -> wire::MemoryStat {
         pgfault: stat("pgfault"),
         pgmajfault: stat("pgmajfault"),
         // The kernel split these in two; their sum is what was meant.
-        workingset_refault: stat("workingset_refault_anon") + stat("workingset_refault_file"),
-        workingset_activate: stat("workingset_activate_anon") + stat("workingset_activate_file"),
+        workingset_refault: sum("workingset_refault"),
+        workingset_activate: sum("workingset_activate"),
         workingset_nodereclaim: stat("workingset_nodereclaim"),
         pgrefill: stat("pgrefill"),
         pgscan: stat("pgscan"),
@@ -163,6 +167,18 @@ mod tests {
         assert_eq!(out.memory_events.oom_kill, 1);
         assert_eq!(out.cpu.usage_usec, 1234);
         assert_eq!(out.pids.limit, 0);
+    }
+
+    #[test]
+    fn sums_of_a_guests_numbers_have_an_end() {
+        let mut stats = proto::StatsResponse::new();
+        let memory = stats.memory.mut_or_insert_default();
+        for kind in ["anon", "file"] {
+            let name = format!("workingset_refault_{kind}");
+            memory.stat.insert(name, u64::MAX);
+        }
+        let out = convert(&stats, &proto::NetworkState::new());
+        assert_eq!(out.memory.workingset_refault, u64::MAX);
     }
 
     #[test]

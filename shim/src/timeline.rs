@@ -1,7 +1,6 @@
 //! Where the time of a pod's start goes: named steps with their beginning and length, as spans for
 //! the log and as a file for `kiln trace`.
 
-use std::fs;
 use std::future::Future;
 use std::io;
 use std::path::PathBuf;
@@ -9,8 +8,15 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use kiln_agent_api::proto::Span;
+use kiln_store::private;
 use serde::{Deserialize, Serialize};
 use tracing::Instrument;
+
+use crate::text::beginning;
+
+/// How much of a guest's answer is believed to be a timeline: it goes into a file, and from there to a terminal.
+const MOST_SPANS: usize = 64;
+const LONGEST_NAME: usize = 64;
 
 /// One step.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -66,11 +72,12 @@ impl Timeline {
         });
     }
 
-    /// Adds what the guest did in the step that began at `start_us`.
+    /// Adds what the guest says it did in the step that began at `start_us`.
     pub fn add_guest(&self, step: &str, start_us: u64, spans: &[Span]) {
-        for span in spans {
-            let name = format!("{step}.{}", span.name);
-            self.add(name, start_us + span.start_us, span.duration_us);
+        for span in spans.iter().take(MOST_SPANS) {
+            let told = beginning(&span.name, LONGEST_NAME).replace(char::is_control, "?");
+            let start = start_us.saturating_add(span.start_us);
+            self.add(format!("{step}.{told}"), start, span.duration_us);
         }
     }
 
@@ -150,9 +157,7 @@ impl Trace {
                 ..step
             }));
         }
-        let fresh = self.path.with_extension("new");
-        fs::write(&fresh, serde_json::to_vec(&steps)?)?;
-        fs::rename(fresh, &self.path)
+        private::replace(&self.path, &serde_json::to_vec(&steps)?)
     }
 
     fn lock(&self) -> MutexGuard<'_, Vec<Traced>> {
@@ -165,6 +170,7 @@ impl Trace {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs;
 
     #[tokio::test]
     async fn steps_come_in_the_order_they_began() {
@@ -179,6 +185,26 @@ mod tests {
         assert_eq!(names.first().map(String::as_str), Some("outer"));
         assert_eq!(names.last().map(String::as_str), Some("last"));
         assert_eq!(names.len(), 3);
+    }
+
+    #[test]
+    fn a_guest_that_tells_too_much_fills_nothing_and_breaks_nothing() {
+        let timeline = Timeline::default();
+        let span = Span {
+            name: format!("\u{1b}{}", "ü".repeat(1 << 20)),
+            start_us: u64::MAX,
+            duration_us: u64::MAX,
+            ..Default::default()
+        };
+        timeline.add_guest("guest.create", 7, &vec![span; 1000]);
+        let steps = timeline.steps();
+        assert_eq!(steps.len(), MOST_SPANS);
+        assert_eq!(steps[0].start_us, u64::MAX);
+        let told = steps[0].name.strip_prefix("guest.create.").unwrap();
+        assert!(
+            told.len() <= LONGEST_NAME && told.starts_with("?ü"),
+            "{told}"
+        );
     }
 
     #[test]

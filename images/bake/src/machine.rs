@@ -13,6 +13,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use kiln_agent_api::{READY_LINE, slots};
+use kiln_store::private::{self, PrivateError};
 use kiln_store::{Class, Kind};
 use kiln_vmm_control::{
     DeviceKind, DeviceSpec, End, Jail, MachineSpec, Reply, Request, ScratchLimits, Spawn, Vmm,
@@ -47,6 +48,9 @@ pub enum MachineError {
         #[source]
         source: io::Error,
     },
+    /// kiln's own directory below `/run` is not kiln's.
+    #[error(transparent)]
+    Private(#[from] PrivateError),
     /// A thread or a pipe cannot be made.
     #[error("cannot {action}")]
     System {
@@ -199,15 +203,18 @@ pub fn jail() -> Result<Option<Jail>, MachineError> {
         return Ok(None);
     }
     let root = PathBuf::from(EMPTY_ROOT);
-    fs::DirBuilder::new()
-        .recursive(true)
-        .mode(0o755)
-        .create(&root)
-        .map_err(|source| MachineError::File {
-            action: "make",
-            path: root.clone(),
-            source,
-        })?;
+    private::directory(root.parent().unwrap_or(&root))?;
+    // Nobody but root gets as far as this; the VMM changes its root before its user.
+    match fs::DirBuilder::new().mode(0o555).create(&root) {
+        Err(source) if source.kind() != io::ErrorKind::AlreadyExists => {
+            return Err(MachineError::File {
+                action: "make",
+                path: root,
+                source,
+            });
+        }
+        _ => {}
+    }
     let id = FIRST_UID + std::process::id();
     Ok(Some(Jail {
         uid: id,

@@ -85,7 +85,7 @@ impl Timeline {
     pub(crate) fn add_guest(&mut self, start: u64, spans: &[Span]) {
         for span in spans {
             let name = format!("guest.{}", span.name);
-            self.add(name, start + span.start_us, span.duration_us);
+            self.add(name, start.saturating_add(span.start_us), span.duration_us);
         }
     }
 

@@ -3,6 +3,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use crate::lock::LockError;
 use crate::{Digest, Kind, ManifestError};
 
 /// An operation on the store that failed. The store is as good as before, whatever it was.
@@ -20,6 +21,9 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+    /// Another program holds a lock for too long.
+    #[error(transparent)]
+    Lock(#[from] LockError),
     /// There is no store.
     #[error("{} is no store yet: bake a μVM first (`kiln bake`)", .0.display())]
     NoStore(PathBuf),

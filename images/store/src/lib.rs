@@ -16,8 +16,9 @@ mod digest;
 mod disk;
 mod error;
 mod lease;
-mod lock;
+pub mod lock;
 mod manifest;
+pub mod private;
 mod staging;
 mod verify;
 mod working_set;
@@ -27,6 +28,7 @@ use std::io::{self, Read};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 pub use collect::{Collected, Policy, Removed, Why};
 pub use digest::{CHUNK, Digest, NotADigest, Scan, of_file};
@@ -46,6 +48,10 @@ use error::Context;
 pub const DEFAULT_ROOT: &str = "/var/lib/kiln/store";
 
 const FORMAT: &str = "kiln-store 1";
+
+/// How long a writer waits for another one, which may be removing gigabytes. No pod waits for it, and a bake
+/// that gives up has been for nothing.
+const WRITER_WAIT: Duration = Duration::from_secs(120);
 
 /// A μVM in the store.
 #[derive(Debug)]
@@ -178,7 +184,7 @@ impl Store {
             .context("syncing", &self.root)
     }
 
-    /// Waits until no other program changes the store.
+    /// Waits until no other program changes the store, but not for one that hangs.
     fn write_lock(&self) -> Result<WriteLock, Error> {
         let path = self.root.join("lock");
         let file = OpenOptions::new()
@@ -189,7 +195,7 @@ impl Store {
             .mode(0o600)
             .open(&path)
             .context("opening", &path)?;
-        lock::exclusive(&file).context("locking", &path)?;
+        lock::exclusive(&file, WRITER_WAIT)?;
         Ok(WriteLock { _file: file })
     }
 

@@ -7,7 +7,9 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use crate::error::Context;
-use crate::{Description, Digest, Error, Kind, Manifest, Object, Store, WriteLock, digest, lock};
+use crate::{
+    Description, Digest, Error, Kind, Manifest, Object, Store, WRITER_WAIT, WriteLock, digest, lock,
+};
 
 /// A μVM in the making. Dropping it throws it away.
 #[derive(Debug)]
@@ -40,7 +42,8 @@ impl Store {
             .disk
             .write_new(&owner, b"")
             .and_then(|()| File::open(&owner))
-            .and_then(|file| lock::exclusive(&file).map(|()| file));
+            .context("making", &owner)
+            .and_then(|file| Ok(lock::exclusive(&file, WRITER_WAIT).map(|()| file)?));
         match locked {
             Ok(file) => Ok(Staging {
                 store: self.clone(),
@@ -49,7 +52,7 @@ impl Store {
             }),
             Err(error) => {
                 let _ = self.remove_staging(&dir);
-                Err(error).context("making", &owner)
+                Err(error)
             }
         }
     }

@@ -35,6 +35,8 @@ pub struct Container {
     pub init: Arc<Process>,
     /// Of its start.
     pub(super) timeline: Timeline,
+    /// How likely its first process is to be killed when memory runs out.
+    pub(super) oom_score_adj: Option<i32>,
     pub(super) limits: Mutex<Limits>,
     pub(super) storage: Mutex<Option<Storage>>,
     execs: Mutex<HashMap<String, Exec>>,
@@ -63,6 +65,7 @@ impl Container {
             name: spec.container_name().unwrap_or(id).to_owned(),
             init,
             timeline: Timeline::default(),
+            oom_score_adj: spec.oom_score_adj(),
             limits: Mutex::new(spec.limits()),
             storage: Mutex::new(None),
             execs: Mutex::default(),

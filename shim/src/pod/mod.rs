@@ -9,6 +9,7 @@
 //! - what was made is undone, whichever step failed.
 
 mod container;
+mod out_of_memory;
 mod process;
 mod resize;
 mod sandbox;
@@ -35,11 +36,14 @@ use tokio::sync::{OnceCell, watch};
 use crate::config::{Config, PodOverrides};
 use crate::error::{Error, Result};
 use crate::events::{Event, Exit};
+use crate::oom;
 use crate::publisher::Publisher;
 use crate::size::{Limits, size_of};
 use crate::spec::{Role, Spec};
-use crate::uvm::{GuestEvent, Launcher, PodSetup, Uvm};
+use crate::uvm::{Launcher, PodSetup, Uvm};
 
+/// How long the VMM of a guest that no longer answers has to end before the guest alone is taken as gone.
+const LAST_BREATH: Duration = Duration::from_secs(2);
 /// How long execs get to end after the first process of their container did.
 const EXEC_GRACE: Duration = Duration::from_secs(2);
 
@@ -53,6 +57,8 @@ pub struct Pod {
     /// What the μVM was launched for, and how big it is now.
     setup: Mutex<Option<Launched>>,
     containers: Mutex<HashMap<String, Arc<Container>>>,
+    /// What the VMM's OOM score was set to since the launch.
+    oom_score_adj: Mutex<Option<i32>>,
     sandbox: Mutex<Option<sandbox::Sandbox>>,
     accounting: Mutex<written::Accounting>,
     /// Set when the μVM is gone for good.
@@ -90,6 +96,7 @@ impl Pod {
             uvm: OnceCell::new(),
             setup: Mutex::new(None),
             containers: Mutex::default(),
+            oom_score_adj: Mutex::new(None),
             sandbox: Mutex::new(None),
             accounting: Mutex::default(),
             ended: watch::channel(None).0,
@@ -139,6 +146,11 @@ impl Pod {
                 ));
             }
         };
+        // A sandbox's spec has the pause program's score, which is not the pod's.
+        let own_score = match spec.role() {
+            Role::Sandbox => 0,
+            Role::Member | Role::Alone => spec.oom_score_adj().unwrap_or(0),
+        };
         // A lone container without a namespace to join gets a μVM without a network.
         let setup = PodSetup {
             id: self.id.clone(),
@@ -149,6 +161,7 @@ impl Pod {
             netns,
             sysctls: spec.sysctls(),
             cgroup: spec.cgroups_path().map(str::to_owned),
+            oom_score_adj: oom::of_pod(spec.cgroups_path(), own_score),
         };
         self.with_overrides(setup, limits, spec.annotations())
     }
@@ -205,26 +218,25 @@ impl Pod {
     fn follow(self: &Arc<Self>, uvm: &Arc<dyn Uvm>) {
         let (pod, vm) = (Arc::clone(self), Arc::clone(uvm));
         tokio::spawn(async move {
-            let reason = vm.ended().await;
-            tracing::info!(%reason, "the μVM has ended");
-            pod.all_ended().await;
-        });
-        let (pod, vm) = (Arc::clone(self), Arc::clone(uvm));
-        tokio::spawn(async move {
-            while let Some(GuestEvent::Oom { container }) = vm.next_event().await {
-                if lock(&pod.containers).contains_key(&container) {
-                    pod.publisher.publish(&Event::Oom { container });
-                }
+            let end = vm.ended().await;
+            let reason = end.reason;
+            if end.out_of_memory {
+                tracing::error!(pod = pod.id, %reason, "the μVM has ended; its containers are told as OOMKilled");
+            } else {
+                tracing::info!(pod = pod.id, %reason, "the μVM has ended");
             }
+            pod.all_ended(end.out_of_memory).await;
         });
+        tokio::spawn(Arc::clone(self).follow_events(Arc::clone(uvm)));
     }
 
     /// The μVM is gone, and all that ran in it.
-    async fn all_ended(self: &Arc<Self>) {
+    async fn all_ended(self: &Arc<Self>, out_of_memory: bool) {
         let exit = Exit::killed_now();
         let containers: Vec<_> = lock(&self.containers).values().cloned().collect();
         for container in containers {
-            self.finish(&container, &container.init, exit).await;
+            self.finish_with(&container, &container.init, exit, out_of_memory)
+                .await;
         }
         self.set_ended(exit);
     }
@@ -242,29 +254,46 @@ impl Pod {
     fn watch_process(self: &Arc<Self>, uvm: Arc<dyn Uvm>, c: Arc<Container>, p: Arc<Process>) {
         let pod = Arc::clone(self);
         tokio::spawn(async move {
-            let exit = match uvm.wait(&c.id, p.exec_id()).await {
-                Ok(exit) => exit,
-                Err(error) => {
-                    let process = p.name();
-                    tracing::warn!(
-                        process,
-                        error = error.chain(),
-                        "end not seen, taken as killed"
-                    );
-                    Exit::killed_now()
-                }
-            };
-            pod.finish(&c, &p, exit).await;
+            match uvm.wait(&c.id, p.exec_id()).await {
+                Ok(exit) => pod.finish(&c, &p, exit).await,
+                Err(error) => pod.finish_unseen(uvm.as_ref(), &c, &p, &error).await,
+            }
         });
+    }
+
+    /// A process whose end the guest can't tell. It mostly went with the VMM, and how that ended decides what is told.
+    async fn finish_unseen(&self, uvm: &dyn Uvm, c: &Container, p: &Arc<Process>, error: &Error) {
+        let gone = matches!(error, Error::Unavailable(_));
+        let (process, error) = (p.name(), error.chain());
+        tracing::warn!(process, error, "end not seen, taken as killed");
+        let end = async { uvm.ended().await.out_of_memory };
+        let out_of_memory = gone && tokio::time::timeout(LAST_BREATH, end).await == Ok(true);
+        self.finish_with(c, p, Exit::killed_now(), out_of_memory)
+            .await;
     }
 
     /// Records and tells the end of a process.
     async fn finish(&self, container: &Container, process: &Arc<Process>, exit: Exit) {
+        self.finish_with(container, process, exit, false).await;
+    }
+
+    async fn finish_with(
+        &self,
+        container: &Container,
+        process: &Arc<Process>,
+        exit: Exit,
+        out_of_memory: bool,
+    ) {
         if process.exec_id().is_empty() {
             self.finish_execs(container).await;
         }
         let _step = process.step.lock().await;
+        // Before the exit: containerd reads the reason for it from what it was told until then.
+        if out_of_memory && process.exit().is_none() {
+            self.tell_killed_for_memory(container, process);
+        }
         if process.set_exit(exit) {
+            self.adjust_oom_score();
             self.publisher.publish(&Event::Exit {
                 container: container.id.clone(),
                 exec: process.exec_id().to_owned(),

@@ -11,6 +11,7 @@ use super::{Launched, Pod, lock};
 use crate::config::PodOverrides;
 use crate::error::{Error, Result};
 use crate::events::Exit;
+use crate::oom;
 use crate::rootfs::POD_FILES;
 use crate::size::{Limits, size_of};
 use crate::time::UnixNanos;
@@ -105,6 +106,9 @@ impl Pod {
                     .into(),
             ));
         }
+        let cgroup = request
+            .cgroup_parent
+            .map(|parent| format!("{parent}/{}", self.id));
         let setup = PodSetup {
             id: self.id.clone(),
             size: size_of(request.limits, &PodOverrides::default(), &self.config),
@@ -113,9 +117,8 @@ impl Pod {
             hostname: request.hostname,
             netns: request.netns,
             sysctls: request.sysctls,
-            cgroup: request
-                .cgroup_parent
-                .map(|parent| format!("{parent}/{}", self.id)),
+            oom_score_adj: oom::of_pod(cgroup.as_deref(), 0),
+            cgroup,
         };
         let launched = self.with_overrides(setup, request.limits, &request.annotations)?;
         let mut sandbox = lock(&self.sandbox);

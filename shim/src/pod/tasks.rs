@@ -81,6 +81,7 @@ impl Pod {
             container.timeline.of("create", creating).await?;
         }
         lock(&self.containers).insert(task.id.clone(), Arc::clone(&container));
+        self.adjust_oom_score();
         let pid = uvm.pid();
         self.publisher.publish(&Event::Create {
             container: task.id,
@@ -328,6 +329,7 @@ impl Pod {
             storage.release(uvm.map(AsRef::as_ref)).await;
         }
         lock(&self.containers).remove(id);
+        self.adjust_oom_score();
         if id == self.id
             && let Some(uvm) = self.uvm.get()
         {

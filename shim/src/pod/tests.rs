@@ -5,13 +5,15 @@ use super::*;
 use crate::size::Size;
 use crate::time::UnixNanos;
 use crate::timeline::Timeline;
-use crate::uvm::{GuestDisk, Written};
+use crate::uvm::{End, GuestDisk, GuestEvent, Written};
 use async_trait::async_trait;
 use containerd_shim_protos::api::{Empty, ForwardRequest, Mount};
+use containerd_shim_protos::events::task::{TaskExit, TaskOOM};
 use containerd_shim_protos::shim_async::{Events, create_events};
 use kiln_agent_api::proto;
 use kiln_agent_api::stream::{Header, Kind as StreamKind};
 use kiln_uvm::share::Volume;
+use protobuf::Message;
 use serde_json::json;
 use std::fs::File;
 use std::io::{Read, Write};
@@ -31,9 +33,11 @@ struct Scripted {
     /// Calls that fail.
     failing: Mutex<Vec<&'static str>>,
     dead: watch::Sender<bool>,
+    /// Why it is dead, if it is.
+    out_of_memory: Mutex<bool>,
     /// `start` returns only when it may.
     hold_start: Mutex<Option<Arc<Notify>>>,
-    events: tokio::sync::Mutex<Option<mpsc::UnboundedReceiver<GuestEvent>>>,
+    events: tokio::sync::Mutex<Option<mpsc::Receiver<GuestEvent>>>,
     written: Mutex<Written>,
 }
 
@@ -191,9 +195,15 @@ impl Uvm for Scripted {
         self.calls.lock().unwrap().push("stop".into());
         self.dead.send_replace(true);
     }
-    async fn ended(&self) -> String {
+    fn set_oom_score(&self, score: i32) -> Result<()> {
+        self.call("oom-score", &score.to_string())
+    }
+    async fn ended(&self) -> End {
         let _ = self.dead.subscribe().wait_for(|d| *d).await;
-        "told to".into()
+        End {
+            reason: "told to".into(),
+            out_of_memory: *self.out_of_memory.lock().unwrap(),
+        }
     }
 }
 
@@ -211,17 +221,22 @@ impl Launcher for ScriptedLauncher {
     }
 }
 
-/// containerd's side of the events, as "topic container/exec status".
+/// containerd's side of the events: their topics, and these with the container where a test wants to know it.
 #[derive(Default)]
-struct Sink(Mutex<Vec<String>>);
+struct Sink(Mutex<Vec<String>>, Mutex<Vec<String>>);
 
 #[async_trait]
 impl Events for Sink {
     async fn forward(&self, _: &TtrpcContext, r: ForwardRequest) -> ttrpc::Result<Empty> {
-        self.0
-            .lock()
-            .unwrap()
-            .push(r.envelope.topic.trim_start_matches("/tasks/").to_owned());
+        let topic = r.envelope.topic.trim_start_matches("/tasks/").to_owned();
+        let value = &r.envelope.event.value;
+        let container = match topic.as_str() {
+            "oom" => TaskOOM::parse_from_bytes(value).unwrap().container_id,
+            "exit" => TaskExit::parse_from_bytes(value).unwrap().container_id,
+            _ => String::new(),
+        };
+        self.1.lock().unwrap().push(format!("{topic} {container}"));
+        self.0.lock().unwrap().push(topic);
         Ok(Empty::new())
     }
 }
@@ -241,7 +256,7 @@ impl Bed {
         Self::with_events(id, None).await
     }
 
-    async fn with_events(id: &str, events: Option<mpsc::UnboundedReceiver<GuestEvent>>) -> Self {
+    async fn with_events(id: &str, events: Option<mpsc::Receiver<GuestEvent>>) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let socket = dir.path().join("events.sock");
         let sink = Arc::new(Sink::default());
@@ -277,6 +292,11 @@ impl Bed {
     }
 
     fn bundle(&self, id: &str, kind: Option<&str>) -> PathBuf {
+        self.bundle_with(id, kind, &json!({}))
+    }
+
+    /// A bundle whose first process is described by `process`.
+    fn bundle_with(&self, id: &str, kind: Option<&str>, process: &serde_json::Value) -> PathBuf {
         let bundle = self.dir.path().join(id);
         std::fs::create_dir_all(bundle.join("rootfs")).unwrap();
         let mut annotations = json!({});
@@ -286,7 +306,9 @@ impl Bed {
         }
         let spec = json!({
             "annotations": annotations,
+            "process": process,
             "linux": {
+                "cgroupsPath": "/kubepods/burstable/pod1/sb",
                 "namespaces": [{"type": "network", "path": "/run/netns/x"}],
                 "resources": {"cpu": {"quota": 100_000, "period": 100_000},
                               "memory": {"limit": 128 << 20}},
@@ -311,7 +333,17 @@ impl Bed {
         stdio: StdioPaths,
         rootfs: Vec<Mount>,
     ) -> Result<u32> {
-        let bundle = self.bundle(id, kind);
+        self.create_from(self.bundle(id, kind), id, stdio, rootfs)
+            .await
+    }
+
+    async fn create_from(
+        &self,
+        bundle: PathBuf,
+        id: &str,
+        stdio: StdioPaths,
+        rootfs: Vec<Mount>,
+    ) -> Result<u32> {
         self.pod
             .create(CreateTask {
                 id: id.into(),
@@ -617,17 +649,13 @@ async fn output_is_complete_when_delete_returns_and_input_arrives() {
 
 #[tokio::test]
 async fn oom_is_told_for_containers_that_are_known() {
-    let (tell, events) = mpsc::unbounded_channel();
+    let (tell, events) = mpsc::channel(9);
     let bed = Bed::with_events("c", Some(events)).await;
     bed.create("c", None).await.unwrap();
-    tell.send(GuestEvent::Oom {
-        container: "stranger".into(),
-    })
-    .unwrap();
-    tell.send(GuestEvent::Oom {
-        container: "c".into(),
-    })
-    .unwrap();
+    for container in ["stranger", "c"] {
+        let container = container.to_owned();
+        tell.send(GuestEvent::Oom { container }).await.unwrap();
+    }
     tokio::time::sleep(Duration::from_millis(50)).await;
     assert_eq!(bed.events().await, ["create", "oom"]);
 }
@@ -823,4 +851,55 @@ async fn each_container_of_a_pod_accounts_for_its_own_writes_until_it_is_deleted
         bed.pod.delete(id, "").await.unwrap();
     }
     assert_eq!(sums(), 0);
+}
+
+#[tokio::test]
+async fn vmm_has_the_score_of_the_safest_live_container() {
+    let bed = Bed::new("sb").await;
+    let create = async |id: &str, kind, score: i32| {
+        let bundle = bed.bundle_with(id, Some(kind), &json!({"oomScoreAdj": score}));
+        let stdio = StdioPaths::default();
+        bed.create_from(bundle, id, stdio, vec![]).await.unwrap();
+    };
+    create("sb", "sandbox", -998).await;
+    assert_eq!(bed.launcher.setups.lock().unwrap()[0].oom_score_adj, 999);
+    create("c1", "container", 900).await;
+    create("c2", "container", 700).await;
+    create("c3", "container", 800).await;
+    bed.pod.start("c2", "").await.unwrap();
+    bed.uvm.end("c2", "", 0);
+    bed.pod.wait("c2", "").await.unwrap();
+    for id in ["c2", "c3", "c1"] {
+        bed.pod.delete(id, "").await.unwrap();
+    }
+    let scores: Vec<_> = bed
+        .uvm
+        .calls()
+        .into_iter()
+        .filter(|c| c.starts_with("oom"))
+        .collect();
+    let expected = [900, 700, 800, 900, 999].map(|score| format!("oom-score {score}"));
+    assert_eq!(scores, expected);
+}
+
+#[tokio::test]
+async fn vmm_killed_for_want_of_memory_is_an_oom_of_each_running_container_before_its_exit() {
+    let bed = Bed::new("sb").await;
+    bed.create("sb", Some("sandbox")).await.unwrap();
+    bed.pod.start("sb", "").await.unwrap();
+    for id in ["runs", "waits"] {
+        bed.create(id, Some("container")).await.unwrap();
+    }
+    bed.pod.start("runs", "").await.unwrap();
+    *bed.uvm.out_of_memory.lock().unwrap() = true;
+    bed.uvm.dead.send_replace(true);
+    for id in ["sb", "runs", "waits"] {
+        let exit = tokio::time::timeout(5 * SECOND, bed.pod.wait(id, ""));
+        assert_eq!(exit.await.unwrap().unwrap().status, 137);
+    }
+    let topics = bed.events().await;
+    assert_eq!(topics.iter().filter(|topic| *topic == "oom").count(), 1);
+    let told = bed.sink.1.lock().unwrap().clone();
+    let place = |wanted: &str| told.iter().position(|event| event == wanted).unwrap();
+    assert!(place("oom runs") < place("exit runs"), "{told:?}");
 }

@@ -15,6 +15,7 @@ use super::{GuestEvent, PodSetup};
 use crate::error::{Error, Result};
 use crate::events::Exit;
 use crate::pod::random;
+use crate::text::beginning;
 use crate::time::UnixNanos;
 use crate::timeline::Timeline;
 
@@ -22,6 +23,10 @@ use crate::timeline::Timeline;
 const CALL_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long the guest may take to bring online what was plugged.
 const GROW_TIMEOUT_MS: u32 = 30_000;
+/// Events of the guest that wait for the pod.
+const WAITING_EVENTS: usize = 16;
+/// No text of the guest's is passed on beyond this.
+const LONGEST_TEXT: usize = 1 << 10;
 /// Bytes of entropy given at resume: two of the kernel generator's keys.
 const ENTROPY: usize = 64;
 
@@ -49,7 +54,7 @@ fn refused(what: impl Into<String>) -> impl FnOnce(ttrpc::Error) -> Error {
     let what = what.into();
     move |error| match error {
         ttrpc::Error::RpcStatus(status) => {
-            let text = status.message().to_owned();
+            let text = cut(status.message());
             match status.code() {
                 Code::NOT_FOUND => Error::NotFound(what),
                 Code::ALREADY_EXISTS => Error::AlreadyExists(what),
@@ -60,7 +65,18 @@ fn refused(what: impl Into<String>) -> impl FnOnce(ttrpc::Error) -> Error {
                 _ => Error::failed(format!("the guest could not {what}"), text),
             }
         }
-        other => Error::Unavailable(format!("the guest is gone ({what}: {other})")),
+        other => {
+            let why = cut(&other.to_string());
+            Error::Unavailable(format!("the guest is gone ({what}: {why})"))
+        }
+    }
+}
+
+/// What the guest says, but not more of it than somebody wants to read.
+fn cut(text: &str) -> String {
+    match beginning(text, LONGEST_TEXT) {
+        all if all.len() == text.len() => all.to_owned(),
+        part => format!("{part}…"),
     }
 }
 
@@ -347,18 +363,19 @@ impl Guest {
     }
 
     /// Starts to listen to what happens unasked. The channel ends with the guest.
-    pub async fn events(&self) -> Result<mpsc::UnboundedReceiver<GuestEvent>> {
+    pub async fn events(&self) -> Result<mpsc::Receiver<GuestEvent>> {
         let mut stream = self
             .agent
             .events(Context::default(), &proto::EventsRequest::new())
             .await
             .map_err(refused("tell its events"))?;
-        let (tell, events) = mpsc::unbounded_channel();
+        let (tell, events) = mpsc::channel(WAITING_EVENTS);
         tokio::spawn(async move {
             while let Ok(Some(event)) = stream.recv().await {
                 if event.has_oom() {
                     let container = event.oom().container_id.clone();
-                    if tell.send(GuestEvent::Oom { container }).is_err() {
+                    // A guest that tells more than is taken waits.
+                    if tell.send(GuestEvent::Oom { container }).await.is_err() {
                         return;
                     }
                 }
@@ -406,6 +423,20 @@ mod tests {
         assert!(matches!(precondition, Error::FailedPrecondition(_)));
         let internal = refused("mount it")(error(Code::INTERNAL));
         assert_eq!(internal.chain(), "the guest could not mount it: because");
+    }
+
+    #[test]
+    fn long_texts_of_the_guest_are_cut_between_characters() {
+        let long = "ü".repeat(LONGEST_TEXT);
+        let status = ttrpc::get_status(Code::INTERNAL, format!("x{long}"));
+        let error = refused("mount it")(ttrpc::Error::RpcStatus(status));
+        let text = error.chain();
+        assert!(
+            text.len() < LONGEST_TEXT + 64 && text.ends_with("ü…"),
+            "{}",
+            text.len()
+        );
+        assert_eq!(cut("short"), "short");
     }
 
     #[test]

@@ -5,6 +5,7 @@ use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
+use kiln_store::private;
 use kiln_vmm_control::{OverlayFigures, Reply, Request, Vmm};
 use serde::Serialize;
 use tokio::io::AsyncWriteExt;
@@ -34,9 +35,9 @@ struct Answer<'a> {
 
 /// Answers until the shim ends; the socket goes with the pod's directory.
 pub(super) fn serve(path: &Path, vmm: Arc<Vmm>, about: About) -> io::Result<()> {
-    // What an earlier attempt left.
-    let _ = std::fs::remove_file(path);
-    let listener = UnixListener::bind(path)?;
+    let listener = private::listen(path)?;
+    listener.set_nonblocking(true)?;
+    let listener = UnixListener::from_std(listener)?;
     tokio::spawn(async move {
         while let Ok((mut stream, _)) = listener.accept().await {
             let (vmm, about) = (Arc::clone(&vmm), about.clone());

@@ -16,7 +16,7 @@ use async_trait::async_trait;
 use kiln_agent_api::client::Vsock;
 use kiln_agent_api::{proto, slots};
 use kiln_overlay::{Budget, BudgetError};
-use kiln_store::{Class, Kind, Lease, Store};
+use kiln_store::{Class, Kind, Lease, Store, private};
 use kiln_uvm::share::{self, Share};
 use kiln_vmm_control::{
     End, Flush, Jail, PageRun, Reply, Request, ScratchLimits, Spawn, Vmm, VmmError, spill_file,
@@ -25,12 +25,13 @@ use tokio::sync::watch;
 
 use super::inspect::{self, About};
 use super::log;
-use super::running::{Grown, Parts, RunningUvm, follow_end, resize_request, vmm_error};
+use super::running::{Grown, Life, Parts, RunningUvm, resize_request, vmm_error};
 use super::{Guest, Launcher, PodSetup, Uvm};
-use crate::cgroup;
+use crate::cgroup::{self, OomKills};
 use crate::config::Config;
 use crate::error::{Error, Result, chain};
 use crate::network::{self, Forwarder, NetworkError, PodNetwork, Tap};
+use crate::oom::Scored;
 use crate::record::{PodDir, ProcessRef, Record, Stay};
 use crate::size::{MIB, Size};
 use crate::timeline::{Timeline, Trace};
@@ -82,6 +83,15 @@ struct Baked {
     memory: File,
     touched: Vec<PageRun>,
     scratch: Scratch,
+}
+
+/// A VMM that waits for its first request.
+#[derive(Debug)]
+struct Spawned {
+    vmm: Arc<Vmm>,
+    scored: Scored,
+    /// In the pod's cgroup, since before the VMM was there.
+    kills: Option<OomKills>,
 }
 
 /// The disk of the containers' writable layers.
@@ -200,7 +210,7 @@ impl StoreLauncher {
     /// Before anything is made that has to be cleaned up.
     fn stay(&self) -> Result<Stay> {
         let stay = self.dir.stay();
-        stay.map_err(|e| Error::failed("go on with a pod that is being removed", e))
+        stay.map_err(|e| Error::failed("make what the pod needs", e))
     }
 
     /// Changes the pod's record.
@@ -214,8 +224,9 @@ impl StoreLauncher {
     }
 
     /// Enters the pod's cgroup and starts a VMM in it.
-    fn spawn(&self, setup: &PodSetup, log: File, timeline: &Timeline) -> Result<Arc<Vmm>> {
+    fn spawn(&self, setup: &PodSetup, log: File, timeline: &Timeline) -> Result<Spawned> {
         let stay = self.stay()?;
+        let mut kills = None;
         if let Some(directory) = setup.cgroup.as_deref().and_then(cgroup::directory) {
             self.note(&stay, |r| r.cgroup = Some(directory.clone()))?;
             timeline
@@ -225,6 +236,7 @@ impl StoreLauncher {
                 .map_err(|e| {
                     Error::failed(format!("enter the cgroup {}", directory.display()), e)
                 })?;
+            kills = Some(OomKills::since_now(&directory));
         }
         let root = self.dir.empty_root();
         fs::DirBuilder::new()
@@ -251,7 +263,16 @@ impl StoreLauncher {
             })?;
         let process = i32::try_from(vmm.pid()).ok().and_then(ProcessRef::of);
         self.note(&stay, |r| r.vmm = process)?;
-        Ok(Arc::new(vmm))
+        let scored =
+            Scored::new(vmm.pid()).map_err(|e| Error::failed("find the VMM's process", e))?;
+        if let Err(error) = scored.set(setup.oom_score_adj) {
+            tracing::warn!(%error, "the pod's VMM keeps the shim's OOM score, so others are killed before it");
+        }
+        Ok(Spawned {
+            vmm: Arc::new(vmm),
+            scored,
+            kills,
+        })
     }
 
     /// Reads the pod's network and connects it to taps.
@@ -285,9 +306,7 @@ impl StoreLauncher {
 
     fn listen(&self) -> Result<UnixListener> {
         let path = self.dir.vsock();
-        // What an earlier attempt left.
-        let _ = fs::remove_file(&path);
-        UnixListener::bind(&path).map_err(|e| {
+        private::listen(&path).map_err(|e| {
             let what = format!(
                 "listen on {} for the guest; a shorter `state_dir` may help",
                 path.display()
@@ -314,9 +333,10 @@ impl StoreLauncher {
             Ok::<_, Error>((baked, Arc::new(share), self.listen()?))
         });
         // Both are waited for, whatever becomes of the others: nothing may go on behind an error.
-        let (vmm, wired) = (joined(spawning.await), joined(wiring.await));
+        let (spawned, wired) = (joined(spawning.await), joined(wiring.await));
         let (baked, share, listener) = prepared?;
-        let (vmm, wired) = (vmm?, wired?);
+        let Spawned { vmm, scored, kills } = spawned?;
+        let wired = wired?;
         let mut launching = Launching(Some(Arc::clone(&vmm)));
 
         let class = &baked.lease.manifest().about.class;
@@ -329,7 +349,8 @@ impl StoreLauncher {
             memory: setup.size.memory.max(base.memory),
         };
         let directory = share.open()?;
-        let ended = follow_end(&vmm, last).map_err(|e| Error::failed("watch the VMM", e))?;
+        let life = Life::follow(&vmm, scored, kills, last)
+            .map_err(|e| Error::failed("watch the VMM", e))?;
         let resuming = {
             let (vmm, timeline, taps) = (vmm.clone(), timeline.clone(), wired.taps);
             let Baked {
@@ -391,7 +412,7 @@ impl StoreLauncher {
             events,
             grown,
             share,
-            ended,
+            life,
             baked: base,
             lease,
             forwarder,
@@ -515,7 +536,7 @@ fn resume(
     // The VMM counts from its own start; only the lengths of its steps can be told exactly.
     let first = steps.first().map_or(0, |s| s.start_ns);
     for step in steps {
-        let start = asked + (step.start_ns - first) / 1000;
+        let start = asked.saturating_add(step.start_ns.saturating_sub(first) / 1000);
         timeline.add(step.name, start, step.duration_ns / 1000);
     }
     Ok(())

@@ -46,6 +46,8 @@ pub struct PodSetup {
     pub sysctls: BTreeMap<String, String>,
     /// The cgroup that the VMM's memory and CPU time are charged to, as the OCI spec writes it.
     pub cgroup: Option<String>,
+    /// How likely the VMM is to be killed when memory runs out, as long as the pod has no containers.
+    pub oom_score_adj: i32,
 }
 
 /// Starts μVMs.
@@ -88,6 +90,15 @@ pub enum GuestEvent {
         /// The container.
         container: String,
     },
+}
+
+/// How a μVM ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct End {
+    /// For people.
+    pub reason: String,
+    /// Whether the kernel killed the VMM because memory ran out.
+    pub out_of_memory: bool,
 }
 
 /// A running μVM.
@@ -150,8 +161,11 @@ pub trait Uvm: Send + Sync {
     /// Keeps for `kiln trace` where the time of a container's start went, until the container is deleted.
     fn keep_trace(&self, container: &str, name: &str, timeline: &Timeline);
 
+    /// How likely the VMM is to be killed when memory runs out, from now on.
+    fn set_oom_score(&self, score: i32) -> Result<()>;
+
     /// Ends the μVM and everything that belongs to it on the host. Done twice is done once.
     async fn stop(&self);
-    /// Returns when the VMM has ended, with the reason.
-    async fn ended(&self) -> String;
+    /// Returns when the VMM has ended.
+    async fn ended(&self) -> End;
 }

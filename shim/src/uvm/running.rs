@@ -3,6 +3,9 @@
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{Seek, SeekFrom};
+use std::os::unix::process::ExitStatusExt;
+use std::process::ExitStatus;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use async_trait::async_trait;
@@ -15,10 +18,12 @@ use tokio::net::UnixStream;
 use tokio::sync::{mpsc, watch};
 
 use super::log::LastLine;
-use super::{Guest, GuestDisk, GuestEvent, Uvm, Written};
+use super::{End, Guest, GuestDisk, GuestEvent, Uvm, Written};
+use crate::cgroup::OomKills;
 use crate::error::{Error, Result};
 use crate::events::Exit;
 use crate::network::Forwarder;
+use crate::oom::Scored;
 use crate::size::{MIB, Size};
 use crate::timeline::{Timeline, Trace};
 
@@ -32,12 +37,12 @@ pub(super) type Grown = Option<std::result::Result<(), String>>;
 pub(super) struct RunningUvm {
     vmm: Arc<Vmm>,
     guest: Guest,
-    events: tokio::sync::Mutex<mpsc::UnboundedReceiver<GuestEvent>>,
+    events: tokio::sync::Mutex<mpsc::Receiver<GuestEvent>>,
     grown: watch::Receiver<Grown>,
     /// Held while a disk comes or goes: the VMM chooses among the same slots once those that were baked are in use.
     disks: tokio::sync::Mutex<DiskSlots>,
     share: Arc<Share>,
-    ended: watch::Receiver<Option<String>>,
+    life: Life,
     /// What the μVM was baked with: it can't become smaller.
     baked: Size,
     /// Held as long as the VMM maps the store's files.
@@ -51,10 +56,10 @@ pub(super) struct RunningUvm {
 pub(super) struct Parts {
     pub(super) vmm: Arc<Vmm>,
     pub(super) guest: Guest,
-    pub(super) events: mpsc::UnboundedReceiver<GuestEvent>,
+    pub(super) events: mpsc::Receiver<GuestEvent>,
     pub(super) grown: watch::Receiver<Grown>,
     pub(super) share: Arc<Share>,
-    pub(super) ended: watch::Receiver<Option<String>>,
+    pub(super) life: Life,
     pub(super) baked: Size,
     pub(super) lease: Lease,
     pub(super) forwarder: Arc<Mutex<Option<Forwarder>>>,
@@ -99,33 +104,72 @@ pub(super) fn vmm_error(action: &str) -> impl FnOnce(VmmError) -> Error {
     }
 }
 
-/// Follows a VMM to its end, on a thread of its own, which waits for nothing else.
-pub(super) fn follow_end(
-    vmm: &Arc<Vmm>,
-    last: LastLine,
-) -> std::io::Result<watch::Receiver<Option<String>>> {
-    let (tell, ended) = watch::channel(None);
-    let vmm = Arc::clone(vmm);
-    std::thread::Builder::new()
-        .name("vmm-end".into())
-        .spawn(move || {
-            let how = match vmm.wait() {
-                Ok(exit::ENDED) => "it was powered off or stopped".to_owned(),
-                Ok(exit::RESET) => "the guest asked for a reset".to_owned(),
-                Ok(exit::PANICKED) => "the guest's kernel panicked".to_owned(),
-                Ok(-1) => "kiln-vmm was killed".to_owned(),
-                Ok(code) => format!("kiln-vmm failed with status {code}"),
-                Err(error) => format!("kiln-vmm can't be waited for: {error}"),
-            };
-            let said = last.get();
-            let reason = if said.is_empty() {
-                how
-            } else {
-                format!("{how}; its last words: {said}")
-            };
-            tell.send_replace(Some(reason));
-        })?;
-    Ok(ended)
+/// A VMM's process, from its start to its end.
+#[derive(Debug)]
+pub(super) struct Life {
+    scored: Scored,
+    /// Set before the shim kills it.
+    stopping: Arc<AtomicBool>,
+    ended: watch::Receiver<Option<End>>,
+}
+
+impl Life {
+    /// Follows it to its end, on a thread of its own, which waits for nothing else.
+    pub(super) fn follow(
+        vmm: &Arc<Vmm>,
+        scored: Scored,
+        kills: Option<OomKills>,
+        last: LastLine,
+    ) -> std::io::Result<Self> {
+        let (tell, ended) = watch::channel(None);
+        let stopping = Arc::new(AtomicBool::new(false));
+        let (vmm, killed_by_us) = (Arc::clone(vmm), Arc::clone(&stopping));
+        std::thread::Builder::new()
+            .name("vmm-end".into())
+            .spawn(move || {
+                let status = vmm.wait_status();
+                let by_us = killed_by_us.load(Ordering::SeqCst);
+                let kills = || kills.is_some_and(|kills| kills.any());
+                tell.send_replace(Some(end(status, by_us, kills, &last.get())));
+            })?;
+        Ok(Self {
+            scored,
+            stopping,
+            ended,
+        })
+    }
+}
+
+/// `oom_kills` tells whether the kernel killed any process of the pod's cgroup; the shim, the only other one, lives.
+fn end(
+    status: std::result::Result<ExitStatus, VmmError>,
+    by_us: bool,
+    oom_kills: impl FnOnce() -> bool,
+    last_words: &str,
+) -> End {
+    let signal = status.as_ref().ok().and_then(ExitStatusExt::signal);
+    let out_of_memory = signal == Some(libc::SIGKILL) && !by_us && oom_kills();
+    let how = match status {
+        _ if out_of_memory => "the kernel killed kiln-vmm because memory ran out".to_owned(),
+        Ok(status) => match (status.code(), signal) {
+            (Some(exit::ENDED), _) => "it was powered off or stopped".to_owned(),
+            (Some(exit::RESET), _) => "the guest asked for a reset".to_owned(),
+            (Some(exit::PANICKED), _) => "the guest's kernel panicked".to_owned(),
+            (Some(code), _) => format!("kiln-vmm failed with status {code}"),
+            (None, _) if by_us => "it was stopped".to_owned(),
+            (None, signal) => format!("kiln-vmm was killed by signal {}", signal.unwrap_or(0)),
+        },
+        Err(error) => format!("kiln-vmm can't be waited for: {error}"),
+    };
+    let reason = if last_words.is_empty() {
+        how
+    } else {
+        format!("{how}; its last words: {last_words}")
+    };
+    End {
+        reason,
+        out_of_memory,
+    }
 }
 
 impl RunningUvm {
@@ -138,7 +182,7 @@ impl RunningUvm {
             grown: parts.grown,
             disks: tokio::sync::Mutex::new(disks),
             share: parts.share,
-            ended: parts.ended,
+            life: parts.life,
             baked: parts.baked,
             _lease: parts.lease,
             forwarder: parts.forwarder,
@@ -430,6 +474,7 @@ impl Uvm for RunningUvm {
                 .take(),
         );
         let (vmm, share) = (Arc::clone(&self.vmm), Arc::clone(&self.share));
+        self.life.stopping.store(true, Ordering::SeqCst);
         let stopping = tokio::task::spawn_blocking(move || {
             vmm.kill();
             share.close();
@@ -439,11 +484,23 @@ impl Uvm for RunningUvm {
         }
     }
 
-    async fn ended(&self) -> String {
-        let mut ended = self.ended.clone();
+    fn set_oom_score(&self, score: i32) -> Result<()> {
+        self.life
+            .scored
+            .set(score)
+            .map(drop)
+            .map_err(|e| Error::failed(format!("set the VMM's OOM score to {score}"), e))
+    }
+
+    async fn ended(&self) -> End {
+        let mut ended = self.life.ended.clone();
+        let unknown = || End {
+            reason: "nobody waits for it any more".into(),
+            out_of_memory: false,
+        };
         match ended.wait_for(Option::is_some).await {
-            Ok(reason) => reason.clone().unwrap_or_default(),
-            Err(_) => "nobody waits for it any more".into(),
+            Ok(end) => end.clone().unwrap_or_else(unknown),
+            Err(_) => unknown(),
         }
     }
 }
@@ -465,6 +522,27 @@ mod tests {
         assert_eq!(disks.take(), None);
         let most = DiskSlots::new(1000).free.len();
         assert_eq!(most, usize::from(slots::MAX_DISKS));
+    }
+
+    #[test]
+    fn only_a_kill_that_is_not_ours_and_that_the_cgroup_counted_is_for_want_of_memory() {
+        let killed = || Ok(ExitStatus::from_raw(libc::SIGKILL));
+        let of = |status, by_us, counted| end(status, by_us, || counted, "").out_of_memory;
+        assert!(of(killed(), false, true));
+        assert!(!of(killed(), false, false));
+        assert!(!of(killed(), true, true));
+        assert!(!of(Ok(ExitStatus::from_raw(libc::SIGABRT)), false, true));
+        assert!(!of(Ok(ExitStatus::from_raw(1 << 8)), false, true));
+        assert!(!of(Err(VmmError::Gone), false, true));
+    }
+
+    #[test]
+    fn end_says_how_it_came_and_what_the_vmm_said_last() {
+        let of = |status| end(status, false, || false, "the disk is full").reason;
+        let aborted = of(Ok(ExitStatus::from_raw(libc::SIGABRT)));
+        assert!(aborted.contains("signal 6") && aborted.ends_with("the disk is full"));
+        let reset = of(Ok(ExitStatus::from_raw(exit::RESET << 8)));
+        assert!(reset.contains("reset"), "{reset}");
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Mutex, PoisonError};
 
 use crate::api::{Reply, Request};
@@ -162,6 +162,11 @@ impl Vmm {
 
     /// Waits for the process to end; returns its exit code (-1 for a signal). See `kiln-vmm`'s exit codes.
     pub fn wait(&self) -> Result<i32, VmmError> {
+        Ok(self.wait_status()?.code().unwrap_or(-1))
+    }
+
+    /// The same with the signal that ended it, if one did.
+    pub fn wait_status(&self) -> Result<ExitStatus, VmmError> {
         // Waits without the lock and without reaping, so that `kill` works meanwhile.
         loop {
             // SAFETY: waitid fills in the siginfo it is given; all-zero is a valid one.
@@ -183,8 +188,7 @@ impl Vmm {
                 return Err(VmmError::Socket(e));
             }
         }
-        let status = lock(&self.child).wait().map_err(VmmError::Socket)?;
-        Ok(status.code().unwrap_or(-1))
+        lock(&self.child).wait().map_err(VmmError::Socket)
     }
 
     /// Ends the process without asking the machine. Done twice is done once.

@@ -3,6 +3,8 @@
 use std::io;
 use std::path::PathBuf;
 
+use kiln_store::lock::LockError;
+
 use crate::erofs::ImageError;
 
 /// Why there is no image to start a container from.
@@ -19,6 +21,9 @@ pub enum CacheError {
         #[source]
         source: io::Error,
     },
+    /// Another process holds a lock for too long.
+    #[error(transparent)]
+    Lock(#[from] LockError),
     /// The layers could not be made into an image.
     #[error("cannot make an image of the layers")]
     Image(#[from] ImageError),

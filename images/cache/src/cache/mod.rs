@@ -9,7 +9,8 @@
 //! ```
 //!
 //! All locks are `flock`s: they end with the process that held them, so there is nothing to clean up after a crash
-//! but files, and those are cleaned by the next process that finds them. Whoever uses an image
+//! but files, and those are cleaned by the next process that finds them. None is waited for without an end: who
+//! gives up says which process holds it. Whoever uses an image
 //! holds a shared lock on its file. The lock belongs to the open file, so it follows the descriptor to
 //! whomever it is passed.
 
@@ -22,9 +23,10 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::time::SystemTime;
+use std::time::{Duration, Instant, SystemTime};
 
-use rustix::fs::{FallocateFlags, FlockOperation, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT};
+use kiln_store::lock;
+use rustix::fs::{FallocateFlags, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT};
 use rustix::io::Errno;
 
 pub use error::CacheError;
@@ -37,11 +39,33 @@ use crate::lowers::Lowers;
 const IMAGE: &str = "image.erofs";
 const RECORD: &str = "record";
 
+/// How long others wait for who makes an image: a large one takes minutes on a slow or throttled node.
+const MAKING_WAIT: Duration = Duration::from_secs(600);
+/// How long a lock is waited for that is held while files are moved and removed.
+const WAIT: Duration = Duration::from_secs(30);
+
 /// The cache of one directory. Several processes may have it open.
 #[derive(Debug, Clone)]
 pub struct Cache {
     dir: PathBuf,
     budget: u64,
+    waits: Waits,
+}
+
+/// How long locks are waited for.
+#[derive(Debug, Clone, Copy)]
+struct Waits {
+    making: Duration,
+    rest: Duration,
+}
+
+impl Default for Waits {
+    fn default() -> Self {
+        Waits {
+            making: MAKING_WAIT,
+            rest: WAIT,
+        }
+    }
 }
 
 /// An image in use. While the file is open, here or in a process it was passed to, the image stays.
@@ -73,6 +97,7 @@ impl Cache {
         Cache {
             dir: dir.into(),
             budget,
+            waits: Waits::default(),
         }
     }
 
@@ -198,10 +223,8 @@ impl Cache {
         let Ok(file) = File::open(&path) else {
             return Ok(false);
         };
-        match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => {}
-            Err(Errno::WOULDBLOCK) => return Ok(false),
-            Err(e) => return Err(failed("lock", &path)(e.into())),
+        if !lock::try_exclusive(&file).map_err(failed("lock", &path))? {
+            return Ok(false);
         }
         // The lock is held to the end: who finds the file meanwhile waits, and then sees that it is gone.
         self.discard(key, lock)?;
@@ -250,8 +273,7 @@ impl Cache {
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(e) => return Err(failed("open", &path)(e)),
         };
-        rustix::fs::flock(&file, FlockOperation::LockShared)
-            .map_err(|e| failed("lock", &path)(e.into()))?;
+        lock::shared(&file, self.waits.rest)?;
         // It may have been evicted before the lock was ours.
         if !is_still(&file, &path) {
             return Ok(None);
@@ -331,8 +353,7 @@ impl Cache {
         drop(out);
 
         let file = File::open(&temporary).map_err(failed("open", &temporary))?;
-        rustix::fs::flock(&file, FlockOperation::LockShared)
-            .map_err(|e| failed("lock", &temporary)(e.into()))?;
+        lock::shared(&file, self.waits.rest)?;
         let stamp = Stamp::of(&file).map_err(CacheError::Verify)?;
         let record = Record::new(&written, stamp, boot_id()?);
         write_record(building, &record)?;
@@ -417,11 +438,14 @@ impl Cache {
     }
 
     fn lock(&self) -> Result<Lock, CacheError> {
-        Lock::take(&self.dir.join("lock"))
+        Lock::take(&self.dir.join("lock"), self.waits.rest)
     }
 
     fn lock_key(&self, key: &ImageKey) -> Result<Lock, CacheError> {
-        Lock::take(&self.dir.join("locks").join(key.as_str()))
+        Lock::take(
+            &self.dir.join("locks").join(key.as_str()),
+            self.waits.making,
+        )
     }
 }
 
@@ -432,25 +456,22 @@ struct Lock {
 }
 
 impl Lock {
-    fn take(path: &Path) -> Result<Lock, CacheError> {
+    fn take(path: &Path, limit: Duration) -> Result<Lock, CacheError> {
+        let end = Instant::now() + limit;
         loop {
             let file = Lock::open(path)?;
-            match rustix::fs::flock(&file, FlockOperation::LockExclusive) {
-                // A file that was removed meanwhile locks nothing.
-                Ok(()) if is_still(&file, path) => return Ok(Lock { _file: file }),
-                Ok(()) | Err(Errno::INTR) => {}
-                Err(e) => return Err(failed("lock", path)(e.into())),
+            lock::exclusive(&file, end.saturating_duration_since(Instant::now()))?;
+            // A file that was removed meanwhile locks nothing.
+            if is_still(&file, path) {
+                return Ok(Lock { _file: file });
             }
         }
     }
 
     fn try_take(path: &Path) -> Result<Option<Lock>, CacheError> {
         let file = Lock::open(path)?;
-        match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) if is_still(&file, path) => Ok(Some(Lock { _file: file })),
-            Ok(()) | Err(Errno::WOULDBLOCK) => Ok(None),
-            Err(e) => Err(failed("lock", path)(e.into())),
-        }
+        let taken = lock::try_exclusive(&file).map_err(failed("lock", path))?;
+        Ok((taken && is_still(&file, path)).then_some(Lock { _file: file }))
     }
 
     fn open(path: &Path) -> Result<File, CacheError> {

@@ -1,6 +1,8 @@
 use std::os::unix::fs::FileExt;
 use std::sync::Barrier;
 
+use kiln_store::lock::LockError;
+
 use super::*;
 
 struct Node {
@@ -163,6 +165,36 @@ fn a_failed_conversion_leaves_nothing() {
         CacheError::Image(ImageError::OpenLayer { .. })
     ));
     assert!(node.is_empty("building") && node.is_empty("images"));
+}
+
+#[test]
+fn nobody_waits_for_ever_for_an_image_or_for_who_makes_it() {
+    let node = Node::new();
+    let waits = Waits {
+        making: Duration::from_millis(20),
+        rest: Duration::from_millis(20),
+    };
+    let cache = Cache {
+        waits,
+        ..node.cache(u64::MAX)
+    };
+    let held_by_me = |error: CacheError| match error {
+        CacheError::Lock(LockError::Held { holder, .. }) => {
+            assert_eq!(holder.unwrap().pid, std::process::id());
+        }
+        other => panic!("{other:?}"),
+    };
+    let (key, lowers) = node.layer("a", 1);
+    let making = cache.lock_key(&key).unwrap();
+    held_by_me(cache.image_for(&key, &lowers).unwrap_err());
+    drop(making);
+
+    let path = cache.image_for(&key, &lowers).unwrap().path;
+    let hostile = File::open(path).unwrap();
+    assert!(lock::try_exclusive(&hostile).unwrap());
+    held_by_me(cache.lookup(&key).unwrap_err());
+    drop(hostile);
+    assert!(!cache.image_for(&key, &lowers).unwrap().made);
 }
 
 #[test]

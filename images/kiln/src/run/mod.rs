@@ -154,7 +154,7 @@ async fn resume_and_run(start: Start<'_>) -> Result<u8> {
         }
     };
     let hostname = options.hostname.as_deref().unwrap_or(&name);
-    let place = Place::make(Path::new(PLACES), &name)?;
+    let place = Place::make_here(&name)?;
     let at = timeline.now();
     let root = start.image.root(&options.cache)?;
     let image_bytes = root.file.metadata()?.len();

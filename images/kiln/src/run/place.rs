@@ -7,12 +7,18 @@ use std::fs::{self, DirBuilder, File, TryLockError};
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
+use kiln_store::{lock, private};
 use serde::{Deserialize, Serialize};
 
+/// What is kiln's below `/run`, and root's alone.
+const STATE: &str = "/run/kiln";
 /// All of them.
 pub(crate) const PLACES: &str = "/run/kiln/run";
+/// How long another command is waited for.
+const WAIT: Duration = Duration::from_secs(30);
 /// A Unix socket's path has at most 107 bytes.
 const LONGEST_NAME: usize = 64;
 
@@ -56,18 +62,20 @@ fn check(name: &str) -> Result<()> {
 }
 
 impl Place {
+    /// Makes one among all of the node's.
+    pub(crate) fn make_here(name: &str) -> Result<Place> {
+        private::directory(Path::new(STATE))?;
+        Place::make(Path::new(PLACES), name)
+    }
+
     /// Makes one.
-    pub(crate) fn make(root: &Path, name: &str) -> Result<Place> {
+    fn make(root: &Path, name: &str) -> Result<Place> {
         check(name)?;
-        DirBuilder::new()
-            .recursive(true)
-            .mode(0o711)
-            .create(root)
-            .with_context(|| format!("making {}", root.display()))?;
+        private::directory(root)?;
         // Made, locked and moved to its name under one lock, so that nobody takes it for a leftover.
-        let turn = File::create(root.join(".lock"))
+        let turn = private::create(&root.join(".lock"))
             .with_context(|| format!("making a lock in {}", root.display()))?;
-        turn.lock().context("waiting for other kiln commands")?;
+        lock::exclusive(&turn, WAIT).context("waiting for other kiln commands")?;
         sweep(root)?;
         let dir = root.join(name);
         match DirBuilder::new().mode(0o700).create(&dir) {
@@ -77,10 +85,9 @@ impl Place {
             other => other.with_context(|| format!("making {}", dir.display()))?,
         }
         let path = dir.join("lock");
-        let lock = File::create(&path).with_context(|| format!("making {}", path.display()))?;
-        lock.lock()
-            .with_context(|| format!("locking {}", path.display()))?;
-        Ok(Place { dir, _lock: lock })
+        let held = private::create(&path).with_context(|| format!("making {}", path.display()))?;
+        lock::exclusive(&held, WAIT)?;
+        Ok(Place { dir, _lock: held })
     }
 
     pub(crate) fn path(&self, name: &str) -> PathBuf {
@@ -89,9 +96,8 @@ impl Place {
 
     /// Says what runs here.
     pub(crate) fn tell(&self, facts: &Facts) -> Result<()> {
-        let (fresh, path) = (self.path("facts.new"), self.path("facts"));
-        fs::write(&fresh, serde_json::to_vec(facts)?)
-            .and_then(|()| fs::rename(&fresh, &path))
+        let path = self.path("facts");
+        private::replace(&path, &serde_json::to_vec(facts)?)
             .with_context(|| format!("writing {}", path.display()))
     }
 }
