@@ -8,6 +8,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use kiln_overlay::Budget;
 use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 
@@ -60,6 +61,7 @@ const END_WAIT: Duration = Duration::from_secs(2);
 pub struct PodDir {
     dir: PathBuf,
     shared: PathBuf,
+    budget: PathBuf,
 }
 
 impl PodDir {
@@ -69,6 +71,7 @@ impl PodDir {
         Self {
             dir: of("pods"),
             shared: of("shared"),
+            budget: state_dir.join(Budget::FILE_NAME),
         }
     }
 
@@ -101,6 +104,11 @@ impl PodDir {
     /// Where the time of the start went.
     pub fn trace(&self) -> PathBuf {
         self.dir.join("trace.json")
+    }
+
+    /// The budget that all pods' overlays share. It is the node's, and stays when a pod goes.
+    pub fn overlay_budget(&self) -> PathBuf {
+        self.budget.clone()
     }
 
     fn record_path(&self) -> PathBuf {
@@ -174,6 +182,7 @@ impl PodDir {
             .map(|entry| Self {
                 dir: entry.path(),
                 shared: shared.join(entry.file_name()),
+                budget: self.budget.clone(),
             })
             .filter(|other| other != self)
             .collect()

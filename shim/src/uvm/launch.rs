@@ -15,10 +15,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 use async_trait::async_trait;
 use kiln_agent_api::client::Vsock;
 use kiln_agent_api::{proto, slots};
-use kiln_overlay::{Budget, BudgetError};
+use kiln_overlay::{Budget, BudgetError, Seat};
 use kiln_store::{Class, Kind, Lease, Store};
 use kiln_vmm_control::{
-    End, Flush, Jail, PageRun, Reply, Request, ScratchLimits, Spawn, Vmm, VmmError, spill_file,
+    BudgetSeat, End, Flush, Jail, PageRun, Reply, Request, ScratchLimits, Spawn, Vmm, VmmError,
+    spill_file,
 };
 use tokio::sync::watch;
 
@@ -42,7 +43,6 @@ pub struct StoreLauncher {
     vmm: PathBuf,
     vmm_ids: u32,
     spill: PathBuf,
-    budget: PathBuf,
     node_ram: u64,
     dir: PodDir,
     /// Changed by steps that run side by side.
@@ -92,8 +92,8 @@ struct Scratch {
     size: u64,
     /// Where what has no room in RAM goes.
     spill: File,
-    /// The node's budget of RAM for all pods' writes.
-    budget: File,
+    /// The VMM's place in the node's budget of RAM for all pods' writes.
+    seat: Arc<Seat>,
     limits: ScratchLimits,
     flush: Flush,
 }
@@ -110,7 +110,6 @@ impl StoreLauncher {
             vmm: config.vmm.clone(),
             vmm_ids: config.vmm_ids,
             spill: config.overlay_dir.clone(),
-            budget: config.state_dir.join("overlay-budget"),
             node_ram: config.overlay_node_ram,
             dir,
             record: Arc::default(),
@@ -171,8 +170,8 @@ impl StoreLauncher {
             .len();
         let spill = spill_file(&self.spill)
             .map_err(|e| Error::failed("make room for the pod's writes", e))?;
-        let budget = self
-            .budget()
+        let seat = self
+            .join_budget(setup.overlay.ram)
             .map_err(|e| Error::failed("take part in the node's budget for pods' writes", e))?;
         Ok(Baked {
             lease,
@@ -183,18 +182,18 @@ impl StoreLauncher {
                 base,
                 size,
                 spill,
-                budget,
+                seat: Arc::new(seat),
                 limits: setup.overlay,
                 flush: setup.overlay_flush,
             },
         })
     }
 
-    /// An opening of the node's budget of RAM, which is what the configuration says now.
-    fn budget(&self) -> std::result::Result<File, BudgetError> {
-        let file = Budget::open_or_make(&self.budget, self.node_ram)?;
-        Budget::set_total(&file, self.node_ram)?;
-        Ok(file)
+    /// Takes a place in the node's budget of RAM, which is what the configuration says now.
+    fn join_budget(&self, limit: u64) -> std::result::Result<Seat, BudgetError> {
+        let budget = Budget::open_or_make(&self.dir.overlay_budget(), self.node_ram)?;
+        budget.set_total(self.node_ram);
+        budget.join(limit)
     }
 
     /// Before anything is made that has to be cleaned up.
@@ -329,7 +328,8 @@ impl StoreLauncher {
             memory: setup.size.memory.max(base.memory),
         };
         let directory = share.open()?;
-        let ended = follow_end(&vmm, last).map_err(|e| Error::failed("watch the VMM", e))?;
+        let seat = Arc::clone(&baked.scratch.seat);
+        let ended = follow_end(&vmm, last, seat).map_err(|e| Error::failed("watch the VMM", e))?;
         let resuming = {
             let (vmm, timeline, taps) = (vmm.clone(), timeline.clone(), wired.taps);
             let Baked {
@@ -474,20 +474,32 @@ fn resume(
         ends.directory.as_fd(),
         ends.scratch.base.as_fd(),
         ends.scratch.spill.as_fd(),
-        ends.scratch.budget.as_fd(),
+        ends.scratch.seat.view(),
+        ends.scratch.seat.page(),
     ];
+    let seat = BudgetSeat {
+        view: 6,
+        page: 7,
+        number: ends.scratch.seat.number(),
+    };
     let mut by_slot = vec![
         (slots::VSOCK, End::Listener(2)),
         (slots::FS, End::Directory(3)),
         (
             slots::SCRATCH,
-            End::scratch(4, ends.scratch.size, Some(5), Some(6), ends.scratch.limits)
-                .flushing(ends.scratch.flush),
+            End::scratch(
+                4,
+                ends.scratch.size,
+                Some(5),
+                Some(seat),
+                ends.scratch.limits,
+            )
+            .flushing(ends.scratch.flush),
         ),
     ];
     if let Some(tap) = ends.taps.first() {
         fds.push(tap.fd.as_fd());
-        by_slot.push((slots::NET, End::Tap(vec![7])));
+        by_slot.push((slots::NET, End::Tap(vec![8])));
     }
     let asked = timeline.now();
     let reply = vmm

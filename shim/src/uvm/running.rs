@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use async_trait::async_trait;
 use kiln_agent_api::stream::Header;
 use kiln_agent_api::{proto, slots};
+use kiln_overlay::Seat;
 use kiln_store::Lease;
 use kiln_vmm_control::{Reply, Request, Vmm, VmmError, exit};
 use tokio::net::UnixStream;
@@ -99,17 +100,21 @@ pub(super) fn vmm_error(action: &str) -> impl FnOnce(VmmError) -> Error {
     }
 }
 
-/// Follows a VMM to its end, on a thread of its own, which waits for nothing else.
+/// Follows a VMM to its end, on a thread of its own, which waits for nothing else and keeps the VMM's seat in the
+/// node's budget until then.
 pub(super) fn follow_end(
     vmm: &Arc<Vmm>,
     last: LastLine,
+    seat: Arc<Seat>,
 ) -> std::io::Result<watch::Receiver<Option<String>>> {
     let (tell, ended) = watch::channel(None);
     let vmm = Arc::clone(vmm);
     std::thread::Builder::new()
         .name("vmm-end".into())
         .spawn(move || {
-            let how = match vmm.wait() {
+            let end = vmm.wait();
+            drop(seat);
+            let how = match end {
                 Ok(exit::ENDED) => "it was powered off or stopped".to_owned(),
                 Ok(exit::RESET) => "the guest asked for a reset".to_owned(),
                 Ok(exit::PANICKED) => "the guest's kernel panicked".to_owned(),

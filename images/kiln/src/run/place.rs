@@ -11,6 +11,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 
+/// What kiln's programs on one node share.
+pub(crate) const STATE: &str = "/run/kiln";
 /// All of them.
 pub(crate) const PLACES: &str = "/run/kiln/run";
 /// A Unix socket's path has at most 107 bytes.

@@ -11,11 +11,14 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
 use kiln_agent_api::slots;
+use kiln_overlay::{Budget, Seat};
 use kiln_store::{Class, Kind, Lease, Store};
-use kiln_vmm_control::{End, Reply, Request, ScratchLimits, Spawn, Step, Vmm, VmmError};
+use kiln_vmm_control::{
+    BudgetSeat, End, Reply, Request, ScratchLimits, Spawn, Step, Vmm, VmmError,
+};
 use tokio::sync::watch;
 
-use super::place::Place;
+use super::place::{Place, STATE};
 
 /// A guest that has not grown by then has trouble.
 const RESIZE_LIMIT_MS: u32 = 30_000;
@@ -60,6 +63,21 @@ pub(crate) fn lease(root: &Path, size: Size) -> Result<Lease> {
         )
     })?;
     Ok(store.lease(id)?)
+}
+
+/// Takes a place in the node's budget of RAM for what containers write, which is what the pods' shims made it. `limit`
+/// is how much of it this μVM may ever have.
+fn join_budget(limit: u64) -> Result<Seat> {
+    let path = Path::new(STATE).join(Budget::FILE_NAME);
+    let budget = Budget::open_or_make(&path, Budget::half_of_memory());
+    budget
+        .and_then(|budget| budget.join(limit))
+        .with_context(|| {
+            format!(
+                "joining the node's budget for containers' writes in {}",
+                path.display()
+            )
+        })
 }
 
 /// A running μVM. Dropping it ends it.
@@ -131,9 +149,22 @@ impl Uvm {
         let scratch = lease.open(Kind::Scratch)?;
         let size = scratch.metadata().context("reading the store")?.len();
         let (base, spill) = (fds.add(scratch), fds.add(ends.spill));
+        // The budget is root's, as the pods are that share it.
+        let seat = match spawn.jail {
+            Some(_) => Some(join_budget(ends.scratch.ram)?),
+            None => None,
+        };
+        let place_in_budget = match &seat {
+            Some(seat) => Some(BudgetSeat {
+                view: fds.add(seat.view().try_clone_to_owned()?),
+                page: fds.add(seat.page().try_clone_to_owned()?),
+                number: seat.number(),
+            }),
+            None => None,
+        };
         host.push((
             slots::SCRATCH,
-            End::scratch(base, size, Some(spill), None, ends.scratch),
+            End::scratch(base, size, Some(spill), place_in_budget, ends.scratch),
         ));
         if let Some(share) = ends.share {
             host.push((slots::FS, End::Directory(fds.add(share))));
@@ -156,7 +187,11 @@ impl Uvm {
         let waiting = vmm.clone();
         std::thread::Builder::new()
             .name("vmm-exit".to_owned())
-            .spawn(move || tell.send_replace(Some(waiting.wait().unwrap_or(-1))))
+            .spawn(move || {
+                let code = waiting.wait().unwrap_or(-1);
+                drop(seat);
+                tell.send_replace(Some(code))
+            })
             .context("starting a thread")?;
         let mut uvm = Uvm {
             vmm,
