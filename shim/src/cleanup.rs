@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 use std::time::Duration;
 
+use kiln_overlay::Budget;
 use kiln_uvm::share;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
@@ -31,6 +32,10 @@ pub fn pod(dir: &PodDir, address: &str) {
         processes(&[record.shim, record.vmm], &note);
         resources(&record, &note);
     }
+    note(
+        "give its place in the overlays' budget back",
+        Budget::bury_at(&dir.overlay_budget()).map_err(io::Error::other),
+    );
     note(
         "take away the shared directory",
         share::remove(dir.shared()),

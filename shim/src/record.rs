@@ -8,6 +8,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use kiln_overlay::Budget;
 use kiln_store::lock::{self, LockError};
 use kiln_store::private::{self, PrivateError};
 use serde::{Deserialize, Serialize};
@@ -85,6 +86,7 @@ pub struct PodDir {
     state_dir: PathBuf,
     dir: PathBuf,
     shared: PathBuf,
+    budget: PathBuf,
 }
 
 impl PodDir {
@@ -95,6 +97,7 @@ impl PodDir {
             dir: of("pods"),
             shared: of("shared"),
             state_dir: state_dir.to_owned(),
+            budget: state_dir.join(Budget::FILE_NAME),
         }
     }
 
@@ -127,6 +130,11 @@ impl PodDir {
     /// Where the time of the start went.
     pub fn trace(&self) -> PathBuf {
         self.dir.join("trace.json")
+    }
+
+    /// The budget that all pods' overlays share. It is the node's, and stays when a pod goes.
+    pub fn overlay_budget(&self) -> PathBuf {
+        self.budget.clone()
     }
 
     fn record_path(&self) -> PathBuf {
@@ -209,6 +217,7 @@ impl PodDir {
                 dir: entry.path(),
                 shared: shared.join(entry.file_name()),
                 state_dir: self.state_dir.clone(),
+                budget: self.budget.clone(),
             })
             .filter(|other| other != self)
             .collect()

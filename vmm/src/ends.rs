@@ -165,8 +165,9 @@ fn pool(fds: &mut Fds, spec: &api::OverlayPool) -> Result<Pool> {
     if let Some(fd) = spec.spill {
         config.spill = Some(Box::new(DiskFile::new(fds.file(fd)?, Caching::Direct)));
     }
-    if let Some(fd) = spec.budget {
-        config.budget = Some(Membership::join(fds.file(fd)?)?);
+    if let Some(seat) = spec.budget {
+        let (view, page) = (fds.file(seat.view)?, fds.file(seat.page)?);
+        config.budget = Some(Membership::new(view, page, seat.number.into())?);
     }
     Ok(Pool::new(config))
 }

@@ -19,7 +19,7 @@ const STATE: &[&str] = &[
     "/var/lib/containerd/io.containerd.grpc.v1.cri",
 ];
 /// One for all pods; it stays.
-pub const OVERLAY_BUDGET: &str = "/run/kiln/overlay-budget";
+pub const OVERLAY_BUDGET: &str = "/run/kiln/overlay-budget-2";
 /// cgroup parent of the tests' pods, as kubelet has `kubepods`. It stays.
 pub(crate) const TESTS_CGROUP: &str = "/kiln-e2e";
 const CNI: &str = "/var/lib/cni/networks";

@@ -14,8 +14,8 @@ use kiln_bake::kernel::{self, GuestKernel};
 use kiln_bake::modules::{GUEST, Modules, Wanted};
 use kiln_bake::touched::Watch;
 use kiln_vmm_control::{
-    DeviceKind, DeviceSpec, End, Jail, MachineSpec, Overlay, OverlayPool, PageRun, Reply, Request,
-    Spawn, Vmm,
+    BudgetSeat, DeviceKind, DeviceSpec, End, Jail, MachineSpec, Overlay, OverlayPool, PageRun,
+    Reply, Request, Spawn, Vmm,
 };
 
 /// Where a node has the VMM.
@@ -373,7 +373,11 @@ impl Uvm {
                 End::Overlay(overlay) => {
                     let pool = overlay.pool.map(|pool| OverlayPool {
                         spill: pool.spill.map(|fd| fd + OURS),
-                        budget: pool.budget.map(|fd| fd + OURS),
+                        budget: pool.budget.map(|seat| BudgetSeat {
+                            view: seat.view + OURS,
+                            page: seat.page + OURS,
+                            ..seat
+                        }),
                         ..pool
                     });
                     End::Overlay(Overlay {

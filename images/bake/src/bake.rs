@@ -8,7 +8,9 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use kiln_agent_api::client::{ConnectError, Vsock};
 use kiln_agent_api::proto;
 use kiln_agent_api::{MIN_ENTROPY, PROTOCOL_VERSION, slots};
-use kiln_store::{Class, Description, Digest, Kernel, Kind, Manifest, Staging, Store, WorkingSet};
+use kiln_store::{
+    Class, Description, Digest, Host, Kernel, Kind, Manifest, Staging, Store, WorkingSet,
+};
 use kiln_vmm_control::VmmError;
 use tokio::time::{sleep, timeout};
 use ttrpc::context;
@@ -200,7 +202,7 @@ pub async fn bake(
     });
     let recipe = prepared.recipe.digest();
     if !order.again
-        && let Some(id) = store.find(|manifest: &Manifest| manifest.about.recipe == recipe)?
+        && let Some(id) = baked_already(store, recipe)?
     {
         return Ok(Baked::Already(id));
     }
@@ -244,10 +246,18 @@ pub async fn bake(
         kernel: recipe.kernel,
         initramfs: recipe.initramfs,
         agent_version: facts.agent_version,
+        protocol: facts.protocol,
         cpu: recipe.cpu,
         guest_used_kib: facts.used >> 10,
     })?;
     Ok(Baked::New(id))
+}
+
+/// A μVM of the same recipe that can be resumed here.
+fn baked_already(store: &Store, recipe: Digest) -> Result<Option<Digest>, BakeError> {
+    let host = Host::this(PROTOCOL_VERSION);
+    let found = store.pick(&host, |uvm: &Manifest| uvm.about.recipe == recipe)?;
+    Ok(found.ok())
 }
 
 fn on_disk(path: &Path) -> u64 {
@@ -332,6 +342,7 @@ impl Drop for Work {
 /// What the guest told about itself.
 struct Facts {
     agent_version: String,
+    protocol: u32,
     used: u64,
 }
 
@@ -422,6 +433,7 @@ async fn boot_and_save(
     machine.stop().await.map_err(on_machine)?;
     Ok(Facts {
         agent_version: hello.agent_version,
+        protocol: hello.protocol_version,
         used,
     })
 }

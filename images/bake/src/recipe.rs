@@ -54,9 +54,10 @@ impl Recipe {
             bytes.extend((text.len() as u64).to_le_bytes());
             bytes.extend(text.as_bytes());
         }
-        for digest in [&kernel.digest, initramfs, vmm, &cpu.features] {
+        for digest in [&kernel.digest, initramfs, vmm] {
             bytes.extend(digest.as_bytes());
         }
+        bytes.extend(cpu.features.0.into_iter().flat_map(u32::to_le_bytes));
         Digest::of_bytes(&bytes)
     }
 }
@@ -64,6 +65,7 @@ impl Recipe {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use kiln_vmm_control::cpu::{Fingerprint, WORDS};
 
     fn recipe() -> Recipe {
         let digest = Digest::of_bytes(b"x");
@@ -85,7 +87,7 @@ mod tests {
             cpu: Cpu {
                 vendor: "v".into(),
                 model: "m".into(),
-                features: digest,
+                features: Fingerprint([7; WORDS]),
             },
         }
     }
@@ -105,7 +107,7 @@ mod tests {
             |r, d| r.initramfs = d,
             |r, d| r.vmm = d,
             |r, _| r.cpu.vendor.push('x'),
-            |r, d| r.cpu.features = d,
+            |r, _| r.cpu.features.0[WORDS - 1] += 1,
         ];
         let mut seen = std::collections::BTreeSet::from([recipe().digest()]);
         for change in changes {

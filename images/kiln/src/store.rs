@@ -3,7 +3,8 @@
 use std::path::Path;
 use std::process::ExitCode;
 
-use kiln_store::{Collected, Digest, Entry, Error, Manifest, Policy, Store, Why};
+use kiln_agent_api::PROTOCOL_VERSION;
+use kiln_store::{Collected, Digest, Entry, Error, Host, Manifest, Policy, Store, Why};
 use serde::Serialize;
 
 use crate::args::Gc;
@@ -31,6 +32,14 @@ impl<'a> From<&'a Entry> for Listed<'a> {
             manifest: entry.manifest.as_ref().ok(),
             damage: entry.manifest.as_ref().err().map(ToString::to_string),
         }
+    }
+}
+
+/// Whether this host can resume it, and why not.
+fn here(manifest: &Manifest) -> String {
+    match manifest.resumes_here(&Host::this(PROTOCOL_VERSION)) {
+        Ok(()) => "yes".to_owned(),
+        Err(why) => format!("no: {why}"),
     }
 }
 
@@ -85,6 +94,9 @@ fn list_row(entry: &Entry) -> Vec<String> {
                 pin.to_owned(),
             ]
         }
+        Err(error @ (Error::Older { .. } | Error::Newer { .. })) => {
+            vec![entry.id.short(), error.to_string()]
+        }
         Err(error) => vec![entry.id.short(), format!("damaged: {error}")],
     }
 }
@@ -118,7 +130,8 @@ pub(crate) fn inspect(root: &Path, name: &str, output: &Output) -> Result<ExitCo
         ("initramfs", about.initramfs.to_string()),
         ("agent", about.agent_version.clone()),
         ("CPU", format!("{} {}", about.cpu.vendor, about.cpu.model)),
-        ("CPU features", about.cpu.features.to_string()),
+        ("protocol", about.protocol.to_string()),
+        ("resumes here", here(&manifest)),
         ("guest memory used", size(about.guest_used_kib << 10)),
         ("recipe", about.recipe.to_string()),
     ]
@@ -269,6 +282,7 @@ fn why(why: Why) -> &'static str {
     match why {
         Why::Superseded => "superseded",
         Why::Room => "room",
+        Why::Older => "older",
         Why::All => "all",
     }
 }
@@ -324,6 +338,7 @@ fn collected_text(report: &Collected, dry_run: bool, budget: Option<u64>) -> Str
         let reason = match removed.why {
             Why::Superseded => "a newer one serves the same purpose",
             Why::Room => "least recently used, to make room",
+            Why::Older => "an older kiln baked it",
             Why::All => "asked to remove all",
         };
         text += &format!("{verb} {} ({reason})\n", removed.id.short());
@@ -332,7 +347,10 @@ fn collected_text(report: &Collected, dry_run: bool, budget: Option<u64>) -> Str
         text += &format!("kept {} (in use)\n", id.short());
     }
     for id in &report.damaged {
-        text += &format!("kept {} (damaged: `kiln rm` removes it)\n", id.short());
+        text += &format!(
+            "kept {} (it can't be read: `kiln rm` removes it)\n",
+            id.short()
+        );
     }
     if report.interrupted > 0 {
         text += &format!(

@@ -5,6 +5,8 @@ use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::MetadataExt;
 
+use kiln_vmm_control::cpu::Fingerprint;
+
 use crate::error::Context;
 use crate::{Class, Digest, Entry, Error, Store, WriteLock, disk_bytes, lock};
 
@@ -29,6 +31,8 @@ pub enum Why {
     Superseded,
     /// It was the least recently used, and the store too large.
     Room,
+    /// An older kiln baked it: this one can't resume it.
+    Older,
     /// All were to go.
     All,
 }
@@ -49,7 +53,7 @@ pub struct Collected {
     pub removed: Vec<Removed>,
     /// μVMs that had to stay because they are in use.
     pub in_use: Vec<Digest>,
-    /// μVMs that had to stay because their manifest is damaged: what they consist of is unknown.
+    /// μVMs that had to stay because their manifest can't be read: what they consist of is unknown.
     pub damaged: Vec<Digest>,
     /// Objects that are gone.
     pub objects: u32,
@@ -110,6 +114,7 @@ impl Store {
         let write_lock = self.write_lock()?;
         let mut report = Collected::default();
         let before = disk_bytes(&self.root)?;
+        self.remove_older(policy, &mut report)?;
         if !policy.dry_run {
             report.interrupted = self.sweep_staging(&write_lock)?;
             report.objects = self.sweep_objects(&write_lock)?;
@@ -117,7 +122,7 @@ impl Store {
         let entries = self.list()?;
         report.damaged = entries
             .iter()
-            .filter(|e| e.manifest.is_err())
+            .filter(|e| e.manifest.is_err() && !report.removed.iter().any(|r| r.id == e.id))
             .map(|e| e.id)
             .collect();
         let budget = self.budget()?;
@@ -152,6 +157,31 @@ impl Store {
         }
         report.freed = before.saturating_sub(report.used);
         Ok(report)
+    }
+
+    /// Removes μVMs of older kilns. First of all, because what they consist of is unknown, and no object is removed
+    /// as long as there is one.
+    fn remove_older(&self, policy: Policy, report: &mut Collected) -> Result<(), Error> {
+        if policy.keep_superseded && !policy.all {
+            return Ok(());
+        }
+        for entry in self.list()? {
+            if entry.pinned || !matches!(entry.manifest, Err(Error::Older { .. })) {
+                continue;
+            }
+            let Some(doomed) = self.doom(entry.id)? else {
+                report.in_use.push(entry.id);
+                continue;
+            };
+            report.removed.push(Removed {
+                id: entry.id,
+                why: Why::Older,
+            });
+            if !policy.dry_run {
+                self.remove_doomed(doomed)?;
+            }
+        }
+        Ok(())
     }
 
     /// Removes the objects that no μVM needs. As long as a manifest is damaged, nothing is
@@ -193,7 +223,7 @@ impl Store {
 /// What may go, in the order in which it should: superseded ones first, then the least recently
 /// used. `None` says: only if room is short.
 fn candidates(entries: &[Entry], policy: Policy) -> Vec<(&Entry, Option<Why>)> {
-    let mut newest: BTreeMap<(&Class, &str, &Digest), Digest> = BTreeMap::new();
+    let mut newest: BTreeMap<(&Class, &str, &Fingerprint), Digest> = BTreeMap::new();
     for entry in entries {
         // Entries come newest first.
         if let Ok(manifest) = &entry.manifest {

@@ -4,7 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use crate::lock::LockError;
-use crate::{Digest, Kind, ManifestError};
+use crate::{Digest, Kind, ManifestError, VERSION};
 
 /// An operation on the store that failed. The store is as good as before, whatever it was.
 #[derive(Debug, thiserror::Error)]
@@ -81,6 +81,30 @@ pub enum Error {
         /// What is wrong with it.
         #[source]
         source: ManifestError,
+    },
+    /// Nothing is wrong with it, but this kiln does not read it.
+    #[error(
+        "μVM {short} was baked by an older kiln (manifest format {found}, this one reads {VERSION}): bake again \
+         (`kiln bake`); `kiln gc` removes it",
+        short = id.short()
+    )]
+    Older {
+        /// Its name.
+        id: Digest,
+        /// Its manifest's format.
+        found: u32,
+    },
+    /// Nothing may be wrong with it, but this kiln does not know.
+    #[error(
+        "μVM {short} was baked by a newer kiln (manifest format {found}, this one reads {VERSION}): use that kiln, or \
+         remove it (`kiln rm {short}`)",
+        short = id.short()
+    )]
+    Newer {
+        /// Its name.
+        id: Digest,
+        /// Its manifest's format.
+        found: u32,
     },
     /// A manifest's content is not the one it is named after.
     #[error("the manifest of μVM {id} is not the one that was written: remove it (`kiln rm {id}`) and bake again", id = .0.short())]

@@ -15,6 +15,7 @@ mod collect;
 mod digest;
 mod disk;
 mod error;
+mod host;
 mod lease;
 pub mod lock;
 mod manifest;
@@ -33,6 +34,7 @@ use std::time::Duration;
 pub use collect::{Collected, Policy, Removed, Why};
 pub use digest::{CHUNK, Digest, NotADigest, Scan, of_file};
 pub use error::Error;
+pub use host::{Host, Mismatch, Miss};
 pub use lease::Lease;
 pub use manifest::{
     Class, Cpu, Description, Kernel, Kind, Manifest, ManifestError, Object, VERSION,
@@ -266,7 +268,11 @@ impl Store {
         if Digest::of_bytes(&bytes) != id {
             return Err(Error::ManifestDigest(id));
         }
-        Manifest::decode(&bytes).map_err(|source| Error::Manifest { id, source })
+        Manifest::decode(&bytes).map_err(|source| match source {
+            ManifestError::Version(found) if found < VERSION => Error::Older { id, found },
+            ManifestError::Version(found) => Error::Newer { id, found },
+            source => Error::Manifest { id, source },
+        })
     }
 
     /// The μVM that a person means: by its digest, or by the first digits of it (4 at least), or
@@ -300,16 +306,11 @@ impl Store {
 
     /// The newest μVM that `wanted` accepts and whose objects are all there.
     pub fn find(&self, wanted: impl Fn(&Manifest) -> bool) -> Result<Option<Digest>, Error> {
-        let whole = |manifest: &Manifest| {
-            manifest.objects.iter().all(|object| {
-                fs::metadata(self.object_path(&object.digest))
-                    .is_ok_and(|meta| meta.len() == object.length)
-            })
-        };
+        let good = |manifest: &Manifest| wanted(manifest) && self.is_whole(manifest);
         Ok(self
             .list()?
             .into_iter()
-            .find(|entry| entry.manifest.as_ref().is_ok_and(|m| wanted(m) && whole(m)))
+            .find(|entry| entry.manifest.as_ref().is_ok_and(good))
             .map(|entry| entry.id))
     }
 

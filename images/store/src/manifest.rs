@@ -5,12 +5,13 @@
 
 use std::fmt;
 
+use kiln_vmm_control::cpu::Fingerprint;
 use serde::{Deserialize, Serialize};
 
 use crate::Digest;
 
 /// The manifest format this code writes.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 const MAGIC: [u8; 8] = *b"kilnuvm\n";
 const HEADER: usize = 16;
@@ -58,8 +59,8 @@ pub struct Cpu {
     pub vendor: String,
     /// Such as `AMD EPYC 7B13`.
     pub model: String,
-    /// Digest of the features that the guest was promised.
-    pub features: Digest,
+    /// What the guest may depend on of it.
+    pub features: Fingerprint,
 }
 
 /// What an object is to its μVM.
@@ -128,6 +129,8 @@ pub struct Description {
     pub initramfs: Digest,
     /// The version of the agent in it.
     pub agent_version: String,
+    /// The version of the agent's protocol that it speaks.
+    pub protocol: u32,
     /// The CPU it was baked on.
     pub cpu: Cpu,
     /// KiB of memory the guest had in use when it was baked.
@@ -158,9 +161,7 @@ pub enum ManifestError {
     #[error("not a manifest: it does not begin with the magic bytes")]
     Magic,
     /// Written by a kiln this one knows nothing of.
-    #[error(
-        "manifest format {0} is not {VERSION}, the one this kiln reads: bake again with this kiln"
-    )]
+    #[error("manifest format {0} is not {VERSION}, the one this kiln reads")]
     Version(u32),
     /// Shorter or longer than the header says.
     #[error("the header promises {promised} bytes of body, there are {found}")]
@@ -259,10 +260,11 @@ pub(crate) mod tests {
             },
             initramfs: Digest::of_bytes(b"initramfs"),
             agent_version: "0.1.0".into(),
+            protocol: 1,
             cpu: Cpu {
                 vendor: "AuthenticAMD".into(),
                 model: "QEMU TCG".into(),
-                features: Digest::of_bytes(b"features"),
+                features: Fingerprint(std::array::from_fn(|word| word as u32 * 0x0101_0101)),
             },
             guest_used_kib: 20_000,
         }
@@ -298,7 +300,7 @@ pub(crate) mod tests {
         let bytes = manifest().encode().unwrap();
         assert_eq!(Digest::of_bytes(&bytes).to_string(), PINNED);
     }
-    const PINNED: &str = "8361fa0190b985484ba91834dfcd2a566649a26339ff827fa21c1b2687b19f7c";
+    const PINNED: &str = "594a9749cf908dd6de9ff1ae47ba2fb98205f9dbbdc911d319bdb5558be12e52";
 
     #[test]
     fn foreign_newer_cut_and_padded_files_are_told_apart() {
@@ -308,8 +310,8 @@ pub(crate) mod tests {
         assert_eq!(Manifest::decode(&foreign), Err(ManifestError::Magic));
         assert_eq!(Manifest::decode(&good[..10]), Err(ManifestError::Magic));
         let mut newer = good.clone();
-        newer[8] = 2;
-        assert_eq!(Manifest::decode(&newer), Err(ManifestError::Version(2)));
+        newer[8] = 3;
+        assert_eq!(Manifest::decode(&newer), Err(ManifestError::Version(3)));
         let cut = Manifest::decode(&good[..good.len() - 1]);
         assert!(matches!(cut, Err(ManifestError::Length { .. })));
         let mut padded = good.clone();

@@ -11,6 +11,7 @@ use std::thread::sleep;
 use std::time::Duration;
 
 use kiln_store::{Class, Cpu, Description, Digest, Error, Kernel, Kind, Policy, Store};
+use kiln_vmm_control::cpu::{Fingerprint, WORDS};
 
 const CHILD: &str = "KILN_STORE_TEST_ROOT";
 
@@ -29,6 +30,7 @@ fn bake(store: &Store, seed: u64) -> Result<Digest, Error> {
         .unwrap();
     let digest = Digest::of_bytes(&seed.to_le_bytes());
     staging.commit(Description {
+        protocol: 1,
         recipe: digest,
         baked_at: seed,
         kiln_version: "test".into(),
@@ -49,7 +51,7 @@ fn bake(store: &Store, seed: u64) -> Result<Digest, Error> {
         cpu: Cpu {
             vendor: "test".into(),
             model: "test".into(),
-            features: digest,
+            features: Fingerprint([0; WORDS]),
         },
         guest_used_kib: 0,
     })

@@ -14,12 +14,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use async_trait::async_trait;
 use kiln_agent_api::client::Vsock;
-use kiln_agent_api::{proto, slots};
-use kiln_overlay::{Budget, BudgetError};
-use kiln_store::{Class, Kind, Lease, Store, private};
+use kiln_agent_api::{PROTOCOL_VERSION, proto, slots};
+use kiln_overlay::{Budget, BudgetError, Seat};
+use kiln_store::{Class, Host, Kind, Lease, Store, private};
 use kiln_uvm::share::{self, Share};
 use kiln_vmm_control::{
-    End, Flush, Jail, PageRun, Reply, Request, ScratchLimits, Spawn, Vmm, VmmError, spill_file,
+    BudgetSeat, End, Flush, Jail, PageRun, Reply, Request, ScratchLimits, Spawn, Vmm, VmmError,
+    spill_file,
 };
 use tokio::sync::watch;
 
@@ -43,7 +44,6 @@ pub struct StoreLauncher {
     vmm: PathBuf,
     vmm_ids: u32,
     spill: PathBuf,
-    budget: PathBuf,
     node_ram: u64,
     dir: PodDir,
     /// Changed by steps that run side by side.
@@ -102,8 +102,8 @@ struct Scratch {
     size: u64,
     /// Where what has no room in RAM goes.
     spill: File,
-    /// The node's budget of RAM for all pods' writes.
-    budget: File,
+    /// The VMM's place in the node's budget of RAM for all pods' writes.
+    seat: Arc<Seat>,
     limits: ScratchLimits,
     flush: Flush,
 }
@@ -120,7 +120,6 @@ impl StoreLauncher {
             vmm: config.vmm.clone(),
             vmm_ids: config.vmm_ids,
             spill: config.overlay_dir.clone(),
-            budget: config.state_dir.join("overlay-budget"),
             node_ram: config.overlay_node_ram,
             dir,
             record: Arc::default(),
@@ -144,17 +143,17 @@ impl StoreLauncher {
             ))
         })?;
         let found = store
-            .find(|manifest| {
+            .pick(&Host::this(PROTOCOL_VERSION), |manifest| {
                 fits(&manifest.about.class, size) && manifest.object(Kind::Scratch).is_some()
             })
             .map_err(|e| Error::failed("look through the μVM store", e))?;
-        let Some(id) = found else {
-            return Err(Error::FailedPrecondition(format!(
-                "no μVM in {} fits this pod; {}",
+        let id = found.map_err(|miss| {
+            Error::FailedPrecondition(format!(
+                "no μVM in {} fits this pod: {miss}; {}",
                 self.store.display(),
                 bake()
-            )));
-        };
+            ))
+        })?;
         store
             .lease(id)
             .map_err(|e| Error::failed("hold a μVM of the store", e))
@@ -181,8 +180,8 @@ impl StoreLauncher {
             .len();
         let spill = spill_file(&self.spill)
             .map_err(|e| Error::failed("make room for the pod's writes", e))?;
-        let budget = self
-            .budget()
+        let seat = self
+            .join_budget(setup.overlay.ram)
             .map_err(|e| Error::failed("take part in the node's budget for pods' writes", e))?;
         Ok(Baked {
             lease,
@@ -193,18 +192,18 @@ impl StoreLauncher {
                 base,
                 size,
                 spill,
-                budget,
+                seat: Arc::new(seat),
                 limits: setup.overlay,
                 flush: setup.overlay_flush,
             },
         })
     }
 
-    /// An opening of the node's budget of RAM, which is what the configuration says now.
-    fn budget(&self) -> std::result::Result<File, BudgetError> {
-        let file = Budget::open_or_make(&self.budget, self.node_ram)?;
-        Budget::set_total(&file, self.node_ram)?;
-        Ok(file)
+    /// Takes a place in the node's budget of RAM, which is what the configuration says now.
+    fn join_budget(&self, limit: u64) -> std::result::Result<Seat, BudgetError> {
+        let budget = Budget::open_or_make(&self.dir.overlay_budget(), self.node_ram)?;
+        budget.set_total(self.node_ram);
+        budget.join(limit)
     }
 
     /// Before anything is made that has to be cleaned up.
@@ -349,7 +348,8 @@ impl StoreLauncher {
             memory: setup.size.memory.max(base.memory),
         };
         let directory = share.open()?;
-        let life = Life::follow(&vmm, scored, kills, last)
+        let seat = Arc::clone(&baked.scratch.seat);
+        let life = Life::follow(&vmm, scored, kills, last, seat)
             .map_err(|e| Error::failed("watch the VMM", e))?;
         let resuming = {
             let (vmm, timeline, taps) = (vmm.clone(), timeline.clone(), wired.taps);
@@ -495,20 +495,32 @@ fn resume(
         ends.directory.as_fd(),
         ends.scratch.base.as_fd(),
         ends.scratch.spill.as_fd(),
-        ends.scratch.budget.as_fd(),
+        ends.scratch.seat.view(),
+        ends.scratch.seat.page(),
     ];
+    let seat = BudgetSeat {
+        view: 6,
+        page: 7,
+        number: ends.scratch.seat.number(),
+    };
     let mut by_slot = vec![
         (slots::VSOCK, End::Listener(2)),
         (slots::FS, End::Directory(3)),
         (
             slots::SCRATCH,
-            End::scratch(4, ends.scratch.size, Some(5), Some(6), ends.scratch.limits)
-                .flushing(ends.scratch.flush),
+            End::scratch(
+                4,
+                ends.scratch.size,
+                Some(5),
+                Some(seat),
+                ends.scratch.limits,
+            )
+            .flushing(ends.scratch.flush),
         ),
     ];
     if let Some(tap) = ends.taps.first() {
         fds.push(tap.fd.as_fd());
-        by_slot.push((slots::NET, End::Tap(vec![7])));
+        by_slot.push((slots::NET, End::Tap(vec![8])));
     }
     let asked = timeline.now();
     let reply = vmm
@@ -606,6 +618,11 @@ impl Launcher for StoreLauncher {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
+
+    use kiln_store::{Cpu, Description, Digest, Kernel};
+    use kiln_vmm_control::cpu::Fingerprint;
+
     use super::*;
 
     fn class() -> Class {
@@ -660,5 +677,83 @@ mod tests {
         Store::open_or_create(&store).unwrap();
         let error = launcher(store).pick(size(1, 64)).unwrap_err();
         assert!(matches!(error, Error::FailedPrecondition(_)), "{error:?}");
+    }
+
+    /// Enters a μVM of [`class`] that was baked here, but for what `change` does to it.
+    fn bake(store: &Store, name: &str, change: impl FnOnce(&mut Description)) -> Digest {
+        let staging = store.begin(0).unwrap();
+        for kind in [Kind::State, Kind::Memory, Kind::Scratch] {
+            let mut file = staging.create(kind).unwrap();
+            file.write_all(name.as_bytes()).unwrap();
+        }
+        let digest = Digest::of_bytes(name.as_bytes());
+        let mut about = Description {
+            recipe: digest,
+            baked_at: 1,
+            kiln_version: "0.1.0".into(),
+            class: class(),
+            kernel: Kernel {
+                release: "6.12".into(),
+                digest,
+                command_line: String::new(),
+            },
+            initramfs: digest,
+            agent_version: "0.1.0".into(),
+            protocol: PROTOCOL_VERSION,
+            cpu: Cpu {
+                vendor: "v".into(),
+                model: "m".into(),
+                features: Fingerprint::of_this_cpu(),
+            },
+            guest_used_kib: 0,
+        };
+        change(&mut about);
+        staging.commit(about).unwrap()
+    }
+
+    fn foreign_cpu(about: &mut Description) {
+        about.baked_at = 3;
+        about.cpu.features.0[9] ^= 1 << 16;
+    }
+
+    fn old_protocol(about: &mut Description) {
+        about.baked_at = 2;
+        about.protocol = PROTOCOL_VERSION - 1;
+    }
+
+    #[test]
+    fn newer_uvms_of_another_cpu_and_protocol_do_not_hide_one_that_fits() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open_or_create(dir.path().join("store")).unwrap();
+        let good = bake(&store, "good", |_| {});
+        bake(&store, "protocol", old_protocol);
+        bake(&store, "cpu", foreign_cpu);
+        let lease = launcher(dir.path().join("store")).pick(size(4, 1024));
+        assert_eq!(lease.unwrap().id(), good);
+    }
+
+    #[test]
+    fn what_keeps_the_only_uvm_from_being_resumed_is_said() {
+        for (change, reason) in [
+            (
+                foreign_cpu as fn(&mut Description),
+                "another CPU (cpuid leaf 0x7.0 ebx",
+            ),
+            (
+                old_protocol,
+                "its agent speaks protocol 0, this kiln speaks 1",
+            ),
+        ] {
+            let dir = tempfile::tempdir().unwrap();
+            let store = Store::open_or_create(dir.path().join("store")).unwrap();
+            let id = bake(&store, "x", change);
+            let launcher = launcher(dir.path().join("store"));
+            let error = launcher.pick(size(1, 64)).unwrap_err();
+            assert!(matches!(error, Error::FailedPrecondition(_)), "{error:?}");
+            let text = error.to_string();
+            for part in [reason, id.short().as_str(), "kiln bake"] {
+                assert!(text.contains(part), "{part} is not in: {text}");
+            }
+        }
     }
 }

@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use async_trait::async_trait;
 use kiln_agent_api::stream::Header;
 use kiln_agent_api::{proto, slots};
+use kiln_overlay::Seat;
 use kiln_store::Lease;
 use kiln_uvm::share::{Share, Volume};
 use kiln_vmm_control::{Reply, Request, Vmm, VmmError, exit};
@@ -114,12 +115,14 @@ pub(super) struct Life {
 }
 
 impl Life {
-    /// Follows it to its end, on a thread of its own, which waits for nothing else.
+    /// Follows it to its end, on a thread of its own, which waits for nothing else and keeps the VMM's seat in the
+    /// node's budget until then.
     pub(super) fn follow(
         vmm: &Arc<Vmm>,
         scored: Scored,
         kills: Option<OomKills>,
         last: LastLine,
+        seat: Arc<Seat>,
     ) -> std::io::Result<Self> {
         let (tell, ended) = watch::channel(None);
         let stopping = Arc::new(AtomicBool::new(false));
@@ -128,6 +131,7 @@ impl Life {
             .name("vmm-end".into())
             .spawn(move || {
                 let status = vmm.wait_status();
+                drop(seat);
                 let by_us = killed_by_us.load(Ordering::SeqCst);
                 let kills = || kills.is_some_and(|kills| kills.any());
                 tell.send_replace(Some(end(status, by_us, kills, &last.get())));

@@ -121,10 +121,22 @@ pub struct OverlayPool {
     pub spill: Option<FdIndex>,
     /// Most bytes of the spill file.
     pub spill_limit: u64,
-    /// The node's budget: an opening of its own of the file that `kiln_overlay::Budget::open_or_make` makes.
-    pub budget: Option<FdIndex>,
+    /// The place in the node's budget that the client has taken for this VMM, and holds as long as it lives.
+    pub budget: Option<BudgetSeat>,
     /// What flushes do. Without a spill file they do nothing.
     pub flush: Flush,
+}
+
+/// A `kiln_overlay::Seat` as the VMM gets to know of it. Part of the first request only: a VMM that runs a guest, and
+/// may have been broken by it, must never get these descriptors. It closes them before the guest runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BudgetSeat {
+    /// The whole budget, read-only.
+    pub view: FdIndex,
+    /// What the VMM maps its own page from.
+    pub page: FdIndex,
+    /// Its slot.
+    pub number: u16,
 }
 
 /// Pages of a memory file that follow each other.

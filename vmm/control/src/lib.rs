@@ -7,6 +7,7 @@
 
 pub mod api;
 mod client;
+pub mod cpu;
 mod scratch;
 pub mod wire;
 

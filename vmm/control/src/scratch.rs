@@ -5,7 +5,7 @@ use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use crate::api::{End, FdIndex, Flush, Overlay, OverlayPool};
+use crate::api::{BudgetSeat, End, FdIndex, Flush, Overlay, OverlayPool};
 
 /// Where spill files lie unless something else is said: on the node's disk.
 pub const DEFAULT_SPILL_DIRECTORY: &str = "/var/lib/kiln/spill";
@@ -76,7 +76,7 @@ impl End {
         base: FdIndex,
         size: u64,
         spill: Option<FdIndex>,
-        budget: Option<FdIndex>,
+        budget: Option<BudgetSeat>,
         limits: ScratchLimits,
     ) -> End {
         End::Overlay(Overlay {

@@ -31,7 +31,7 @@ mod worker;
 mod tests;
 
 pub use base::{Base, FileBase};
-pub use budget::{Budget, BudgetError, Membership};
+pub use budget::{Budget, BudgetError, Membership, Seat};
 pub use buffers::{BufferError, Source, Target};
 pub use error::Error;
 pub use file::{Caching, DiskFile, SpillFile, WINDOW};

@@ -303,9 +303,12 @@ impl Inner {
         false
     }
 
-    /// Learns this pool's share of the node's budget, and takes off the account what is not used.
-    pub(crate) fn settle(&self) {
-        let Some(budget) = &self.budget else { return };
+    /// Learns this pool's share of the node's budget, and takes off the account what is not used. Tells
+    /// whether the share is smaller than it was.
+    pub(crate) fn settle(&self) -> bool {
+        let Some(budget) = &self.budget else {
+            return false;
+        };
         let _held = self.grants.lock().unwrap_or_else(PoisonError::into_inner);
         let page = PAGE_SIZE as u64;
         let keep = (self.used() + GRANULE).next_multiple_of(GRANULE);
@@ -319,8 +322,8 @@ impl Inner {
         } else if content {
             budget.shrink(budget.used(), true);
         }
-        self.share
-            .store(budget.allowance() / page, Ordering::SeqCst);
+        let share = budget.allowance() / page;
+        self.share.swap(share, Ordering::SeqCst) > share
     }
 
     /// Takes `pages` off the account.

@@ -1,5 +1,5 @@
 //! How workers sleep and are woken: one futex word, local or in the node's budget, where other
-//! processes can reach it.
+//! processes can wake them, and change nothing.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
@@ -36,10 +36,11 @@ impl Signal {
 
     /// Ends every `wait`, also the next one if it was prepared before.
     pub(crate) fn notify(&self) {
+        self.word().fetch_add(1, Ordering::SeqCst);
         wake(self.word());
     }
 
-    /// Sleeps until there was a `notify` since `now` gave `seen`; sometimes less long.
+    /// Sleeps until there was a `notify` since `now` gave `seen`, or another process woke it; sometimes less long.
     pub(crate) fn wait(&self, seen: u32) {
         // SAFETY: the word lives as long as `self`; no timeout. Not a private futex, since other
         // processes may wake it.
@@ -64,9 +65,8 @@ impl Signal {
     }
 }
 
-/// Changes the word and wakes everyone who sleeps on it.
+/// Wakes everyone who sleeps on the word, which may be in read-only memory.
 pub(crate) fn wake(word: &AtomicU32) {
-    word.fetch_add(1, Ordering::SeqCst);
-    // SAFETY: the word is borrowed for the call.
+    // SAFETY: the word is borrowed for the call, which does not write to it.
     unsafe { libc::syscall(libc::SYS_futex, word.as_ptr(), libc::FUTEX_WAKE, i32::MAX) };
 }

@@ -18,7 +18,9 @@ pub(crate) fn start(pool: Weak<Inner>, signal: Arc<Signal>) -> io::Result<JoinHa
             while !signal.stopped() {
                 let seen = signal.now();
                 let Some(pool) = pool.upgrade() else { break };
-                let more = work(&pool);
+                // Another process's wake that comes while there is work is not kept: so it is looked once
+                // more whether this pool's share is smaller now.
+                let more = work(&pool) || pool.settle();
                 drop(pool);
                 if !more {
                     signal.wait(seen);

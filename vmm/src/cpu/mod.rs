@@ -1,9 +1,8 @@
 //! Virtual CPUs: what they look like to the guest, their saved state, and the threads that run them.
 
 pub mod cpuid;
-pub mod fingerprint;
 pub mod state;
 pub mod thread;
 
-pub use fingerprint::Fingerprint;
+pub use kiln_vmm_control::cpu::Fingerprint;
 pub use state::{CpuError, VcpuState};

@@ -29,6 +29,38 @@ const NAMES: [u32; 2] = [
 ];
 const CLONE_THREAD: u32 = libc::CLONE_THREAD.unsigned_abs();
 
+const PRIVATE: u32 = libc::FUTEX_PRIVATE_FLAG.unsigned_abs();
+const REALTIME: u32 = libc::FUTEX_CLOCK_REALTIME.unsigned_abs();
+const WAIT: u32 = libc::FUTEX_WAIT.unsigned_abs();
+const WAIT_BITSET: u32 = libc::FUTEX_WAIT_BITSET.unsigned_abs();
+const WAKE: u32 = libc::FUTEX_WAKE.unsigned_abs();
+/// What the standard library, the C library and the overlay wait and wake by. None that moves those who sleep on one
+/// word to another: on the overlays' budget other pods' VMMs sleep, too.
+const FUTEX: [u32; 8] = [
+    WAIT,
+    WAIT | PRIVATE,
+    WAKE,
+    WAKE | PRIVATE,
+    WAIT_BITSET,
+    WAIT_BITSET | PRIVATE,
+    WAIT_BITSET | REALTIME,
+    WAIT_BITSET | REALTIME | PRIVATE,
+];
+/// What is said of memory. Not `MADV_REMOVE`, which takes pages away from the file that is mapped: others read the page
+/// of the overlays' budget.
+const ADVICE: [u32; 9] = [
+    libc::MADV_RANDOM.unsigned_abs(),
+    libc::MADV_DONTNEED.unsigned_abs(),
+    libc::MADV_HUGEPAGE.unsigned_abs(),
+    libc::MADV_NOHUGEPAGE.unsigned_abs(),
+    libc::MADV_DONTDUMP.unsigned_abs(),
+    libc::MADV_POPULATE_READ.unsigned_abs(),
+    libc::MADV_POPULATE_WRITE.unsigned_abs(),
+    // MADV_GUARD_INSTALL and MADV_GUARD_REMOVE, by which newer C libraries guard threads' stacks.
+    102,
+    103,
+];
+
 /// What any thread does: wait, keep its memory, take signals, log, end.
 const ALL: &[libc::c_long] = &[
     libc::SYS_brk,
@@ -37,12 +69,9 @@ const ALL: &[libc::c_long] = &[
     libc::SYS_close,
     libc::SYS_exit,
     libc::SYS_exit_group,
-    libc::SYS_futex,
     libc::SYS_getpid,
     libc::SYS_getrandom,
     libc::SYS_gettid,
-    libc::SYS_madvise,
-    libc::SYS_mremap,
     libc::SYS_munmap,
     libc::SYS_read,
     libc::SYS_restart_syscall,
@@ -179,5 +208,10 @@ pub(super) fn rules(kind: Kind) -> BTreeMap<u32, Rule> {
         add(libc::SYS_clone3, Rule::Fail(libc::ENOSYS));
         add(libc::SYS_clone, Rule::Holding(0, CLONE_THREAD));
     }
+    add(libc::SYS_futex, Rule::Among(1, &FUTEX));
+    add(libc::SYS_madvise, Rule::Among(2, &ADVICE));
+    // It makes a mapping of one page of the overlays' budget one of the next pages, too, which are other pods'. The C
+    // library's realloc copies if it fails.
+    add(libc::SYS_mremap, Rule::Fail(libc::ENOMEM));
     rules
 }

@@ -152,3 +152,85 @@ fn what_threads_need_is_allowed() {
         assert_eq!(code, Some(0), "{kind:?}: {said}");
     }
 }
+
+#[test]
+fn mappings_do_not_grow_and_reallocation_copies() {
+    for kind in KINDS {
+        let (code, said) = attempt(kind, || {
+            // Far beyond what the allocator maps singly, and so would grow in place.
+            let mut data = vec![7u8; 4 << 20];
+            data.reserve_exact(64 << 20);
+            data.resize(68 << 20, 8);
+            assert_eq!((data[0], data[(4 << 20) - 1], data[4 << 20]), (7, 7, 8));
+            data.truncate(1 << 20);
+            data.shrink_to_fit();
+            assert_eq!(data, vec![7u8; 1 << 20]);
+            let at = data.as_mut_ptr().cast();
+            // SAFETY: it fails, and changes nothing.
+            let grown = unsafe { libc::mremap(at, 4096, 8192, libc::MREMAP_MAYMOVE) };
+            assert_eq!(grown, libc::MAP_FAILED);
+            assert_eq!(
+                io::Error::last_os_error().raw_os_error(),
+                Some(libc::ENOMEM)
+            );
+        });
+        assert_eq!(code, Some(0), "{kind:?}: {said}");
+        is_refused(kind, "remap_file_pages", || {
+            call(libc::SYS_remap_file_pages, [0; 6]);
+        });
+    }
+}
+
+#[test]
+fn pages_are_not_taken_from_files_nor_sleepers_from_their_words() {
+    for kind in KINDS {
+        is_refused(kind, "madvise", || {
+            call(libc::SYS_madvise, [0, 0, 9, 0, 0, 0]);
+        });
+        for requeue in [
+            libc::FUTEX_REQUEUE,
+            libc::FUTEX_CMP_REQUEUE,
+            libc::FUTEX_WAKE_OP,
+        ] {
+            is_refused(kind, "futex", || {
+                call(libc::SYS_futex, [0, requeue as usize, 0, 0, 0, 0]);
+            });
+        }
+    }
+}
+
+#[test]
+fn waiting_with_and_without_a_limit_is_allowed() {
+    use std::sync::{Arc, Condvar, Mutex, mpsc};
+    use std::time::Duration;
+    for kind in [Kind::Control, Kind::Devices] {
+        let (code, said) = attempt(kind, || {
+            let pair = Arc::new((Mutex::new(0), Condvar::new()));
+            let (tell, told) = mpsc::channel();
+            let threads: Vec<_> = (0..4)
+                .map(|_| {
+                    let (pair, tell) = (Arc::clone(&pair), tell.clone());
+                    std::thread::spawn(move || {
+                        for _ in 0..1000 {
+                            *pair.0.lock().unwrap() += 1;
+                            pair.1.notify_all();
+                        }
+                        tell.send(()).unwrap();
+                        std::thread::park_timeout(Duration::from_millis(2));
+                    })
+                })
+                .collect();
+            let mut count = pair.0.lock().unwrap();
+            while *count < 4000 {
+                let waited = pair.1.wait_timeout(count, Duration::from_millis(1));
+                count = waited.unwrap().0;
+            }
+            drop(count);
+            assert_eq!(told.iter().take(4).count(), 4);
+            for thread in threads {
+                thread.join().unwrap();
+            }
+        });
+        assert_eq!(code, Some(0), "{kind:?}: {said}");
+    }
+}

@@ -13,8 +13,9 @@
 //!
 //! Magic, format version and header length stay where they are in every format to come.
 
+use kiln_vmm_control::cpu::WORDS;
+
 use crate::cpu::Fingerprint;
-use crate::cpu::fingerprint::WORDS;
 use crate::machine::MachineState;
 
 use super::Labels;

@@ -236,12 +236,7 @@ async fn pods_share_the_nodes_ram_for_writes_fairly(test: Test) -> Result<()> {
         started(&second, "main").await?,
     );
     // Every start of a pod sets it to what the configuration says, so nothing has to be put back.
-    let file = std::fs::File::options()
-        .read(true)
-        .write(true)
-        .open(OVERLAY_BUDGET)
-        .context(OVERLAY_BUDGET)?;
-    Budget::set_total(&file, NODE)?;
+    Budget::open_or_make(Path::new(OVERLAY_BUDGET), NODE)?.set_total(NODE);
 
     put(&one, "/file", FILE, 1).await?;
     let alone = figure(&first, "ram")?;

@@ -14,7 +14,7 @@ use kiln_store::{lock, private};
 use serde::{Deserialize, Serialize};
 
 /// What is kiln's below `/run`, and root's alone.
-const STATE: &str = "/run/kiln";
+pub(crate) const STATE: &str = "/run/kiln";
 /// All of them.
 pub(crate) const PLACES: &str = "/run/kiln/run";
 /// How long another command is waited for.

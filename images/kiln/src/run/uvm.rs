@@ -10,12 +10,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
-use kiln_agent_api::slots;
-use kiln_store::{Class, Kind, Lease, Store};
-use kiln_vmm_control::{End, Reply, Request, ScratchLimits, Spawn, Step, Vmm, VmmError};
+use kiln_agent_api::{PROTOCOL_VERSION, slots};
+use kiln_overlay::{Budget, Seat};
+use kiln_store::{Class, Host, Kind, Lease, Store};
+use kiln_vmm_control::{
+    BudgetSeat, End, Reply, Request, ScratchLimits, Spawn, Step, Vmm, VmmError,
+};
 use tokio::sync::watch;
 
-use super::place::Place;
+use super::place::{Place, STATE};
 
 /// A guest that has not grown by then has trouble.
 const RESIZE_LIMIT_MS: u32 = 30_000;
@@ -43,23 +46,36 @@ impl Size {
 /// Holds a baked μVM that can become this big.
 pub(crate) fn lease(root: &Path, size: Size) -> Result<Lease> {
     let store = Store::open(root)?;
-    let cpu = kiln_bake::cpu::this(Path::new("/"));
-    let here = |found: &Class, features| size.fits(found) && features == cpu.features;
-    let found = store.find(|uvm| {
-        here(&uvm.about.class, uvm.about.cpu.features) && uvm.object(Kind::Scratch).is_some()
+    let host = Host::this(PROTOCOL_VERSION);
+    let found = store.pick(&host, |uvm| {
+        size.fits(&uvm.about.class) && uvm.object(Kind::Scratch).is_some()
     })?;
-    let id = found.with_context(|| {
+    let id = found.map_err(|miss| {
         let memory = size.memory.map_or_else(String::new, |bytes| {
             format!(" --max-memory {}M", bytes.div_ceil(1 << 20))
         });
-        format!(
-            "no μVM in {} was baked on a CPU like this one and can grow to that size: bake one \
-             (kiln bake --max-cpus {}{memory})",
+        anyhow!(
+            "no μVM in {} can be resumed: {miss}; bake one (kiln bake --max-cpus {}{memory})",
             root.display(),
             size.cpus
         )
     })?;
     Ok(store.lease(id)?)
+}
+
+/// Takes a place in the node's budget of RAM for what containers write, which is what the pods' shims made it. `limit`
+/// is how much of it this μVM may ever have.
+fn join_budget(limit: u64) -> Result<Seat> {
+    let path = Path::new(STATE).join(Budget::FILE_NAME);
+    let budget = Budget::open_or_make(&path, Budget::half_of_memory());
+    budget
+        .and_then(|budget| budget.join(limit))
+        .with_context(|| {
+            format!(
+                "joining the node's budget for containers' writes in {}",
+                path.display()
+            )
+        })
 }
 
 /// A running μVM. Dropping it ends it.
@@ -131,9 +147,22 @@ impl Uvm {
         let scratch = lease.open(Kind::Scratch)?;
         let size = scratch.metadata().context("reading the store")?.len();
         let (base, spill) = (fds.add(scratch), fds.add(ends.spill));
+        // The budget is root's, as the pods are that share it.
+        let seat = match spawn.jail {
+            Some(_) => Some(join_budget(ends.scratch.ram)?),
+            None => None,
+        };
+        let place_in_budget = match &seat {
+            Some(seat) => Some(BudgetSeat {
+                view: fds.add(seat.view().try_clone_to_owned()?),
+                page: fds.add(seat.page().try_clone_to_owned()?),
+                number: seat.number(),
+            }),
+            None => None,
+        };
         host.push((
             slots::SCRATCH,
-            End::scratch(base, size, Some(spill), None, ends.scratch),
+            End::scratch(base, size, Some(spill), place_in_budget, ends.scratch),
         ));
         if let Some(share) = ends.share {
             host.push((slots::FS, End::Directory(fds.add(share))));
@@ -156,7 +185,11 @@ impl Uvm {
         let waiting = vmm.clone();
         std::thread::Builder::new()
             .name("vmm-exit".to_owned())
-            .spawn(move || tell.send_replace(Some(waiting.wait().unwrap_or(-1))))
+            .spawn(move || {
+                let code = waiting.wait().unwrap_or(-1);
+                drop(seat);
+                tell.send_replace(Some(code))
+            })
             .context("starting a thread")?;
         let mut uvm = Uvm {
             vmm,
@@ -293,17 +326,26 @@ pub(crate) async fn in_time<T>(
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
+
+    use kiln_store::{Cpu, Description, Digest, Kernel};
+    use kiln_vmm_control::cpu::Fingerprint;
+
     use super::*;
 
-    #[test]
-    fn size_fits_a_class_that_can_grow_to_it() {
-        let class = Class {
+    fn class() -> Class {
+        Class {
             cpus: 1,
             max_cpus: 4,
             memory_mib: 256,
             max_memory_mib: 1024,
             slots: 8,
-        };
+        }
+    }
+
+    #[test]
+    fn size_fits_a_class_that_can_grow_to_it() {
+        let class = class();
         let size = |cpus, mib: Option<u64>| Size {
             cpus,
             memory: mib.map(|mib| mib << 20),
@@ -312,5 +354,69 @@ mod tests {
         assert!(size(1, None).fits(&class));
         assert!(!size(5, None).fits(&class));
         assert!(!size(1, Some(1025)).fits(&class));
+    }
+
+    /// Enters a μVM of [`class`] that was baked here, but for what `change` does to it.
+    fn bake(store: &Store, name: &str, change: impl FnOnce(&mut Description)) -> Digest {
+        let staging = store.begin(0).unwrap();
+        for kind in [Kind::State, Kind::Memory, Kind::Scratch] {
+            let mut file = staging.create(kind).unwrap();
+            file.write_all(name.as_bytes()).unwrap();
+        }
+        let digest = Digest::of_bytes(name.as_bytes());
+        let mut about = Description {
+            recipe: digest,
+            baked_at: 1,
+            kiln_version: "0.1.0".into(),
+            class: class(),
+            kernel: Kernel {
+                release: "6.12".into(),
+                digest,
+                command_line: String::new(),
+            },
+            initramfs: digest,
+            agent_version: "0.1.0".into(),
+            protocol: PROTOCOL_VERSION,
+            cpu: Cpu {
+                vendor: "v".into(),
+                model: "m".into(),
+                features: Fingerprint::of_this_cpu(),
+            },
+            guest_used_kib: 0,
+        };
+        change(&mut about);
+        staging.commit(about).unwrap()
+    }
+
+    fn foreign_cpu(about: &mut Description) {
+        about.baked_at = 3;
+        about.cpu.features.0[9] ^= 1 << 16;
+    }
+
+    fn old_protocol(about: &mut Description) {
+        about.baked_at = 2;
+        about.protocol = PROTOCOL_VERSION - 1;
+    }
+
+    #[test]
+    fn only_a_uvm_of_this_cpu_and_protocol_is_held_and_others_are_explained() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open_or_create(dir.path().join("store")).unwrap();
+        let want = Size {
+            cpus: 1,
+            memory: None,
+        };
+        let held = || lease(store.root(), want);
+        let said = || held().unwrap_err().to_string();
+        bake(&store, "protocol", old_protocol);
+        assert!(said().contains("its agent speaks protocol 0"), "{}", said());
+        bake(&store, "cpu", foreign_cpu);
+        assert!(
+            said().contains("another CPU (cpuid leaf 0x7.0 ebx"),
+            "{}",
+            said()
+        );
+        let good = bake(&store, "good", |_| {});
+        assert_eq!(held().unwrap().id(), good);
     }
 }

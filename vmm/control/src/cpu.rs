@@ -1,9 +1,14 @@
-//! What a snapshot remembers of the processor it was taken on.
+//! What a baked guest depends on of the processor: the one table that the state's header, manifests and whoever
+//! chooses a μVM compare by.
 //!
-//! Read with the CPUID instruction itself, because that costs no system call on the resume path. Guests
-//! keep using every feature they once saw, so anything but equality is refused.
+//! Read with the CPUID instruction itself, because that costs no system call; but under nested virtualisation each
+//! leaf is an exit to the hypervisor, so a process asks once. Guests keep using every feature they once saw, so
+//! anything but equality is refused.
 
 use std::arch::x86_64::__cpuid_count;
+use std::sync::OnceLock;
+
+use serde::{Deserialize, Serialize};
 
 /// Leaves compared, with the bits of EAX, EBX, ECX, EDX that count.
 const LEAVES: [(u32, u32, [u32; 4]); 8] = [
@@ -26,12 +31,17 @@ const LEAVES: [(u32, u32, [u32; 4]); 8] = [
 pub const WORDS: usize = LEAVES.len() * 4;
 
 /// A processor's identity as far as a saved guest depends on it.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize, Deserialize)]
 pub struct Fingerprint(pub [u32; WORDS]);
 
 impl Fingerprint {
     /// The processor this runs on.
     pub fn of_this_cpu() -> Self {
+        static THIS: OnceLock<Fingerprint> = OnceLock::new();
+        *THIS.get_or_init(Self::read)
+    }
+
+    fn read() -> Self {
         let max = __cpuid_count(0, 0).eax;
         let max_ext = __cpuid_count(0x8000_0000, 0).eax;
         let mut words = [0; WORDS];
@@ -58,6 +68,16 @@ impl Fingerprint {
             "cpuid leaf {leaf:#x}.{sub} {register}: {saved:#010x} in the snapshot, {here:#010x} here"
         ))
     }
+
+    /// Such as `GenuineIntel`.
+    pub fn vendor(&self) -> String {
+        let [_, ebx, ecx, edx, ..] = self.0;
+        let bytes: Vec<u8> = [ebx, edx, ecx]
+            .into_iter()
+            .flat_map(u32::to_le_bytes)
+            .collect();
+        String::from_utf8_lossy(&bytes).into_owned()
+    }
 }
 
 #[cfg(test)]
@@ -65,16 +85,33 @@ mod tests {
     use super::*;
 
     #[test]
+    fn every_way_to_ask_gives_the_same() {
+        let here = Fingerprint::of_this_cpu();
+        let there = std::thread::spawn(Fingerprint::read).join().unwrap();
+        assert_eq!(here, there);
+        assert_eq!(here.difference(&there), None);
+        assert_eq!(here.vendor().len(), 12);
+    }
+
+    #[test]
     fn a_changed_feature_word_is_named() {
         let here = Fingerprint::of_this_cpu();
-        assert_eq!(here.difference(&Fingerprint::of_this_cpu()), None);
         let mut other = here;
         other.0[2 * 4 + 1] ^= 1 << 16;
-        assert!(
-            other
-                .difference(&here)
-                .unwrap()
-                .starts_with("cpuid leaf 0x7.0 ebx")
-        );
+        let named = other.difference(&here).unwrap();
+        assert!(named.starts_with("cpuid leaf 0x7.0 ebx"), "{named}");
     }
+
+    /// States and manifests in the field hold these words. Another table is a new version of both formats.
+    #[test]
+    fn table_is_pinned() {
+        let sum = LEAVES.iter().fold(0u64, |sum, (leaf, sub, masks)| {
+            let words = [*leaf, *sub].into_iter().chain(*masks);
+            words.fold(sum, |sum, word| {
+                sum.wrapping_mul(0x0000_0100_0000_01b3) ^ u64::from(word)
+            })
+        });
+        assert_eq!(sum, PINNED);
+    }
+    const PINNED: u64 = 0x9dd2_ceae_8a86_c577;
 }
