@@ -69,7 +69,8 @@ fn limit(what: libc::__rlimit_resource_t, most: libc::rlim_t) -> io::Result<()> 
 }
 
 /// Enters the jail, but for the user: one thread may have to keep some of root's rights, and which is known when
-/// the first request has come. The process must still have one thread.
+/// the first request has come. Until then nothing is read but that request, which is the client's. The process must
+/// still have one thread.
 pub(crate) fn enter(jail: &Jail) -> Result<()> {
     if let Some(root) = &jail.root {
         change_root(root)?;
