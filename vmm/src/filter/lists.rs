@@ -1,7 +1,8 @@
 //! What each kind of thread may ask of the kernel.
 //!
-//! Not on any list: making sockets, opening files (but for the file server's thread, which sees one folder),
-//! executing programs, making processes, changing signal handlers, memory that can be executed.
+//! Not on any list: making sockets, or rings of io_uring, whose operations pass no filter; opening files (but for the
+//! file server's thread, which sees one folder); executing programs, making processes, changing signal handlers, memory
+//! that can be executed.
 
 use std::collections::BTreeMap;
 
@@ -87,8 +88,6 @@ const DEVICES: &[libc::c_long] = &[
 const CONTROL: &[libc::c_long] = &[
     libc::SYS_fstat,
     libc::SYS_fsync,
-    libc::SYS_io_uring_register,
-    libc::SYS_io_uring_setup,
     libc::SYS_lseek,
     libc::SYS_newfstatat,
     libc::SYS_seccomp,

@@ -78,9 +78,12 @@ fn a_socket_is_refused_and_named() {
 
 #[test]
 fn a_ring_that_could_make_sockets_is_refused() {
-    for kind in [Kind::Devices, Kind::Vcpu, Kind::Files] {
+    for kind in KINDS {
         is_refused(kind, "io_uring_setup", || {
             call(libc::SYS_io_uring_setup, [0; 6]);
+        });
+        is_refused(kind, "io_uring_register", || {
+            call(libc::SYS_io_uring_register, [0; 6]);
         });
     }
 }
@@ -140,12 +143,7 @@ const F_SETOWN_EX: i32 = 15;
 #[test]
 fn signals_and_locks_by_fcntl_are_refused() {
     for kind in KINDS {
-        for command in [
-            libc::F_SETOWN,
-            F_SETOWN_EX,
-            F_SETSIG,
-            libc::F_SETLEASE,
-        ] {
+        for command in [libc::F_SETOWN, F_SETOWN_EX, F_SETSIG, libc::F_SETLEASE] {
             is_refused(kind, "fcntl", || fcntl(command, 1));
         }
         for command in [
