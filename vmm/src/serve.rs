@@ -34,6 +34,7 @@ use kiln_vmm_fs::Prepared;
 use crate::ends::{Fds, Overlays};
 use crate::filter::{self, Kind};
 use crate::jail::{self, Jail};
+use crate::log;
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -55,6 +56,9 @@ struct Watcher {
     follow: Mutex<Sender<HotplugAction>>,
 }
 
+/// Lines of a guest's console that are logged when it has ended by itself.
+const LAST_WORDS: usize = 30;
+
 impl Observer for Watcher {
     fn ended(&self, outcome: &Outcome, last_words: &str) {
         let code = match outcome {
@@ -63,10 +67,11 @@ impl Observer for Watcher {
             Outcome::Panicked => exit::PANICKED,
             Outcome::Failed(_) => exit::FAILED,
         };
-        if !last_words.is_empty() {
-            eprintln!("kiln-vmm: the guest's last words:\n{last_words}");
+        let lines: Vec<&str> = last_words.lines().collect();
+        for line in lines.iter().skip(lines.len().saturating_sub(LAST_WORDS)) {
+            log::say(&format!("the guest's last words: {line}"));
         }
-        eprintln!("kiln-vmm: the machine has ended: {outcome:?}");
+        log::say(&format!("the machine has ended: {outcome:?}"));
         // SAFETY: ends the process at once; nothing is buffered, and the kernel takes down VM and threads.
         unsafe { libc::_exit(code) }
     }
@@ -283,7 +288,7 @@ fn start(
         .name("devices".to_owned())
         .spawn(move || {
             if let Err(e) = filter::install(Kind::Devices).and_then(|()| devices.run()) {
-                eprintln!("kiln-vmm: the device thread ended: {e}");
+                log::say(&format!("the device thread ended: {e}"));
                 std::process::abort();
             }
         })?;
@@ -295,7 +300,7 @@ fn start(
         .spawn(move || {
             for action in receiver {
                 if let Err(e) = follow.followed(action) {
-                    eprintln!("kiln-vmm: following up {action:?}: {e}");
+                    tracing::warn!("can't follow up {action:?}: {e}");
                 }
                 // Under the lock, so that nobody has looked and not begun to wait.
                 let _pending = lock(&told.pending);

@@ -5,6 +5,8 @@
 
 #[path = "../ends.rs"]
 mod ends;
+#[path = "../log.rs"]
+mod log;
 #[path = "../serve.rs"]
 mod serve;
 
@@ -25,6 +27,7 @@ fn main() {
     const M_ARENA_MAX: libc::c_int = -8;
     // SAFETY: mallopt takes two numbers; no other thread runs yet.
     unsafe { libc::mallopt(M_ARENA_MAX, 1) };
+    log::init();
     let started = kiln_vmm::timeline::Timeline::default();
     let mut args = std::env::args().skip(1);
     let result = match args.next().as_deref() {
@@ -32,7 +35,7 @@ fn main() {
         _ => serve::run(args, started),
     };
     let code = result.unwrap_or_else(|e| {
-        eprintln!("kiln-vmm: {e:#}");
+        log::say(&format!("{e:#}"));
         api::exit::FAILED
     });
     std::process::exit(code)
