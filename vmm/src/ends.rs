@@ -72,11 +72,12 @@ impl Fds {
                 End::Directory(fd) => {
                     let folder = self.take(fd)?;
                     let prepared = prepared.take().context("there can be one folder only")?;
-                    let server = FsServer::start(move || {
-                        let server = prepared.enter(&folder)?;
+                    let (server, left) = FsServer::start(move |events| {
+                        let made = prepared.enter(folder, &[events])?;
                         filter::install(Kind::Files)?;
-                        anyhow::Ok(server)
+                        anyhow::Ok(made)
                     })??;
+                    drop(left);
                     HostEnd::Files(server)
                 }
             };

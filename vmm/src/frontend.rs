@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 
 use anyhow::{Context, Result, bail};
+use kiln_vmm::devices::block::Rings;
 use kiln_vmm::event::EventLoop;
 use kiln_vmm::machine::{
     BootSpec, DeviceKind, DeviceSpec, HostEnd, HostEnds, Machine, MachineConfig, Observer,
@@ -324,6 +325,7 @@ fn boot(
         cmdline: o.cmdline.clone(),
         console: console(o)?,
         ends,
+        rings: Rings::new(1),
     };
     Ok(Machine::boot(
         seed,
@@ -359,6 +361,7 @@ fn resume(
         memory,
         console: console(o)?,
         ends,
+        rings: Rings::new(1),
         touched: Vec::new(),
     };
     let enter = Arc::new(|| Ok(()));

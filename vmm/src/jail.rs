@@ -68,8 +68,18 @@ fn limit(what: libc::__rlimit_resource_t, most: libc::rlim_t) -> io::Result<()> 
     }
 }
 
+/// Closes all descriptors but the standard ones: what was inherited by mistake is nothing a machine may reach.
+pub(crate) fn close_inherited() -> io::Result<()> {
+    // SAFETY: called first of all, so no descriptor above these has an owner in this process.
+    match unsafe { libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, 0) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 /// Enters the jail, but for the user: one thread may have to keep some of root's rights, and which is known when
-/// the first request has come. The process must still have one thread.
+/// the first request has come. Until then nothing is read but that request, which is the client's. The process must
+/// still have one thread.
 pub(crate) fn enter(jail: &Jail) -> Result<()> {
     if let Some(root) = &jail.root {
         change_root(root)?;
@@ -108,4 +118,32 @@ pub(crate) fn become_user(jail: &Jail) -> io::Result<()> {
     };
     change(libc::SYS_setresgid, jail.gid)?;
     change(libc::SYS_setresuid, jail.uid)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_inherited_is_closed_but_for_the_standard_descriptors() {
+        let inherited = tempfile::tempfile().unwrap();
+        // SAFETY: the child makes system calls only, and ends by `_exit`.
+        let pid = unsafe { libc::fork() };
+        assert!(pid >= 0);
+        if pid == 0 {
+            // SAFETY: as above; numbers only.
+            unsafe {
+                let far = libc::dup2(std::os::fd::AsRawFd::as_raw_fd(&inherited), 700);
+                let closed = close_inherited().is_ok();
+                let open = (0..1024).filter(|n| libc::fcntl(*n, libc::F_GETFD) >= 0);
+                let right = far == 700 && closed && open.eq([0, 1, 2]);
+                libc::_exit(i32::from(!right));
+            }
+        }
+        let mut status = 0;
+        // SAFETY: waits for our own child.
+        unsafe { libc::waitpid(pid, &raw mut status, 0) };
+        assert!(libc::WIFEXITED(status));
+        assert_eq!(libc::WEXITSTATUS(status), 0);
+    }
 }

@@ -10,6 +10,7 @@ mod ends;
 mod filter;
 mod frontend;
 mod jail;
+mod log;
 mod serve;
 
 use kiln_vmm_control::api;
@@ -31,18 +32,19 @@ extern "C" fn main(_: libc::c_int, _: *const *const libc::c_char) -> libc::c_int
 fn run() -> i32 {
     std::panic::set_hook(Box::new(|info| {
         // A VMM with a dead thread would be a machine that half works: end it, and say why.
-        eprintln!("kiln-vmm: {info}");
+        log::say(&info.to_string());
         std::process::abort();
     }));
     let started = kiln_vmm::timeline::Timeline::default();
     one_heap();
+    log::init();
     let mut args = std::env::args().skip(1);
     let result = match args.next().as_deref() {
         Some("serve") => serve::run(args, started),
         _ => frontend::run(),
     };
     result.unwrap_or_else(|e| {
-        eprintln!("kiln-vmm: {e:#}");
+        log::say(&format!("{e:#}"));
         api::exit::FAILED
     })
 }

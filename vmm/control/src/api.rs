@@ -186,9 +186,9 @@ pub enum Request {
     },
     /// Saves the machine, which is paused for it.
     Snapshot {
-        /// Where the state goes.
+        /// Where the state goes: an empty file.
         state: FdIndex,
-        /// Where memory goes.
+        /// Where memory goes: an empty file.
         memory: FdIndex,
         /// Kept in the header.
         digest: [u8; 32],

@@ -12,8 +12,9 @@ mod init;
 mod sandbox;
 mod view;
 
+use std::fs::File;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{OwnedFd, RawFd};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -22,7 +23,7 @@ use fuse_backend_rs::passthrough::{CachePolicy, Config, PassthroughFs};
 use fuse_backend_rs::transport::{Reader, VirtioFsWriter, Writer};
 use thiserror::Error;
 
-pub use sandbox::{SandboxError, keep_what_serving_needs};
+pub use sandbox::{Left, SandboxError, keep_what_serving_needs};
 pub use view::{Span, View, ViewError};
 
 /// How a folder is served.
@@ -78,55 +79,68 @@ pub struct Server {
 }
 
 /// A server that has no folder yet: made where there is a `/proc`, to serve where there is none.
-pub struct Prepared(PassthroughFs);
+#[derive(Debug)]
+pub struct Prepared {
+    options: Options,
+    outside: OwnedFd,
+}
 
 impl Prepared {
-    /// Takes what the server will need of `/proc`.
+    /// Remembers the root directory, in which there is a `/proc`.
     pub fn new(options: &Options) -> Result<Self, ServerError> {
-        let config = Config {
-            root_dir: options.root.clone(),
-            entry_timeout: options.timeout,
-            attr_timeout: options.timeout,
-            cache_policy: CachePolicy::Auto,
-            // Makes the server check names itself; it also opens the root at each mount.
-            do_import: true,
-            ..Config::default()
-        };
-        let fs = PassthroughFs::new(config).map_err(|source| ServerError::Root {
-            root: options.root.clone(),
-            source,
-        })?;
-        Ok(Self(fs))
-    }
-
-    /// Confines the calling thread to `folder`, with the capabilities that serving takes and no others, and
-    /// serves its root; [`Options::root`] is a path in it.
-    pub fn enter(self, folder: &OwnedFd) -> Result<Server, ServerError> {
-        sandbox::enter(folder)?;
-        self.serve()
-    }
-
-    fn serve(self) -> Result<Server, ServerError> {
-        let fs = Arc::new(self.0);
-        fs.import().map_err(|source| ServerError::Root {
+        let outside = File::open("/").map_err(|source| ServerError::Root {
             root: "/".to_owned(),
             source,
         })?;
-        let server = fuse_backend_rs::api::server::Server::new(fs.clone());
-        Ok(Server { fs, server })
+        Ok(Self {
+            options: options.clone(),
+            outside: outside.into(),
+        })
+    }
+
+    /// Confines the calling thread to `folder`, to the server's descriptors and those in `keep`, and to the
+    /// capabilities that serving takes, and serves the folder's root; [`Options::root`] is a path in it.
+    pub fn enter(self, folder: OwnedFd, keep: &[RawFd]) -> Result<(Server, Left), ServerError> {
+        let make = || {
+            let fs = passthrough(&self.options)?;
+            let numbers = fs.keep_fds().first().copied().unwrap_or(-1);
+            Ok::<_, ServerError>((fs, numbers))
+        };
+        let (fs, left) = sandbox::enter(folder, self.outside, keep, make)?;
+        Ok((serve(fs)?, left))
     }
 }
 
-impl std::fmt::Debug for Prepared {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Prepared")
-    }
+fn passthrough(options: &Options) -> Result<PassthroughFs, ServerError> {
+    let config = Config {
+        root_dir: options.root.clone(),
+        entry_timeout: options.timeout,
+        attr_timeout: options.timeout,
+        cache_policy: CachePolicy::Auto,
+        // Makes the server check names itself; it also opens the root at each mount.
+        do_import: true,
+        ..Config::default()
+    };
+    PassthroughFs::new(config).map_err(|source| ServerError::Root {
+        root: options.root.clone(),
+        source,
+    })
+}
+
+fn serve(fs: PassthroughFs) -> Result<Server, ServerError> {
+    let fs = Arc::new(fs);
+    fs.import().map_err(|source| ServerError::Root {
+        root: "/".to_owned(),
+        source,
+    })?;
+    let server = fuse_backend_rs::api::server::Server::new(fs.clone());
+    Ok(Server { fs, server })
 }
 
 impl Server {
     /// Serves a folder on a thread that is not confined. Needs `/proc` now, and not any more later.
     pub fn new(options: &Options) -> Result<Self, ServerError> {
-        Prepared::new(options)?.serve().map_err(|e| match e {
+        serve(passthrough(options)?).map_err(|e| match e {
             ServerError::Root { source, .. } => ServerError::Root {
                 root: options.root.clone(),
                 source,

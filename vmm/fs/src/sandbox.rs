@@ -3,9 +3,13 @@
 //! The folder becomes the thread's root directory. The thread stays in the mount namespace it is in: what
 //! counts is the mount that the folder's descriptor belongs to, so mounts that are made below it later, in the
 //! namespace it comes from, are seen here too.
+//!
+//! A root directory binds names only: `..` from a directory that lies outside leads anywhere, and a file that is
+//! open for reading can be opened again for writing through `/proc`. So the thread has a table of descriptors of
+//! its own, with little in it, and sees that table as a mount of its own, which has nothing above it.
 
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 
 use thiserror::Error;
 
@@ -26,6 +30,7 @@ const FSETID: u32 = 4;
 const SETGID: u32 = 6;
 const SETUID: u32 = 7;
 const SYS_CHROOT: u32 = 18;
+const SYS_ADMIN: u32 = 21;
 /// Two words of 32 bits each (linux/capability.h).
 const CAPABILITY_VERSION_3: u32 = 0x2008_0522;
 
@@ -50,19 +55,105 @@ struct Sets {
 
 /// Keeps those capabilities of the calling thread that a file server's thread needs or needs to confine itself.
 pub fn keep_what_serving_needs() -> Result<(), SandboxError> {
-    limit(SERVING | 1 << SYS_CHROOT)
+    limit(SERVING | 1 << SYS_CHROOT | 1 << SYS_ADMIN)
 }
 
-/// Makes `root` (an open folder) the root and working directory of the calling thread, and of no other, and
-/// leaves the thread only the capabilities that serving files takes.
-pub(crate) fn enter(root: &OwnedFd) -> Result<(), SandboxError> {
-    // SAFETY: flags only; a number of an open descriptor; a constant string.
-    unsafe {
-        check("unshare", libc::unshare(libc::CLONE_FS))?;
-        check("changing to the folder", libc::fchdir(root.as_raw_fd()))?;
-        check("making it the root", libc::chroot(c".".as_ptr()))?;
+/// What a confined thread left behind, in the table of the process: drop it on a thread that has that table.
+#[derive(Debug)]
+pub struct Left(#[allow(dead_code, reason = "held to be closed")] [OwnedFd; 2]);
+
+/// Gives the calling thread a table of descriptors with nothing in it but standard output, standard error and `keep`,
+/// and makes `folder` its root and working directory. `make` runs in between, where `outside` is the root, and
+/// also gives its descriptor of `/proc/self/fd`: it becomes one of the thread's own table, which nothing leads out of.
+/// Leaves the thread only the capabilities that serving files takes.
+pub(crate) fn enter<T, E: From<SandboxError>>(
+    folder: OwnedFd,
+    outside: OwnedFd,
+    keep: &[RawFd],
+    make: impl FnOnce() -> Result<(T, RawFd), E>,
+) -> Result<(T, Left), E> {
+    // SAFETY: flags only.
+    let unshared = unsafe { libc::unshare(libc::CLONE_FS | libc::CLONE_FILES) };
+    check("unshare", unshared)?;
+    // Descriptor 0 is the client's socket.
+    // SAFETY: numbers only; the table is this thread's alone from here on.
+    check("covering standard input", unsafe { libc::dup2(1, 0) })?;
+    let (inside, out) = (folder.as_raw_fd(), outside.as_raw_fd());
+    close_others([&[0, 1, 2, inside, out], keep].concat())?;
+    change_root(out)?;
+    let (made, numbers) = make()?;
+    cover(&[numbers, mount_table(numbers)?])?;
+    change_root(inside)?;
+    for fd in [inside, out] {
+        // SAFETY: the owners of these are about to be sent to the process's table, which has both as well.
+        check("closing the folder", unsafe { libc::close(fd) })?;
     }
-    limit(SERVING)
+    limit(SERVING)?;
+    Ok((made, Left([folder, outside])))
+}
+
+/// Makes an open folder the root and working directory of the calling thread.
+fn change_root(folder: RawFd) -> Result<(), SandboxError> {
+    // SAFETY: a number of an open descriptor; a constant string.
+    unsafe {
+        check("changing to the folder", libc::fchdir(folder))?;
+        check("making it the root", libc::chroot(c".".as_ptr()))
+    }
+}
+
+/// The server's descriptor of the table of mounts: the one file of `/proc` that the thread has open. The server has
+/// no use for it, and it names what all pods have mounted.
+fn mount_table(numbers: RawFd) -> Result<RawFd, SandboxError> {
+    const MOST: RawFd = 256;
+    let stat = |fd: RawFd| {
+        // SAFETY: all-zero is a valid stat, which the kernel fills in.
+        unsafe {
+            let mut stat: libc::stat = std::mem::zeroed();
+            (libc::fstat(fd, &raw mut stat) == 0).then_some(stat)
+        }
+    };
+    let device = stat(numbers).map(|s| s.st_dev);
+    let is_it =
+        |s: libc::stat| Some(s.st_dev) == device && s.st_mode & libc::S_IFMT == libc::S_IFREG;
+    let found = (3..MOST).find(|fd| stat(*fd).is_some_and(is_it));
+    found.ok_or_else(|| SandboxError {
+        step: "finding the server's table of mounts",
+        source: io::ErrorKind::NotFound.into(),
+    })
+}
+
+/// Puts the calling thread's descriptors, as a mount of their own, in place of `numbers`.
+fn cover(numbers: &[RawFd]) -> Result<(), SandboxError> {
+    let path = c"/proc/thread-self/fd".as_ptr();
+    let flags = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC;
+    // SAFETY: a constant string.
+    let tree = unsafe { libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, path, flags) };
+    // A descriptor, or -1.
+    let tree = tree as RawFd;
+    check("mounting the thread's descriptors", tree)?;
+    // SAFETY: a new descriptor, which is ours.
+    let tree = unsafe { OwnedFd::from_raw_fd(tree) };
+    for number in numbers {
+        // SAFETY: numbers only; what is replaced is the server's, which does not run yet.
+        let put = unsafe { libc::dup3(tree.as_raw_fd(), *number, libc::O_CLOEXEC) };
+        check("covering what the server has of /proc", put)?;
+    }
+    Ok(())
+}
+
+/// Closes all descriptors of the calling thread's table but these.
+fn close_others(mut keep: Vec<RawFd>) -> Result<(), SandboxError> {
+    keep.sort_unstable();
+    let mut from = 0;
+    for until in keep.iter().copied().chain([RawFd::MAX]) {
+        if from < until {
+            // SAFETY: numbers only. The table is the calling thread's alone, and it uses none of these.
+            let closed = unsafe { libc::syscall(libc::SYS_close_range, from, until - 1, 0) };
+            check("closing descriptors", if closed < 0 { -1 } else { 0 })?;
+        }
+        from = from.max(until.saturating_add(1));
+    }
+    Ok(())
 }
 
 /// Gives up all capabilities but these, as far as the thread has them.

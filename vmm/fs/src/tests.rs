@@ -1,5 +1,6 @@
 //! The server on FUSE messages made by hand.
 
+use std::os::fd::AsRawFd;
 use std::ptr::NonNull;
 
 use super::*;
@@ -218,7 +219,7 @@ fn a_confined_thread_sees_its_folder_only() {
     std::fs::write(dir.path().join("inside"), b"").unwrap();
     let fd: OwnedFd = std::fs::File::open(dir.path()).unwrap().into();
     let seen = std::thread::spawn(move || {
-        let server = Prepared::new(&Options::default())?.enter(&fd)?;
+        let (server, left) = Prepared::new(&Options::default())?.enter(fd, &[])?;
         let mut message = Message::new();
         // Before the guest has mounted it, too: node 1 is the folder from the start.
         let before = message.send(&server, 1, 1, b"etc\0").0;
@@ -229,12 +230,12 @@ fn a_confined_thread_sees_its_folder_only() {
             .unwrap()
             .map(|e| e.unwrap().file_name())
             .collect();
-        Ok::<_, ServerError>((before, inside, outside, names))
+        Ok::<_, ServerError>((left, (before, inside, outside, names)))
     })
     .join()
     .unwrap();
     match seen {
-        Ok(seen) => assert_eq!(
+        Ok((_left, seen)) => assert_eq!(
             seen,
             (-libc::ENOENT, 0, -libc::ENOENT, vec!["inside".into()])
         ),
@@ -294,23 +295,110 @@ fn a_mount_made_later_in_the_folders_namespace_is_seen_by_the_confined_thread() 
     });
     let folder = started.recv().unwrap();
     let server = std::thread::spawn(move || {
-        let server = Prepared::new(&Options::default())?.enter(&folder)?;
+        let (server, left) = Prepared::new(&Options::default())?.enter(folder, &[])?;
         let done = go.recv().unwrap();
         let mut message = Message::new();
         message.init(&server);
         let (error, entry) = message.send(&server, 1, 1, b"volume\0");
         assert_eq!(error, 0);
         let node = u64::from_le_bytes(entry[..8].try_into().unwrap());
-        Ok::<_, ServerError>((done, message.send(&server, 1, node, b"late\0").0))
+        let found = message.send(&server, 1, node, b"late\0").0;
+        Ok::<_, ServerError>((left, done, found))
     });
     let served = server.join().unwrap();
     drop(over);
     match served {
-        Ok((true, found)) => assert_eq!(found, 0),
-        Ok((false, _)) => eprintln!("skipped: no mount namespace of one's own here"),
+        Ok((_left, true, found)) => assert_eq!(found, 0),
+        Ok((_left, false, _)) => eprintln!("skipped: no mount namespace of one's own here"),
         Err(e) => eprintln!("skipped: {e}"),
     }
     client.join().unwrap();
     // Here, it is not mounted.
     assert!(!dir.path().join("volume/late").exists());
+}
+
+/// Device and inode of what a descriptor stands for.
+fn identity(fd: i32) -> (u64, u64) {
+    // SAFETY: all-zero is a valid stat, which the kernel fills in.
+    unsafe {
+        let mut stat: libc::stat = std::mem::zeroed();
+        assert_eq!(libc::fstat(fd, &raw mut stat), 0);
+        (stat.st_dev, stat.st_ino)
+    }
+}
+
+/// Runs `look` on a thread that is confined to a folder, which has one file, `inside`.
+fn confined<R: Send + 'static>(
+    keep: Vec<RawFd>,
+    look: impl FnOnce(&Server) -> R + Send + 'static,
+) -> R {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("inside"), b"").unwrap();
+    let folder: OwnedFd = File::open(dir.path()).unwrap().into();
+    let thread = std::thread::spawn(move || {
+        let prepared = Prepared::new(&Options::default()).unwrap();
+        let (server, left) = prepared.enter(folder, &keep).unwrap();
+        (look(&server), left)
+    });
+    thread.join().unwrap().0
+}
+
+#[test]
+fn no_descriptor_leads_out_of_the_folder() {
+    let outside = File::open("/").unwrap();
+    let open = confined(Vec::new(), |_| {
+        // SAFETY: numbers that may or may not be descriptors.
+        let open = (0..1024).filter(|n| unsafe { libc::fcntl(*n, libc::F_GETFD) } >= 0);
+        let open: Vec<RawFd> = open.collect();
+        for n in &open {
+            for path in [c"../../../etc/passwd", c"..", c"../.."] {
+                // SAFETY: a constant path and a number.
+                let got = unsafe { libc::openat(*n, path.as_ptr(), libc::O_PATH) };
+                // The folder itself, or the root of a mount of its own.
+                assert!(
+                    got < 0 || identity(got) == identity(*n),
+                    "descriptor {n} leads out by {path:?}"
+                );
+            }
+        }
+        open.len()
+    });
+    // Standard ones, two of a mount of descriptors, and the folder.
+    assert_eq!(open, 6);
+    drop(outside);
+}
+
+#[test]
+fn a_file_that_others_have_open_for_reading_cannot_be_opened_for_writing() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let shared = File::open(file.path()).unwrap();
+    let secret = identity(shared.as_raw_fd());
+    let own = confined(Vec::new(), move |server| {
+        let own = File::open("/inside").unwrap();
+        let numbers = server.fs.keep_fds()[0];
+        let again = (0..1024).filter_map(|number: RawFd| {
+            let path = std::ffi::CString::new(number.to_string()).unwrap();
+            // SAFETY: a string that lives through the call.
+            let opened = unsafe { libc::openat(numbers, path.as_ptr(), libc::O_RDWR) };
+            (opened >= 0).then(|| identity(opened))
+        });
+        let again: Vec<_> = again.collect();
+        assert!(!again.contains(&secret));
+        again.contains(&identity(own.as_raw_fd()))
+    });
+    // Its own can be: that is how files are opened.
+    assert!(own);
+    assert!(shared.metadata().is_ok());
+}
+
+#[test]
+fn a_confined_thread_keeps_the_descriptors_that_it_is_told_to() {
+    let (output, input) = std::io::pipe().unwrap();
+    let number = input.as_raw_fd();
+    let written = confined(vec![number], move |_| {
+        // SAFETY: a constant of that length.
+        unsafe { libc::write(number, b"x".as_ptr().cast(), 1) }
+    });
+    assert_eq!(written, 1);
+    drop((input, output));
 }

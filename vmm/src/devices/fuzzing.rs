@@ -4,9 +4,9 @@
 //! kicks queues, and has the device paused and resumed. A device may refuse, or stop; it may not panic,
 //! hang or touch memory that is not the guest's.
 
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 
-use super::block::{Block, BlockConfig, FileBackend};
+use super::block::{Block, BlockConfig, FileBackend, Rings};
 use super::fs::{Fs, FsConfig, FsServer};
 use super::mem::Mem;
 use super::net::{Net, NetConfig};
@@ -134,6 +134,9 @@ impl HotplugRegion for Region {
     }
 }
 
+/// One ring for all runs, which it serves one after the other.
+static RINGS: LazyLock<Rings> = LazyLock::new(|| Rings::new(1));
+
 /// virtio-blk over a small file.
 pub fn block(data: &[u8]) {
     let config = BlockConfig {
@@ -150,7 +153,8 @@ pub fn block(data: &[u8]) {
     };
     if let Some(file) = file
         && file.set_len(1 << 20).is_ok()
-        && let Ok(backend) = FileBackend::new(file, false)
+        && let Ok(mut backend) = FileBackend::new(file, false)
+        && backend.start(&RINGS).is_ok()
     {
         // A fresh device's slot is empty.
         let _ = device.attach(Box::new(backend));
@@ -199,7 +203,8 @@ pub fn fs(root: &std::path::Path, data: &[u8]) {
         tag: "f".to_owned(),
         queue_size: 16,
     });
-    if let Ok(Ok(server)) = FsServer::start(move || kiln_vmm_fs::Server::new(&options)) {
+    let make = move |_| kiln_vmm_fs::Server::new(&options).map(|server| (server, ()));
+    if let Ok(Ok((server, ()))) = FsServer::start(make) {
         // A fresh device has no server yet.
         let _ = device.attach(server);
     }

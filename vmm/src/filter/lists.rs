@@ -1,7 +1,8 @@
 //! What each kind of thread may ask of the kernel.
 //!
-//! Not on any list: making sockets, opening files (but for the file server's thread, which sees one folder),
-//! executing programs, making processes, changing signal handlers, memory that can be executed.
+//! Not on any list: making sockets, or rings of io_uring, whose operations pass no filter; opening files (but for the
+//! file server's thread, which sees one folder); executing programs, making processes, changing signal handlers, memory
+//! that can be executed.
 
 use std::collections::BTreeMap;
 
@@ -86,7 +87,7 @@ const ALL: &[libc::c_long] = &[
 ];
 
 /// What configuring, starting and resetting a device takes.
-const CONFIGURING: &[libc::c_long] = &[libc::SYS_epoll_ctl, libc::SYS_eventfd2, libc::SYS_fcntl];
+const CONFIGURING: &[libc::c_long] = &[libc::SYS_epoll_ctl, libc::SYS_eventfd2];
 
 /// What running devices takes.
 const DEVICES: &[libc::c_long] = &[
@@ -111,18 +112,30 @@ const DEVICES: &[libc::c_long] = &[
     libc::SYS_sync_file_range,
 ];
 
-/// What answering the client takes besides: new files and rings, and writing snapshots. New vCPUs' threads put
-/// their own list on.
+/// What answering the client takes besides: new files, and writing snapshots, without cutting files short. New vCPUs'
+/// threads put their own list on.
 const CONTROL: &[libc::c_long] = &[
     libc::SYS_fstat,
-    libc::SYS_ftruncate,
     libc::SYS_fsync,
-    libc::SYS_io_uring_register,
-    libc::SYS_io_uring_setup,
     libc::SYS_lseek,
     libc::SYS_newfstatat,
     libc::SYS_seccomp,
     libc::SYS_statx,
+];
+
+/// fcntl's commands besides `F_SETFL`: none that sends signals (`F_SETOWN`, `F_SETSIG`), which need no right but root's
+/// user id and reach any process, and none that locks.
+const COMMANDS: &[u32] = &[
+    libc::F_GETFD.unsigned_abs(),
+    libc::F_GETFL.unsigned_abs(),
+    libc::F_DUPFD_CLOEXEC.unsigned_abs(),
+];
+/// The same with the locks of the overlays' budget.
+const COMMANDS_AND_LOCKS: &[u32] = &[
+    libc::F_GETFD.unsigned_abs(),
+    libc::F_GETFL.unsigned_abs(),
+    libc::F_DUPFD_CLOEXEC.unsigned_abs(),
+    libc::F_OFD_SETLK.unsigned_abs(),
 ];
 
 /// Requests besides KVM's: of sockets, disks and taps.
@@ -135,7 +148,8 @@ const REQUESTS: &[u32] = &[
     0x400454d9,  // TUNSETQUEUE
 ];
 
-/// What serving files takes, below the folder that is the thread's root directory.
+/// What serving files takes, below the folder that is the thread's root directory. `ftruncate`, which cuts files of
+/// volumes, is harmless here: what the thread has open are files of the folder, for its table of descriptors is its own.
 const FILES: &[libc::c_long] = &[
     libc::SYS_capget,
     libc::SYS_capset,
@@ -146,9 +160,7 @@ const FILES: &[libc::c_long] = &[
     libc::SYS_fchmodat,
     libc::SYS_fchown,
     libc::SYS_fchownat,
-    libc::SYS_fcntl,
     libc::SYS_fdatasync,
-    libc::SYS_flock,
     libc::SYS_fstat,
     libc::SYS_fstatfs,
     libc::SYS_fsync,
@@ -198,6 +210,11 @@ pub(super) fn rules(kind: Kind) -> BTreeMap<u32, Rule> {
     add(libc::SYS_mmap, Rule::Without(2, PROT_EXEC));
     add(libc::SYS_mprotect, Rule::Without(2, PROT_EXEC));
     add(libc::SYS_prctl, Rule::Among(0, &NAMES));
+    let commands = match kind {
+        Kind::Control | Kind::Devices => COMMANDS_AND_LOCKS,
+        Kind::Vcpu | Kind::Files => COMMANDS,
+    };
+    add(libc::SYS_fcntl, Rule::Commands(commands));
     // Kicks of vCPUs, and abort.
     add(libc::SYS_tgkill, Rule::OnSelf);
     if kind != Kind::Files {

@@ -14,6 +14,9 @@ pub(super) enum Rule {
     Fail(i32),
     /// Allowed if its `n`th argument is one of these values.
     Among(u32, &'static [u32]),
+    /// For fcntl: allowed are these commands, and setting a file's flags. `O_ASYNC` can't be set, which is an error
+    /// and not the end: programs in a guest may ask for it.
+    Commands(&'static [u32]),
     /// For ioctl: allowed are all of KVM's requests and these.
     Requests(&'static [u32]),
     /// Allowed if its `n`th argument has none of these bits.
@@ -113,7 +116,7 @@ impl Backwards {
     }
 
     /// Loads the lower half of an argument. Upper halves are not looked at: the kernel does not either for what is
-    /// asked here (ioctl's request, protection bits, flags, process ids).
+    /// asked here (commands and requests, protection bits, flags, process ids).
     fn argument(&mut self, n: u32, then: Place) -> Place {
         self.step(LOAD, AT_ARGUMENTS + 8 * n, then)
     }
@@ -141,6 +144,15 @@ impl Backwards {
             Rule::Among(n, values) => {
                 let test = self.among(values);
                 self.argument(n, test)
+            }
+            Rule::Commands(values) => {
+                let allow = self.give(ALLOW);
+                let fail = self.give(libc::SECCOMP_RET_ERRNO | libc::EINVAL.unsigned_abs());
+                let test = self.choose(ANY_BIT, libc::O_ASYNC.unsigned_abs(), fail, allow);
+                let flags = self.argument(2, test);
+                let others = self.among(values);
+                let test = self.choose(EQUAL, libc::F_SETFL.unsigned_abs(), flags, others);
+                self.argument(1, test)
             }
             Rule::Requests(values) => {
                 let test = self.among(values);
@@ -250,6 +262,7 @@ mod tests {
         rules.insert(9, Rule::Without(2, 4));
         rules.insert(39, Rule::OnSelf);
         rules.insert(435, Rule::Fail(38));
+        rules.insert(72, Rule::Commands(&[3, 1030]));
         let program = build(&rules, 77);
         for number in 0..500 {
             let got = run(&program, number, [0; 6]);
@@ -264,6 +277,12 @@ mod tests {
         assert_eq!(run(&program, 16, [0, 0x5421, 0, 0, 0, 0]), ALLOW);
         assert_eq!(run(&program, 16, [0, 0x5412, 0, 0, 0, 0]), REFUSE);
         assert_eq!(run(&program, 9, [0, 0, 7, 0, 0, 0]), REFUSE);
+        assert_eq!(run(&program, 72, [0, 3, 0, 0, 0, 0]), ALLOW);
+        assert_eq!(run(&program, 72, [0, 1030, 0o20000, 0, 0, 0]), ALLOW);
+        assert_eq!(run(&program, 72, [0, 4, 0o4002, 0, 0, 0]), ALLOW);
+        let invalid = libc::SECCOMP_RET_ERRNO | 22;
+        assert_eq!(run(&program, 72, [0, 4, 0o24002, 0, 0, 0]), invalid);
+        assert_eq!(run(&program, 72, [0, 8, 1, 0, 0, 0]), REFUSE);
         assert_eq!(run(&program, 39, [77, 0, 0, 0, 0, 0]), ALLOW);
         // The 32-bit numbers' bit, and beyond.
         for number in [0x4000_0000, 0x4000_0001, u32::MAX] {

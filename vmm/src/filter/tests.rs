@@ -78,9 +78,12 @@ fn a_socket_is_refused_and_named() {
 
 #[test]
 fn a_ring_that_could_make_sockets_is_refused() {
-    for kind in [Kind::Devices, Kind::Vcpu, Kind::Files] {
+    for kind in KINDS {
         is_refused(kind, "io_uring_setup", || {
             call(libc::SYS_io_uring_setup, [0; 6]);
+        });
+        is_refused(kind, "io_uring_register", || {
+            call(libc::SYS_io_uring_register, [0; 6]);
         });
     }
 }
@@ -129,6 +132,68 @@ fn signals_to_others_new_handlers_and_terminals_are_refused() {
         // TIOCSTI
         is_refused(kind, "ioctl", || {
             call(libc::SYS_ioctl, [0, 0x5412, 0, 0, 0, 0]);
+        });
+    }
+}
+
+/// From linux/fcntl.h.
+const F_SETSIG: i32 = 10;
+const F_SETOWN_EX: i32 = 15;
+
+#[test]
+fn signals_and_locks_by_fcntl_are_refused() {
+    for kind in KINDS {
+        for command in [libc::F_SETOWN, F_SETOWN_EX, F_SETSIG, libc::F_SETLEASE] {
+            is_refused(kind, "fcntl", || fcntl(command, 1));
+        }
+        for command in [
+            libc::F_SETLK,
+            libc::F_SETLKW,
+            libc::F_OFD_SETLKW,
+            libc::F_NOTIFY,
+        ] {
+            is_refused(kind, "fcntl", || fcntl(command, 0));
+        }
+    }
+    for kind in [Kind::Vcpu, Kind::Files] {
+        is_refused(kind, "fcntl", || fcntl(libc::F_OFD_SETLK, 0));
+    }
+}
+
+fn fcntl(command: i32, argument: usize) {
+    let command = usize::try_from(command).unwrap();
+    call(libc::SYS_fcntl, [0, command, argument, 0, 0, 0]);
+}
+
+#[test]
+fn signals_on_input_can_not_be_asked_for_but_other_flags_can() {
+    for kind in KINDS {
+        let (input, _output) = io::pipe().unwrap();
+        let (code, said) = attempt(kind, || {
+            let set = |flags: i32| {
+                // SAFETY: numbers only.
+                let done = unsafe { libc::fcntl(input.as_raw_fd(), libc::F_SETFL, flags) };
+                (done, io::Error::last_os_error().raw_os_error())
+            };
+            assert_eq!(set(libc::O_ASYNC), (-1, Some(libc::EINVAL)));
+            assert_eq!(set(libc::O_NONBLOCK).0, 0);
+            // SAFETY: as above.
+            let flags = unsafe { libc::fcntl(input.as_raw_fd(), libc::F_GETFL) };
+            assert_eq!(flags, libc::O_NONBLOCK);
+            assert!(input.try_clone().is_ok());
+        });
+        assert_eq!(code, Some(0), "{kind:?}: {said}");
+    }
+}
+
+#[test]
+fn files_are_locked_by_no_thread_and_cut_by_the_file_server_alone() {
+    for kind in KINDS {
+        is_refused(kind, "flock", || call(libc::SYS_flock, [0, 2, 0, 0, 0, 0]));
+    }
+    for kind in [Kind::Control, Kind::Devices, Kind::Vcpu] {
+        is_refused(kind, "ftruncate", || {
+            call(libc::SYS_ftruncate, [0; 6]);
         });
     }
 }

@@ -18,7 +18,7 @@ use crate::acpi::{self, AcpiConfig, Event};
 use crate::boot::{self, BootFiles};
 use crate::cpu::thread::{ExitHandler, Vcpus};
 use crate::cpu::{CpuError, cpuid};
-use crate::devices::block::{Block, BlockConfig, FileBackend, OverlayBackend};
+use crate::devices::block::{Block, BlockConfig, FileBackend, OverlayBackend, Rings};
 use crate::devices::fs::{Fs, FsConfig, FsServer};
 use crate::devices::mem::Mem;
 use crate::devices::net::{Net, NetBackend, NetConfig, Tap};
@@ -75,6 +75,8 @@ pub struct BootSpec {
     pub console: Option<File>,
     /// Host sides of devices.
     pub ends: HostEnds,
+    /// For disks.
+    pub rings: Rings,
 }
 
 /// What a machine resumes from.
@@ -88,6 +90,8 @@ pub struct ResumeSpec {
     pub console: Option<File>,
     /// Host sides of devices.
     pub ends: HostEnds,
+    /// For disks.
+    pub rings: Rings,
     /// Pages of the memory file that the guest touches first.
     pub touched: Vec<PageRun>,
 }
@@ -130,10 +134,10 @@ impl Machine {
                 source,
             })?;
         let boot_cpus = config.boot_cpus;
-        let machine = Self::assemble(seed, events, board, memory, config, enter);
+        let machine = Self::assemble(seed, events, board, memory, config, enter, spec.rings);
         let ends = &mut spec.ends;
         for spec in lock(&machine.config).devices.clone() {
-            let device = make_device(&spec, ends.remove(&spec.slot), &machine.memory)?;
+            let device = machine.make_device(&spec, ends.remove(&spec.slot))?;
             machine.add_device(spec.slot, device);
         }
         for index in 0..boot_cpus {
@@ -179,7 +183,7 @@ impl Machine {
             None => None,
         };
         let board = board(&seed, console, state.hotplug, observer);
-        let machine = Self::assemble(seed, events, board, memory, state.config, enter);
+        let machine = Self::assemble(seed, events, board, memory, state.config, enter, spec.rings);
         timeline.mark("vmm.irqchip");
 
         // The clock before the vCPUs: their kvmclock MSRs publish it to the guest.
@@ -223,7 +227,7 @@ impl Machine {
                 return Err(MachineError::Damaged("the order of devices"));
             }
             let end = spec.ends.remove(&spec_.slot);
-            let device = make_device(spec_, end, &machine.memory)?;
+            let device = machine.make_device(spec_, end)?;
             machine.add_device(spec_.slot, device).restore(saved)?;
         }
         timeline.mark("vmm.devices");
@@ -240,6 +244,7 @@ impl Machine {
         memory: Arc<Memory>,
         config: MachineConfig,
         enter: EnterVcpu,
+        rings: Rings,
     ) -> Arc<Self> {
         let env = TransportEnv {
             doorbells: Arc::new(KvmDoorbells(seed.vm.clone())),
@@ -256,8 +261,18 @@ impl Machine {
             config: Mutex::new(config),
             devices: Mutex::default(),
             paused: Mutex::default(),
+            rings,
             enter_vcpu: Enter(enter),
         })
+    }
+
+    /// Makes a device of its description and the host's side of it.
+    pub(super) fn make_device(
+        &self,
+        spec: &DeviceSpec,
+        end: Option<HostEnd>,
+    ) -> Result<Box<dyn VirtioDevice>, MachineError> {
+        make_device(spec, end, &self.memory, &self.rings)
     }
 
     /// Puts a device on the bus.
@@ -344,11 +359,11 @@ fn board(
     })
 }
 
-/// Makes a device of its description and the host's side of it.
-pub(super) fn make_device(
+fn make_device(
     spec: &DeviceSpec,
     end: Option<HostEnd>,
     memory: &Arc<Memory>,
+    rings: &Rings,
 ) -> Result<Box<dyn VirtioDevice>, MachineError> {
     let slot = spec.slot;
     let wrong = |what: &str| MachineError::Refused(format!("slot {slot}: {what}"));
@@ -364,7 +379,7 @@ pub(super) fn make_device(
             match end {
                 Some(HostEnd::Disk { file, read_only }) => {
                     block
-                        .attach(Box::new(open_disk(slot, file, read_only)?))
+                        .attach(Box::new(open_disk(slot, file, read_only, rings)?))
                         .map_err(device)?;
                 }
                 Some(HostEnd::Overlay(overlay)) => {
@@ -432,10 +447,11 @@ pub(super) fn open_disk(
     slot: u8,
     file: File,
     read_only: bool,
+    rings: &Rings,
 ) -> Result<FileBackend, MachineError> {
     let mut disk = FileBackend::new(file, read_only)
         .map_err(|e| MachineError::Refused(format!("slot {slot}: {e}")))?;
-    disk.start().map_err(|source| MachineError::Io {
+    disk.start(rings).map_err(|source| MachineError::Io {
         action: "preparing a disk's I/O",
         source,
     })?;

@@ -19,6 +19,7 @@ use kvm_ioctls::Kvm;
 use crate::acpi::AcpiError;
 use crate::boot::BootError;
 use crate::cpu::CpuError;
+use crate::devices::block::Rings;
 use crate::event::{EventLoop, Stillness};
 use crate::memory::{Memory, MemoryError};
 use crate::virtio::DeviceError;
@@ -101,6 +102,8 @@ pub struct Machine {
     devices: Mutex<BTreeMap<u8, Arc<VirtioPci>>>,
     /// Present while the machine is paused by request.
     paused: Mutex<Option<Stillness>>,
+    /// Made before the system call filter, which forbids making them.
+    rings: Rings,
     enter_vcpu: Enter,
 }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use kvm_bindings::kvm_irqchip;
 
-use super::build::{HostEnd, make_device, open_disk, open_taps};
+use super::build::{HostEnd, open_disk, open_taps};
 use super::config::{DeviceKind, DeviceSpec};
 use super::exits::lock;
 use super::state::{IRQCHIPS, MachineState};
@@ -145,7 +145,9 @@ impl Machine {
     /// Puts a disk into an empty block slot.
     pub fn attach_block(&self, slot: u8, disk: HostEnd) -> Result<(), MachineError> {
         let backend: Box<dyn BlockBackend> = match disk {
-            HostEnd::Disk { file, read_only } => Box::new(open_disk(slot, file, read_only)?),
+            HostEnd::Disk { file, read_only } => {
+                Box::new(open_disk(slot, file, read_only, &self.rings)?)
+            }
             HostEnd::Overlay(overlay) => Box::new(OverlayBackend::new(overlay)),
             _ => {
                 return Err(MachineError::Refused(
@@ -280,7 +282,7 @@ impl Machine {
             .find(|s| !taken.contains(s))
             .ok_or_else(|| MachineError::Refused("all PCI slots are taken".to_owned()))?;
         let spec = DeviceSpec { slot, kind };
-        let device = make_device(&spec, end, &self.memory)?;
+        let device = self.make_device(&spec, end)?;
         self.add_device(slot, device);
         lock(&self.config).devices.push(spec);
         self.board.hotplug_event(|h| h.insert_slot(slot));

@@ -27,15 +27,18 @@ fn is_zero(page: &[u8]) -> bool {
     head.iter().chain(tail).all(|b| *b == 0) && words.iter().all(|w| *w == 0)
 }
 
-/// Writes `parts` one after the other, skipping zero pages, and sets the file's length.
+/// Writes `parts` one after the other into an empty file, skipping zero pages. The file becomes as long as they are.
 pub fn write_memory(file: &File, parts: &[&[u8]]) -> Result<MemoryStats, SnapshotError> {
     let io = |source: io::Error| SnapshotError::Io {
         action: "writing the memory file",
         source,
     };
     let total: u64 = parts.iter().map(|p| p.len() as u64).sum();
-    file.set_len(0).map_err(io)?;
-    file.set_len(total).map_err(io)?;
+    super::check_empty(file, "memory file")?;
+    if let Some(last) = total.checked_sub(1) {
+        // The file's length, without a call that could also cut other files short.
+        file.write_all_at(&[0], last).map_err(io)?;
+    }
     let mut stats = MemoryStats::default();
     let mut base = 0u64;
     for part in parts {
@@ -92,6 +95,17 @@ mod tests {
     use super::*;
     use std::io::Read;
     use std::os::unix::fs::MetadataExt;
+
+    #[test]
+    fn an_end_of_zeroes_counts_and_a_file_with_content_is_refused() {
+        let file = tempfile::tempfile().unwrap();
+        write_memory(&file, &[&[1; 4096], &[0; 8192]]).unwrap();
+        assert_eq!(file.metadata().unwrap().len(), 12288);
+        assert!(matches!(
+            write_memory(&file, &[&[1; 4096]]),
+            Err(SnapshotError::NotEmpty("memory file"))
+        ));
+    }
 
     #[test]
     fn zero_pages_take_no_room_and_everything_reads_back() {

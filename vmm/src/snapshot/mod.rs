@@ -37,6 +37,9 @@ pub enum SnapshotError {
         #[source]
         source: io::Error,
     },
+    /// A file to write to has content.
+    #[error("the {0} to be written is not empty; pass a new one")]
+    NotEmpty(&'static str),
     /// The memory file has the wrong length.
     #[error("the memory file has {found} bytes, its state file says {expected}; bake again")]
     MemoryLength {
@@ -118,13 +121,25 @@ pub fn check_memory_file(header: &Header, file: &File) -> Result<(), SnapshotErr
     }
 }
 
-/// Writes a state file.
+/// Files are cut by who passes them: the VMM's threads may not.
+fn check_empty(file: &File, what: &'static str) -> Result<(), SnapshotError> {
+    let io = |source| SnapshotError::Io {
+        action: "looking at a file to be written",
+        source,
+    };
+    match file.metadata().map_err(io)?.len() {
+        0 => Ok(()),
+        _ => Err(SnapshotError::NotEmpty(what)),
+    }
+}
+
+/// Writes a state file, which is empty before.
 pub fn write_file(file: &mut File, bytes: &[u8]) -> Result<(), SnapshotError> {
     let io = |source| SnapshotError::Io {
         action: "writing the state file",
         source,
     };
-    file.set_len(0).map_err(io)?;
+    check_empty(file, "state file")?;
     file.write_all(bytes).map_err(io)?;
     file.sync_data().map_err(io)
 }

@@ -8,7 +8,7 @@ use std::os::unix::fs::FileTypeExt;
 use thiserror::Error;
 
 use super::backend::{BlockBackend, BlockOp, BlockRequest, Completion, SECTOR_SIZE, Submitted};
-use super::uring::Uring;
+use super::uring::{Rings, Uring};
 use super::worker::{Worker, execute};
 
 /// Vectors the kernel takes in one call (`UIO_MAXIOV`); the rest follows in the next.
@@ -43,7 +43,7 @@ pub enum FileError {
     Access(&'static str),
 }
 
-/// How the I/O is done. Made by [`FileBackend::start`], or at the first request.
+/// How the I/O is done. Made by [`FileBackend::start`]; at the first request, it is a thread.
 #[derive(Debug)]
 enum Engine {
     NotYet,
@@ -59,7 +59,6 @@ pub struct FileBackend {
     file: File,
     capacity: u64,
     read_only: bool,
-    allow_uring: bool,
 }
 
 impl FileBackend {
@@ -96,34 +95,25 @@ impl FileBackend {
             file,
             capacity: size - size % SECTOR_SIZE,
             read_only,
-            allow_uring: true,
         })
     }
 
-    /// Uses a thread even where there is io_uring.
-    #[must_use]
-    pub fn without_uring(mut self) -> Self {
-        self.allow_uring = false;
-        self
-    }
-
-    /// Makes the ring or the thread now, on the calling thread: that of requests may not have the right to.
-    pub fn start(&mut self) -> io::Result<()> {
+    /// Takes a ring, or makes a thread if there is none left.
+    pub fn start(&mut self, rings: &Rings) -> io::Result<()> {
         if !matches!(self.engine, Engine::NotYet) {
             return Ok(());
         }
         let fd: RawFd = self.file.as_raw_fd();
-        if self.allow_uring {
-            match Uring::new(fd) {
-                Ok(ring) => {
-                    self.engine = Engine::Uring(Box::new(ring));
-                    return Ok(());
-                }
-                Err(e) => tracing::debug!("no io_uring, using a thread: {e}"),
-            }
-        }
-        self.engine = Engine::Worker(Worker::new(move |request| execute(fd, request))?);
+        self.engine = match rings.lend(fd) {
+            Some(ring) => Engine::Uring(Box::new(ring)),
+            None => Engine::Worker(Worker::new(move |request| execute(fd, request))?),
+        };
         Ok(())
+    }
+
+    /// Whether it has a ring.
+    pub fn has_ring(&self) -> bool {
+        matches!(self.engine, Engine::Uring(_))
     }
 }
 
@@ -137,7 +127,7 @@ impl BlockBackend for FileBackend {
     }
 
     fn submit(&mut self, request: BlockRequest) -> Submitted {
-        if let Err(e) = self.start() {
+        if let Err(e) = self.start(&Rings::default()) {
             return Submitted::Done(Completion {
                 tag: request.tag,
                 result: Err(e),

@@ -24,3 +24,4 @@ pub use backend::{
 pub use device::{Block, BlockConfig};
 pub use file::{FileBackend, FileError};
 pub use overlay::OverlayBackend;
+pub use uring::Rings;

@@ -49,9 +49,7 @@ fn file(len: u64) -> File {
 fn disk(uring: bool) -> (Bench<Block>, File) {
     let file = file(DISK);
     let mut backend = FileBackend::new(file.try_clone().unwrap(), false).unwrap();
-    if !uring {
-        backend = backend.without_uring();
-    }
+    backend.start(&Rings::new(usize::from(uring))).unwrap();
     let mut device = Block::new(&config());
     device.attach(Box::new(backend)).unwrap();
     (Bench::new(device, MEMORY, 128), file)
@@ -105,6 +103,43 @@ fn range(sector: u64, sectors: u32, flags: u32) -> [u8; 16] {
 
 fn pattern(len: usize) -> Vec<u8> {
     (0..len).map(|i| (i * 7 + i / 251) as u8).collect()
+}
+
+#[test]
+fn disks_that_find_no_ring_work_on_threads_and_rings_come_back() {
+    let rings = Rings::new(1);
+    if rings.count() == 0 {
+        eprintln!("skipped: no io_uring on this host");
+        return;
+    }
+    let disk = |rings: &Rings| {
+        let mut backend = FileBackend::new(file(DISK), false).unwrap();
+        backend.start(rings).unwrap();
+        let ring = backend.has_ring();
+        let mut device = Block::new(&config());
+        device.attach(Box::new(backend)).unwrap();
+        (Bench::new(device, MEMORY, 128), ring)
+    };
+    let works = |bench: &mut Bench<Block>| {
+        let data = pattern(4096);
+        bench.drivers[0].poke(DATA, &data);
+        assert_eq!(request(bench, OUT, 8, &[(DATA, 4096)], &[]).0, OK);
+        bench.drivers[0].poke(DATA, &[0; 4096]);
+        assert_eq!(request(bench, IN, 8, &[], &[(DATA, 4096)]).0, OK);
+        assert_eq!(bench.drivers[0].peek(DATA, 4096), data);
+    };
+    let (mut first, ring) = disk(&rings);
+    assert!(ring);
+    let (mut second, ring) = disk(&rings);
+    assert!(!ring);
+    works(&mut first);
+    works(&mut second);
+    drop(first.device.detach().unwrap());
+    assert_eq!(rings.count(), 1);
+    let (mut third, ring) = disk(&rings);
+    assert!(ring);
+    works(&mut third);
+    works(&mut second);
 }
 
 fn moves_data_both_ways(uring: bool) {

@@ -1,11 +1,14 @@
 //! File I/O through io_uring.
 //!
-//! The ring is restricted, before it is enabled, to the four operations a disk needs: what the VMM's
-//! system call filter refuses can't be had through the ring either.
+//! A ring is restricted, before it is enabled, to the four operations a disk needs: what the VMM's
+//! system call filter refuses can't be had through the ring either. Rings are made before that filter is
+//! installed, which forbids making them, and lent to disks: a ring knows no file until a request names one.
 
 use std::fmt::{self, Debug};
 use std::io;
+use std::mem::ManuallyDrop;
 use std::os::fd::{AsRawFd, RawFd};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use io_uring::register::Restriction;
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
@@ -15,6 +18,57 @@ use super::file::{MAX_IOVECS, fallocate_mode, fill_zero_iovecs};
 
 /// Requests in flight at once; one queue's worth.
 const ENTRIES: u32 = 128;
+
+/// Rings that no disk uses now.
+#[derive(Clone, Default)]
+pub struct Rings(Arc<Mutex<Vec<IoUring>>>);
+
+impl Rings {
+    /// Makes `count` rings, or none where the host does not allow them.
+    pub fn new(count: usize) -> Self {
+        let made: io::Result<Vec<IoUring>> = (0..count).map(|_| ring()).collect();
+        let rings = made.unwrap_or_else(|e| {
+            tracing::debug!("no io_uring, disks get threads: {e}");
+            Vec::new()
+        });
+        Self(Arc::new(Mutex::new(rings)))
+    }
+
+    /// How many there are.
+    pub fn count(&self) -> usize {
+        self.lock().len()
+    }
+
+    /// A ring for requests on `file`, which must stay open as long as the ring is used.
+    pub(super) fn lend(&self, file: RawFd) -> Option<Uring> {
+        let ring = self.lock().pop()?;
+        Some(Uring::new(ring, file, self.clone()))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<IoUring>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Debug for Rings {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Rings").field(&self.count()).finish()
+    }
+}
+
+/// Makes a ring that can do nothing but what disks need.
+fn ring() -> io::Result<IoUring> {
+    let ring = IoUring::builder().setup_r_disabled().build(ENTRIES)?;
+    let submitter = ring.submitter();
+    submitter.register_restrictions(&mut [
+        Restriction::sqe_op(opcode::Readv::CODE),
+        Restriction::sqe_op(opcode::Writev::CODE),
+        Restriction::sqe_op(opcode::Fsync::CODE),
+        Restriction::sqe_op(opcode::Fallocate::CODE),
+    ])?;
+    submitter.register_enable_rings()?;
+    Ok(ring)
+}
 
 /// One request in the kernel's hands.
 struct Operation {
@@ -31,36 +85,28 @@ struct Operation {
 // a static. Both are valid from any thread, and nothing dereferences them in this process.
 unsafe impl Send for Operation {}
 
-/// A ring and what is in flight on it.
+/// A ring that is lent to a disk, and what is in flight on it.
 pub(super) struct Uring {
-    ring: IoUring,
+    ring: ManuallyDrop<IoUring>,
     file: RawFd,
     /// Indexed by the entries' user data.
     operations: Vec<Option<Operation>>,
     free: Vec<usize>,
     in_flight: usize,
+    home: Rings,
 }
 
 impl Uring {
-    /// Makes a ring for requests on `file`, which must stay open as long as the ring lives.
-    pub(super) fn new(file: RawFd) -> io::Result<Self> {
-        let ring = IoUring::builder().setup_r_disabled().build(ENTRIES)?;
-        let submitter = ring.submitter();
-        submitter.register_restrictions(&mut [
-            Restriction::sqe_op(opcode::Readv::CODE),
-            Restriction::sqe_op(opcode::Writev::CODE),
-            Restriction::sqe_op(opcode::Fsync::CODE),
-            Restriction::sqe_op(opcode::Fallocate::CODE),
-        ])?;
-        submitter.register_enable_rings()?;
+    fn new(ring: IoUring, file: RawFd, home: Rings) -> Self {
         let slots = ENTRIES as usize;
-        Ok(Uring {
-            ring,
+        Uring {
+            ring: ManuallyDrop::new(ring),
             file,
             operations: (0..slots).map(|_| None).collect(),
             free: (0..slots).rev().collect(),
             in_flight: 0,
-        })
+            home,
+        }
     }
 
     pub(super) fn fd(&self) -> RawFd {
@@ -274,11 +320,16 @@ fn vectored(operation: &Operation, fd: types::Fd, offset: u64) -> squeue::Entry 
 
 impl Drop for Uring {
     fn drop(&mut self) {
-        if self.drain(&mut Vec::new()).is_err() {
-            // The kernel may still write to the buffers of what is in flight: keep them for ever.
-            for operation in self.operations.drain(..).flatten() {
-                std::mem::forget(operation);
-            }
+        let drained = self.drain(&mut Vec::new());
+        // SAFETY: dropped once, here, and not used any more.
+        let ring = unsafe { ManuallyDrop::take(&mut self.ring) };
+        if drained.is_ok() {
+            self.home.lock().push(ring);
+            return;
+        }
+        // The kernel may still write to the buffers of what is in flight: keep them for ever.
+        for operation in self.operations.drain(..).flatten() {
+            std::mem::forget(operation);
         }
     }
 }
@@ -293,19 +344,57 @@ impl Debug for Uring {
 
 #[cfg(test)]
 mod tests {
+    use vm_memory::GuestAddressSpace;
+
     use super::*;
+    use crate::devices::block::{IoBuffers, RequestTag};
+    use crate::devices::chain::Segments;
+
+    /// A pool of one ring, and a file.
+    fn one_ring() -> Option<(Rings, std::fs::File)> {
+        let rings = Rings::new(1);
+        if rings.count() == 0 {
+            eprintln!("skipped: no io_uring on this host");
+            return None;
+        }
+        Some((rings, tempfile::tempfile().unwrap()))
+    }
 
     #[test]
     fn ring_refuses_what_a_disk_does_not_need() {
-        let Ok(mut uring) = Uring::new(tempfile::tempfile().unwrap().as_raw_fd()) else {
-            eprintln!("skipped: no io_uring on this host");
+        let Some((rings, file)) = one_ring() else {
             return;
         };
+        let mut uring = rings.lend(file.as_raw_fd()).unwrap();
         let entry = opcode::OpenAt::new(types::Fd(libc::AT_FDCWD), c"/".as_ptr()).build();
         // SAFETY: the path is static.
         unsafe { uring.ring.submission().push(&entry.user_data(u64::MAX)) }.unwrap();
         uring.ring.submit_and_wait(1).unwrap();
         let answer = uring.ring.completion().next().unwrap();
         assert_eq!(answer.result(), -libc::EACCES);
+    }
+
+    #[test]
+    fn a_ring_is_lent_to_one_disk_at_a_time_and_comes_back_empty() {
+        let Some((rings, file)) = one_ring() else {
+            return;
+        };
+        let mut uring = rings.lend(file.as_raw_fd()).unwrap();
+        let number = uring.fd();
+        assert!(rings.lend(file.as_raw_fd()).is_none());
+        let memory = crate::devices::testing::memory(4096).memory().into_inner();
+        let flush = BlockRequest {
+            tag: RequestTag(1),
+            op: BlockOp::Flush,
+            offset: 0,
+            len: 0,
+            buffers: IoBuffers::new(memory, Segments::default()),
+        };
+        assert!(matches!(uring.submit(flush), Submitted::Pending));
+        drop(uring);
+        let mut again = rings.lend(file.as_raw_fd()).unwrap();
+        assert_eq!(again.fd(), number);
+        assert!(again.ring.completion().next().is_none());
+        assert!(again.ring.submission().is_empty());
     }
 }

@@ -56,11 +56,11 @@ pub struct FsServer {
 
 impl FsServer {
     /// Starts the thread and has it make its server by `make`, which runs on it first: that is the place
-    /// to confine the thread ([`kiln_vmm_fs::Prepared::enter`]) and to install its system call filter. Waits until
-    /// that is done.
-    pub fn start<E: Send + 'static>(
-        make: impl FnOnce() -> Result<Server, E> + Send + 'static,
-    ) -> io::Result<Result<Self, E>> {
+    /// to confine the thread ([`kiln_vmm_fs::Prepared::enter`]) and to install its system call filter. `make` is told
+    /// the descriptor that the thread goes on to use. Waits until that is done.
+    pub fn start<T: Send + 'static, E: Send + 'static>(
+        make: impl FnOnce(RawFd) -> Result<(Server, T), E> + Send + 'static,
+    ) -> io::Result<Result<(Self, T), E>> {
         let shared = Arc::new(Shared {
             done: Mutex::default(),
             changed: Condvar::new(),
@@ -70,10 +70,10 @@ impl FsServer {
         let (made, ready) = channel();
         let thread = std::thread::Builder::new().name("fs".to_owned()).spawn({
             let shared = shared.clone();
-            move || match make() {
-                Ok(server) => {
+            move || match make(shared.event.as_raw_fd()) {
+                Ok((server, more)) => {
                     // Nobody to hear it is nobody to work for: the jobs' channel is closed then.
-                    let _ = made.send(Ok(()));
+                    let _ = made.send(Ok(more));
                     work(&server, &incoming, &shared);
                 }
                 Err(e) => {
@@ -82,12 +82,15 @@ impl FsServer {
             }
         })?;
         match ready.recv() {
-            Ok(Ok(())) => Ok(Ok(FsServer {
-                jobs: Some(jobs),
-                shared,
-                in_flight: 0,
-                thread: Some(thread),
-            })),
+            Ok(Ok(more)) => {
+                let server = FsServer {
+                    jobs: Some(jobs),
+                    shared,
+                    in_flight: 0,
+                    thread: Some(thread),
+                };
+                Ok(Ok((server, more)))
+            }
             Ok(Err(e)) => Ok(Err(e)),
             Err(_) => Err(io::Error::other(
                 "the file server's thread ended before it began",

@@ -19,14 +19,12 @@ fn config() -> FsConfig {
 
 fn server(dir: &tempfile::TempDir) -> FsServer {
     let root = dir.path().to_str().unwrap().to_owned();
-    FsServer::start(move || {
-        Server::new(&Options {
-            root,
-            ..Options::default()
-        })
-    })
-    .unwrap()
-    .unwrap()
+    let options = Options {
+        root,
+        ..Options::default()
+    };
+    let made = FsServer::start(move |_| Ok::<_, ServerError>((Server::new(&options)?, ())));
+    made.unwrap().unwrap().0
 }
 
 /// Sends a FUSE request on the request queue; gives error and body of the answer.
@@ -133,6 +131,6 @@ fn a_server_that_can_not_be_made_says_why() {
         root: "/no/such".to_owned(),
         ..Options::default()
     };
-    let made = FsServer::start(move || Server::new(&options)).unwrap();
+    let made = FsServer::start(move |_| Ok((Server::new(&options)?, ()))).unwrap();
     assert!(matches!(made, Err(ServerError::Root { .. })));
 }
