@@ -130,14 +130,6 @@ const COMMANDS: &[u32] = &[
     libc::F_GETFL.unsigned_abs(),
     libc::F_DUPFD_CLOEXEC.unsigned_abs(),
 ];
-/// The same with the locks of the overlays' budget.
-const COMMANDS_AND_LOCKS: &[u32] = &[
-    libc::F_GETFD.unsigned_abs(),
-    libc::F_GETFL.unsigned_abs(),
-    libc::F_DUPFD_CLOEXEC.unsigned_abs(),
-    libc::F_OFD_SETLK.unsigned_abs(),
-];
-
 /// Requests besides KVM's: of sockets, disks and taps.
 const REQUESTS: &[u32] = &[
     0x5421,      // FIONBIO
@@ -210,11 +202,7 @@ pub(super) fn rules(kind: Kind) -> BTreeMap<u32, Rule> {
     add(libc::SYS_mmap, Rule::Without(2, PROT_EXEC));
     add(libc::SYS_mprotect, Rule::Without(2, PROT_EXEC));
     add(libc::SYS_prctl, Rule::Among(0, &NAMES));
-    let commands = match kind {
-        Kind::Control | Kind::Devices => COMMANDS_AND_LOCKS,
-        Kind::Vcpu | Kind::Files => COMMANDS,
-    };
-    add(libc::SYS_fcntl, Rule::Commands(commands));
+    add(libc::SYS_fcntl, Rule::Commands(COMMANDS));
     // Kicks of vCPUs, and abort.
     add(libc::SYS_tgkill, Rule::OnSelf);
     if kind != Kind::Files {
