@@ -24,7 +24,7 @@ BIN := target/x86_64-unknown-linux-gnu/release
 AGENT := target/x86_64-unknown-linux-gnu/guest/kiln-agent
 # What a node gets in /usr/local/bin, and what the tests bring along.
 SHIPPED := kiln kiln-vmm containerd-shim-kiln-v2
-TESTERS := kiln-e2e kiln-testprog kiln-bench kiln-floor kiln-demo
+TESTERS := kiln-e2e kiln-testprog kiln-bench kiln-floor kiln-demo kiln-vmm-hostile
 put = $(foreach program,$(1),$(if $(wildcard $(BIN)/$(program)),--put $(BIN)/$(program):$(2)/$(program)))
 
 NODE_VM = $(BIN)/kiln-node-vm --suite $(NODE) $(call put,$(SHIPPED),/usr/local/bin) --put $(AGENT):/usr/local/bin/kiln-agent

@@ -34,13 +34,18 @@ pub(crate) fn system_files(suite: Suite) -> Vec<(String, u32, Vec<u8>)> {
         Suite::Trixie => include_bytes!("../system/containerd-1.7.toml"),
         Suite::Sid => include_bytes!("../system/containerd-2.toml"),
     };
-    let files: [(&str, u32, &[u8]); 6] = [
+    let files: [(&str, u32, &[u8]); 7] = [
         ("kiln-node/setup", 0o755, include_bytes!("../system/setup")),
         ("etc/containerd/config.toml", 0o644, containerd),
         (
             "etc/kiln/config.toml",
             0o644,
             include_bytes!("../system/kiln.toml"),
+        ),
+        (
+            "etc/kiln/hostile.toml",
+            0o644,
+            include_bytes!("../system/hostile.toml"),
         ),
         (
             "etc/cni/net.d/10-bridge.conflist",

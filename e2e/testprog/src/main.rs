@@ -6,6 +6,7 @@
 
 mod files;
 mod guest;
+mod hostile;
 mod http;
 mod job;
 mod json;
@@ -47,6 +48,9 @@ testprog COMMAND [ARGUMENTS]
   spawn COUNT                start COUNT sleeping children, print their pids, pause
   orphan                     leave an orphaned child behind that ends at once
   sleep SECONDS              sleep (fractions allowed)
+  swap DIR SECONDS TARGET... put links to the targets in the place of DIR's numbered entries
+  scribble DIR NAME SECONDS  write to the file NAME of DIR's numbered entries
+  locks DIR SECONDS          lock what can be opened below DIR
   guest PORT                 be a guest that runs the scripts that come over vsock";
 
 fn main() -> ExitCode {
@@ -105,6 +109,15 @@ fn run(arguments: &[String]) -> Result<ExitCode> {
         "spawn" => return process::spawn(number(rest, 0)?),
         "orphan" => process::orphan()?,
         "guest" => guest::serve(number(rest, 0)?)?,
+        "swap" => hostile::swap(
+            word(rest, 0)?.as_ref(),
+            fraction(rest, 1)?,
+            rest.get(2..).unwrap_or_default(),
+        )?,
+        "scribble" => {
+            hostile::scribble(word(rest, 0)?.as_ref(), word(rest, 1)?, fraction(rest, 2)?)?;
+        }
+        "locks" => hostile::locks(word(rest, 0)?.as_ref(), fraction(rest, 1)?)?,
         "sleep" => std::thread::sleep(std::time::Duration::from_secs_f64(fraction(rest, 0)?)),
         "help" | "--help" | "-h" => text::say(USAGE)?,
         other => bail!("unknown command {other:?}\n{USAGE}"),

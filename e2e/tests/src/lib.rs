@@ -11,6 +11,7 @@ pub mod api;
 pub mod cri;
 pub mod evidence;
 pub mod harness;
+pub mod inventory;
 pub mod log;
 pub mod node;
 pub mod plain;

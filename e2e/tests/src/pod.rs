@@ -21,6 +21,8 @@ pub struct Resources {
     pub memory: i64,
     /// CPU limit in thousandths of a CPU; 0 for none.
     pub cpu_millis: i64,
+    /// How soon the kernel kills it when memory runs out, as kubelet has it by the pod's class.
+    pub oom_score_adj: i64,
     /// Process limit by cgroup; 0 for none. (CRI has no field of its own for it.)
     pub pids: i64,
 }
@@ -31,7 +33,7 @@ impl Resources {
         const PERIOD: i64 = 100_000;
         let mut resources = api::LinuxContainerResources {
             memory_limit_in_bytes: self.memory,
-            oom_score_adj: 0,
+            oom_score_adj: self.oom_score_adj,
             ..Default::default()
         };
         if self.cpu_millis > 0 {
@@ -61,6 +63,7 @@ pub struct PodSpec {
     pub(crate) dns: Vec<String>,
     pub(crate) port_mappings: Vec<(i32, i32)>,
     pub(crate) handler: Option<String>,
+    pub(crate) class: Option<String>,
 }
 
 impl PodSpec {
@@ -126,6 +129,12 @@ impl PodSpec {
     /// Another runtime handler than the one under test.
     pub fn handler(mut self, handler: &str) -> Self {
         self.handler = Some(handler.to_owned());
+        self
+    }
+
+    /// Lies in the cgroup that kubelet has for pods of this class: `besteffort`, `burstable`, or nothing for the others.
+    pub fn class(mut self, class: &str) -> Self {
+        self.class = Some(class.to_owned());
         self
     }
 

@@ -152,19 +152,29 @@ impl Test {
         let name = self.unique("pod");
         let logs = self.scratch().join("logs").join(&name);
         std::fs::create_dir_all(&logs)?;
+        let below = match &spec.class {
+            None => name.clone(),
+            Some(class) if class.is_empty() => format!("kubepods/pod{name}"),
+            Some(class) => format!("kubepods/{class}/pod{name}"),
+        };
         let identity = Identity {
             uid: format!("uid-{name}"),
             labels: self.labels(),
             logs: logs.display().to_string(),
-            cgroup: format!("{TESTS_CGROUP}/{}/{name}", self.inner.id),
+            cgroup: format!("{}/{below}", self.cgroup()),
             name,
         };
         Ok(spec.to_api(&identity))
     }
 
+    /// The cgroup below which all of this run's pods lie.
+    pub fn cgroup(&self) -> String {
+        format!("{TESTS_CGROUP}/{}", self.inner.id)
+    }
+
     /// Removes the (empty) cgroups of this run's pods, which are kubelet's part, not the runtime's.
     pub fn remove_pod_cgroups(&self) -> std::io::Result<()> {
-        node::remove_cgroup(&format!("{TESTS_CGROUP}/{}", self.inner.id))
+        node::remove_cgroup(&self.cgroup())
     }
 
     /// Waits until nothing is on the node that was not there before.

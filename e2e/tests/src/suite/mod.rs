@@ -4,6 +4,7 @@ mod exec;
 mod exit;
 mod fault_matrix;
 mod faults;
+mod hostile;
 mod identity;
 mod kiln_run;
 mod logs;
@@ -42,6 +43,7 @@ pub(crate) fn all() -> Vec<Case> {
         vmm::cases(),
         kiln_run::cases(),
         overlay::cases(),
+        hostile::cases(),
         snapshotters::cases(),
         run_terminal::cases(),
         run_bake::cases(),

@@ -26,6 +26,7 @@ pub(crate) fn cases() -> Vec<Case> {
         deleted_files_give_ram_back,
         what_is_synced_is_on_the_disk_where_that_is_wanted,
         containers_of_a_pod_share_the_overlay_and_leave_nothing_in_it,
+        what_containers_write_is_their_writable_layer,
         spill_disk_that_is_full_is_an_error_of_the_write_alone.alone(),
         pods_share_the_nodes_ram_for_writes_fairly.alone(),
     ];
@@ -130,6 +131,49 @@ async fn writes_beyond_the_ram_go_to_the_disk_and_stay_right(test: Test) -> Resu
         Ok((back >= on_disk / 2).then_some(()))
     })
     .await
+}
+
+/// What containerd says that a container's writable layer takes.
+async fn layer(container: &Container) -> Result<u64> {
+    let stats = container.stats().await?;
+    let used = stats.writable_layer.and_then(|layer| layer.used_bytes);
+    // Before it has measured it for the first time.
+    Ok(used.map_or(0, |bytes| bytes.value))
+}
+
+async fn what_containers_write_is_their_writable_layer(test: Test) -> Result<()> {
+    let pod = test
+        .run_pod(&PodSpec::new().annotation(RAM, "128Mi"))
+        .await?;
+    let (busy, idle) = (started(&pod, "busy").await?, started(&pod, "idle").await?);
+    let reaches = |what: &'static str, limit: Duration, wanted: fn(u64) -> bool| {
+        let busy = &busy;
+        wait::until(what, limit, move || async move {
+            Ok(wanted(layer(busy).await?).then_some(()))
+        })
+    };
+    put(&busy, "/kept", 10_000_000, 1).await?;
+    put(&busy, "/gone", 50_000_000, 2).await?;
+    reaches("60 MB of writable layer", SOON, |bytes| bytes >= 60_000_000).await?;
+    let used = layer(&busy).await?;
+    ensure!(used < 70_000_000, "{used} bytes, where 60 MB were written");
+    // All of it is in RAM.
+    same!(figure(&pod, "spill")?, 0);
+    busy.shell("rm /gone").await?;
+    let thirty = Duration::from_secs(30);
+    reaches("what is left", thirty, |bytes| bytes <= 20_000_000).await?;
+    let used = layer(&idle).await?;
+    ensure!(used < 1_000_000, "{used} bytes of one that wrote nothing");
+    // Spilled, it counts as well.
+    put(&idle, "/large", 200_000_000, 3).await?;
+    wait::until("200 MB of the other's", SOON, || async {
+        Ok((layer(&idle).await? >= 200_000_000).then_some(()))
+    })
+    .await?;
+    ensure!(figure(&pod, "spill")? > 0, "nothing was spilled");
+    let used = layer(&busy).await?;
+    ensure!(used <= 20_000_000, "{used} bytes of one that keeps 10 MB");
+    Ok(())
 }
 
 async fn what_is_synced_is_on_the_disk_where_that_is_wanted(test: Test) -> Result<()> {
