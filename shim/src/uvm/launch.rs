@@ -315,8 +315,8 @@ impl StoreLauncher {
     }
 
     async fn try_launch(&self, setup: &PodSetup, timeline: &Timeline) -> Result<RunningUvm> {
-        let (log, last) = log::pipe(&setup.id)
-            .map_err(|e| Error::failed("make a pipe for the VMM's log", e))?;
+        let (log, last) =
+            log::pipe(&setup.id).map_err(|e| Error::failed("make a pipe for the VMM's log", e))?;
         let spawning = {
             let (this, setup, timeline) = (self.clone(), setup.clone(), timeline.clone());
             tokio::task::spawn_blocking(move || this.spawn(&setup, log, &timeline))

@@ -31,7 +31,7 @@ fn limits(memory_mib: i64, cpu_millis: i64) -> Resources {
     Resources {
         memory: memory_mib * MIB,
         cpu_millis,
-        pids: 0,
+        ..Resources::default()
     }
 }
 
