@@ -369,7 +369,7 @@ fn child_of_the_next_tests() {
         return;
     }
     let seat = sit(&path, ANY);
-    let vmm = child(&path)
+    let mut vmm = child(&path)
         .env(VMM, "")
         .stdin(sent(seat.page()))
         .spawn()
@@ -377,7 +377,7 @@ fn child_of_the_next_tests() {
     std::io::stderr()
         .write_all(format!("\nvmm {}\n", vmm.id()).as_bytes())
         .unwrap();
-    std::thread::sleep(Duration::from_secs(60));
+    vmm.wait().unwrap();
 }
 
 fn child(path: &Path) -> Command {
@@ -399,17 +399,13 @@ fn holder(path: &Path) -> (Child, i32) {
         .stderr(Stdio::piped())
         .spawn()
         .unwrap();
-    let mut pid = None;
-    for line in BufReader::new(holder.stderr.take().unwrap()).lines() {
-        let line = line.unwrap();
-        if let Some(number) = line.strip_prefix("vmm ") {
-            pid = Some(number.parse().unwrap());
-        }
-        if line == "grown" {
-            return (holder, pid.unwrap());
-        }
-    }
-    panic!("no VMM has grown");
+    let said = BufReader::new(holder.stderr.take().unwrap()).lines();
+    let said: Vec<_> = said
+        .map(Result::unwrap)
+        .take_while(|line| line != "grown")
+        .collect();
+    let pid = said.iter().find_map(|line| line.strip_prefix("vmm "));
+    (holder, pid.unwrap().parse().unwrap())
 }
 
 fn kill_and_wait_for(pid: i32) {
