@@ -41,6 +41,10 @@ struct Figures {
 impl Membership {
     /// Takes slot `number` by a seat's two descriptors. Both are closed when this returns: what a guest
     /// that has broken this process finds is a page of its own, and figures that it can read.
+    #[expect(
+        clippy::needless_pass_by_value,
+        reason = "both are closed when it returns"
+    )]
     pub fn new(view: File, page: File, number: usize) -> Result<Self, BudgetError> {
         let of = |file: &File| file.metadata().map_err(file_error("inspect"));
         let (whole, own) = (of(&view)?, of(&page)?);

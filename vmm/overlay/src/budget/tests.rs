@@ -369,7 +369,7 @@ fn child_of_the_next_tests() {
         return;
     }
     let seat = sit(&path, ANY);
-    let vmm = child(&path)
+    let mut vmm = child(&path)
         .env(VMM, "")
         .stdin(sent(seat.page()))
         .spawn()
@@ -377,7 +377,7 @@ fn child_of_the_next_tests() {
     std::io::stderr()
         .write_all(format!("\nvmm {}\n", vmm.id()).as_bytes())
         .unwrap();
-    std::thread::sleep(Duration::from_secs(60));
+    vmm.wait().unwrap();
 }
 
 fn child(path: &Path) -> Command {
@@ -399,25 +399,32 @@ fn holder(path: &Path) -> (Child, i32) {
         .stderr(Stdio::piped())
         .spawn()
         .unwrap();
-    let mut pid = None;
-    for line in BufReader::new(holder.stderr.take().unwrap()).lines() {
-        let line = line.unwrap();
-        if let Some(number) = line.strip_prefix("vmm ") {
-            pid = Some(number.parse().unwrap());
-        }
-        if line == "grown" {
-            return (holder, pid.unwrap());
-        }
-    }
-    panic!("no VMM has grown");
+    let lines = BufReader::new(holder.stderr.take().unwrap()).lines();
+    // Two processes say one line each, in any order, and maybe something else.
+    let said: Vec<_> = lines
+        .map(Result::unwrap)
+        .filter(|line| line == "grown" || line.starts_with("vmm "))
+        .take(2)
+        .collect();
+    assert!(said.iter().any(|line| line == "grown"), "{said:?}");
+    let pid = said.iter().find_map(|line| line.strip_prefix("vmm "));
+    (holder, pid.unwrap().parse().unwrap())
 }
 
+/// Waits until all its threads are gone, as the shim does: a zombie whose other threads still end has its memory yet.
 fn kill_and_wait_for(pid: i32) {
-    // SAFETY: plain numbers; the process is this test's.
-    unsafe { libc::kill(pid, libc::SIGKILL) };
-    let stat = format!("/proc/{pid}/stat");
-    while fs::read_to_string(&stat).is_ok_and(|stat| !stat.contains(") Z ")) {
-        std::thread::sleep(Duration::from_millis(1));
+    // SAFETY: plain numbers, and a poll of one descriptor that was just made; the process is this test's.
+    unsafe {
+        let fd = libc::syscall(libc::SYS_pidfd_open, pid, 0);
+        assert!(fd >= 0);
+        libc::kill(pid, libc::SIGKILL);
+        let mut poll = libc::pollfd {
+            fd: fd.try_into().unwrap(),
+            events: libc::POLLIN,
+            revents: 0,
+        };
+        assert_eq!(libc::poll(&raw mut poll, 1, 10_000), 1);
+        libc::close(poll.fd);
     }
 }
 
