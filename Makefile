@@ -13,6 +13,9 @@ T ?=
 BENCH ?=
 # How often tests that try their luck do so.
 ROUNDS ?= 1
+# A folder with programs of an earlier build (kiln, kiln-vmm, kiln-agent, the shim), for benches to measure by turns with
+# this one: RUNTIMES='kiln-old kiln'.
+OLD ?=
 # How long each fuzz target runs.
 SECONDS ?= 60
 # What else is built. With the unit tests, whose dependencies set features of what programs depend on, too, nothing that
@@ -87,7 +90,7 @@ bench: build ## Run the benches on the counted clock (BENCH=… selects); writes
 	@e2e/bench/pack-qemu target/qemu
 	@$(NODE_TEST) --clock counted --timeout 7200 --put target/qemu:/opt/kiln-e2e/qemu --get /var/log/kiln-bench:target/bench \
 	    --env KILN_E2E_RUNTIMES=$(subst $(space),$(comma),$(RUNTIMES)) \
-	    --env KILN_COMMIT=$$(git describe --always --dirty) \
+	    $(if $(OLD),--put $(OLD):/opt/kiln-old) --env KILN_COMMIT=$$(git describe --always --dirty) \
 	    --env KILN_MACHINE="$$(nproc) cores, $$(uname -m), node VM on the counted clock" \
 	    -- /opt/kiln-e2e/kiln-bench --out /var/log/kiln-bench $(BENCH)
 

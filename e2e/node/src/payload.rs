@@ -34,7 +34,7 @@ pub(crate) fn system_files(suite: Suite) -> Vec<(String, u32, Vec<u8>)> {
         Suite::Trixie => include_bytes!("../system/containerd-1.7.toml"),
         Suite::Sid => include_bytes!("../system/containerd-2.toml"),
     };
-    let files: [(&str, u32, &[u8]); 7] = [
+    let files: [(&str, u32, &[u8]); 8] = [
         ("kiln-node/setup", 0o755, include_bytes!("../system/setup")),
         ("etc/containerd/config.toml", 0o644, containerd),
         (
@@ -46,6 +46,11 @@ pub(crate) fn system_files(suite: Suite) -> Vec<(String, u32, Vec<u8>)> {
             "etc/kiln/hostile.toml",
             0o644,
             include_bytes!("../system/hostile.toml"),
+        ),
+        (
+            "etc/kiln/old.toml",
+            0o644,
+            include_bytes!("../system/old.toml"),
         ),
         (
             "etc/cni/net.d/10-bridge.conflist",

@@ -1,6 +1,7 @@
 //! What a node needs before tests or benches can run: the images, in containerd.
 
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -76,10 +77,28 @@ pub async fn import(client: &Client, images: &Images) -> Result<()> {
     Ok(())
 }
 
-/// Bakes the μVM that pods of the handler `kiln` are resumed from, as its user would. Says nothing and
+/// The handler of an earlier build, which stands beside the one that is tested.
+pub const OLD: &str = "kiln-old";
+/// Where its programs and its store are.
+const OLD_PROGRAM: &str = "/opt/kiln-old/kiln";
+const OLD_STORE: &str = "/var/lib/kiln-old/store";
+
+/// Bakes the μVM that pods of kiln's handlers are resumed from, as its user would. Says nothing and
 /// takes no time if it is there.
 pub fn bake() -> Result<()> {
-    let output = std::process::Command::new("kiln")
+    bake_by(&mut Command::new("kiln"))
+}
+
+/// The same for pods of one handler.
+pub fn bake_for(handler: &str) -> Result<()> {
+    match handler {
+        OLD => bake_by(Command::new(OLD_PROGRAM).env("KILN_STORE", OLD_STORE)),
+        _ => bake(),
+    }
+}
+
+fn bake_by(kiln: &mut Command) -> Result<()> {
+    let output = kiln
         .arg("bake")
         .output()
         .context("cannot run kiln, which must be on the node to test it")?;

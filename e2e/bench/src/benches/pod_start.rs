@@ -30,8 +30,8 @@ pub(crate) async fn run(settings: Settings) -> Result<Measured> {
     }
     let first = tests.first().context("no runtime to measure")?;
     setup::import(first.client(), &setup::Images::make()?).await?;
-    if settings.runtimes.iter().any(|name| setup::needs_bake(name)) {
-        setup::bake()?;
+    for runtime in settings.runtimes.iter().filter(|r| setup::needs_bake(r)) {
+        setup::bake_for(runtime)?;
     }
     let counting = Counting::begin()?;
     // Run 0 reads programs from the disk and the like: it is not counted.
@@ -48,8 +48,14 @@ pub(crate) async fn run(settings: Settings) -> Result<Measured> {
     }
     if let Some((base, others)) = settings.runtimes.split_first() {
         for other in others {
-            let (of, to) = (format!("{other} total"), format!("{base} total"));
-            measured.ratio(&format!("{other}/{base}"), &of, &to)?;
+            for (key, what) in [
+                ("", "total"),
+                (" CPU time", "CPU time"),
+                (" system calls", "system calls"),
+            ] {
+                let (of, to) = (format!("{other} {what}"), format!("{base} {what}"));
+                measured.ratio(&format!("{other}/{base}{key}"), &of, &to)?;
+            }
         }
     }
     Ok(measured)
