@@ -80,7 +80,7 @@ impl Targets {
         for dir in [&targets.dir, &targets.mount] {
             std::fs::create_dir_all(dir)?;
         }
-        run("mount", &["-t", "tmpfs", "target", &text(&targets.mount)])?;
+        busybox(&["mount", "-t", "tmpfs", "target", &text(&targets.mount)])?;
         for file in [
             &targets.file,
             &targets.dir.join("canary"),
@@ -100,7 +100,7 @@ impl Drop for Targets {
     fn drop(&mut self) {
         for target in self.all() {
             // As often as something was mounted there.
-            while run("umount", &[&target]).is_ok() {}
+            while busybox(&["umount", &target]).is_ok() {}
         }
     }
 }
@@ -109,11 +109,12 @@ fn text(path: &Path) -> String {
     path.display().to_string()
 }
 
-fn run(program: &str, arguments: &[&str]) -> Result<()> {
-    let output = Command::new(program).args(arguments).output()?;
+fn busybox(arguments: &[&str]) -> Result<()> {
+    let output = Command::new("busybox").args(arguments).output();
+    let output = output.context("busybox is not on the PATH")?;
     ensure!(
         output.status.success(),
-        "{program}: {}",
+        "{arguments:?}: {}",
         String::from_utf8_lossy(&output.stderr)
     );
     Ok(())
