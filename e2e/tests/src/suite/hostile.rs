@@ -1,10 +1,15 @@
 //! Guests, VMMs and users of the node that mean harm.
 
+use std::collections::BTreeSet;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use k8s_cri::v1::ContainerState;
 use kiln_e2e::harness::Case;
 use kiln_e2e::inventory::Inventory;
@@ -120,6 +125,49 @@ fn busybox(arguments: &[&str]) -> Result<()> {
     Ok(())
 }
 
+/// Looks at the targets all the time: what an attack did there may be undone by the time that a container has started.
+struct Watch {
+    over: Arc<AtomicBool>,
+    seen: JoinHandle<BTreeSet<String>>,
+}
+
+impl Watch {
+    fn begin(targets: &Targets) -> Self {
+        let over = Arc::new(AtomicBool::new(false));
+        let (ended, dir, canary) = (
+            over.clone(),
+            targets.dir.with_file_name(""),
+            targets.mount.join("canary"),
+        );
+        let seen = std::thread::spawn(move || {
+            let mut seen = BTreeSet::new();
+            while !ended.load(Ordering::SeqCst) {
+                let table = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+                let at_target = |line: &&str| {
+                    line.split(' ')
+                        .nth(4)
+                        .is_some_and(|at| Path::new(at).starts_with(&dir))
+                        && !line.contains(" - tmpfs target ")
+                };
+                seen.extend(table.lines().filter(at_target).map(str::to_owned));
+                if !canary.exists() {
+                    seen.insert(format!("{} is gone", canary.display()));
+                }
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            seen
+        });
+        Watch { over, seen }
+    }
+
+    /// What should not have been.
+    fn end(self) -> Result<Vec<String>> {
+        self.over.store(true, Ordering::SeqCst);
+        let seen = self.seen.join().map_err(|_| anyhow!("the watch died"))?;
+        Ok(seen.into_iter().collect())
+    }
+}
+
 /// A privileged container that has mounted the file system of its pod's volumes itself, and does `what` to it.
 async fn attacker(pod: &Pod, name: &str, what: &str) -> Result<Container> {
     let script = format!(
@@ -178,9 +226,11 @@ async fn volumes_come_and_go_under_attack(test: &Test, rounds: u32, slowly: bool
             .mount(&evil, "/evil")
             .mount(&evil_file, "/evil-file")
             .mount_read_only(&kept, "/kept");
+        let watch = Watch::begin(&targets);
         let victim = pod.start(&spec).await;
         // First, for an attack that succeeds may keep the container from starting.
-        let changes = before.changes(&inventory()?);
+        let mut changes = before.changes(&inventory()?);
+        changes.extend(watch.end()?);
         ensure!(changes.is_empty(), "the node is changed: {changes:#?}");
         let victim = victim?;
         same!(victim.read(&["cat", "/kept/file"]).await?, "as it was");
