@@ -15,8 +15,11 @@ use super::Settings;
 use crate::counters::{Counting, private_memory};
 use crate::result::Measured;
 
-/// Where kiln keeps the timelines of CRI's pods.
+/// Where kiln keeps the timelines of CRI's pods, and an earlier build does.
 const TRACES: &str = "/run/kiln/pods/k8s.io";
+const OLD_TRACES: &str = "/run/kiln-old/pods/k8s.io";
+/// The step of a pod's start in which the VMM resumes the μVM.
+const RESUME: &str = "vmm.resume";
 /// A start takes no longer, not even on a busy emulated machine.
 const LIMIT: Duration = Duration::from_secs(60);
 /// What has to settle between two pods (removals go on behind CRI's answer).
@@ -48,11 +51,15 @@ pub(crate) async fn run(settings: Settings) -> Result<Measured> {
     }
     if let Some((base, others)) = settings.runtimes.split_first() {
         for other in others {
-            for (key, what) in [
+            let mut keys = vec![
                 ("", "total"),
                 (" CPU time", "CPU time"),
                 (" system calls", "system calls"),
-            ] {
+            ];
+            if setup::needs_bake(base) && setup::needs_bake(other) {
+                keys.push((" resume", RESUME));
+            }
+            for (key, what) in keys {
                 let (of, to) = (format!("{other} {what}"), format!("{base} {what}"));
                 measured.ratio(&format!("{other}/{base}{key}"), &of, &to)?;
             }
@@ -84,7 +91,7 @@ async fn start(test: &Test, counting: &Counting, measured: Option<&mut Measured>
 
     let counted = counting.now()?.since(&counters);
     let memory = private_memory(pod.id(), test.id())?;
-    let root = root_of(pod.id())?;
+    let root = steps_of(test.handler(), pod.id())?;
     let begin_removal = Instant::now();
     pod.remove().await?;
     let removed = begin_removal.elapsed();
@@ -112,11 +119,15 @@ async fn start(test: &Test, counting: &Counting, measured: Option<&mut Measured>
     Ok(())
 }
 
-/// How many milliseconds of the start of a kiln pod's container went into its root file system: its image is found, given to
-/// the guest, and mounted there. All of it, and each step.
-fn root_of(pod: &str) -> Result<Option<Vec<(String, f64)>>> {
+/// How many milliseconds of the start of a kiln pod went into the resume, and into its container's root file system: its image
+/// is found, given to the guest, and mounted there. All of that, and each step.
+fn steps_of(handler: &str, pod: &str) -> Result<Option<Vec<(String, f64)>>> {
     const STEPS: [&str; 3] = ["shim.image.find", "vmm.plug-root", "guest.create.mount"];
-    let path = Path::new(TRACES).join(pod).join("trace.json");
+    let traces = match handler {
+        setup::OLD => OLD_TRACES,
+        _ => TRACES,
+    };
+    let path = Path::new(traces).join(pod).join("trace.json");
     let begun = Instant::now();
     while path.exists() && begun.elapsed() < LIMIT {
         let steps: Vec<Step> = serde_json::from_slice(&std::fs::read(&path)?)
@@ -126,7 +137,8 @@ fn root_of(pod: &str) -> Result<Option<Vec<(String, f64)>>> {
         let all: Vec<f64> = steps.iter().filter(is_of_root).map(took).collect();
         if all.len() == STEPS.len() {
             let is_part = |step: &&Step| STEPS.iter().any(|of| step.name.starts_with(of));
-            let parts = steps.iter().filter(is_part);
+            let is_told = |step: &&Step| is_part(step) || step.name == RESUME;
+            let parts = steps.iter().filter(is_told);
             let total = ("root file system".to_owned(), all.iter().sum());
             let parts = parts.map(|step| (step.name.clone(), took(step)));
             return Ok(Some(std::iter::once(total).chain(parts).collect()));
