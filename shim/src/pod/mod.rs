@@ -232,6 +232,7 @@ impl Pod {
 
     /// The μVM is gone, and all that ran in it.
     async fn all_ended(self: &Arc<Self>, out_of_memory: bool) {
+        self.forget_writes();
         let exit = Exit::killed_now();
         let containers: Vec<_> = lock(&self.containers).values().cloned().collect();
         for container in containers {

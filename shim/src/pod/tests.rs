@@ -136,6 +136,9 @@ impl Uvm for Scripted {
         self.call("written", &containers.join(" "))?;
         Ok(self.written.lock().unwrap().clone())
     }
+    fn spill(&self) -> Option<Arc<File>> {
+        None
+    }
     async fn pids(&self, _: &str) -> Result<Vec<u32>> {
         Ok(vec![12, 7])
     }

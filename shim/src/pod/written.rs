@@ -3,13 +3,13 @@
 //! The kubelet asks for containers' statistics every few seconds, and each such question brings the account up to date, in the
 //! background: a pod that nobody asks about costs nothing.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio::time::Instant;
 
 use super::{Pod, lock};
-use crate::rootfs::WritableLayer;
+use crate::rootfs::{Spilled, WritableLayer};
 use crate::uvm::Written;
 
 /// At least so long from one account to the next.
@@ -25,6 +25,7 @@ pub(super) struct Accounting {
     running: bool,
     due: Option<Instant>,
     failed: bool,
+    spilled: Arc<Mutex<Spilled>>,
 }
 
 impl Pod {
@@ -79,15 +80,22 @@ impl Pod {
             .collect();
         let written = uvm.written(&ids).await.map_err(|e| e.chain())?;
         let shares = shares(&written, layers.len());
+        let (spill, spilled) = (uvm.spill(), Arc::clone(&lock(&self.accounting).spilled));
         let accounting = tokio::task::spawn_blocking(move || {
-            for ((id, layer), bytes) in layers.iter().zip(shares) {
-                layer
-                    .account(bytes)
-                    .map_err(|e| format!("keep room for what container {id} wrote: {e}"))?;
-            }
-            Ok(())
+            let layers = layers.into_iter().map(|(_, layer)| layer);
+            let layers: Vec<_> = layers.zip(shares).collect();
+            lock(&spilled)
+                .account(spill.as_deref(), &layers)
+                .map_err(|e| format!("keep room for what containers wrote: {e}"))
         });
         accounting.await.map_err(|e| e.to_string())?
+    }
+
+    /// Nothing of the pod's writes is left, and nothing more of them is to be told.
+    pub(super) fn forget_writes(&self) {
+        let spill = self.uvm.get().and_then(|uvm| uvm.spill());
+        let spilled = Arc::clone(&lock(&self.accounting).spilled);
+        lock(&spilled).end(spill.as_deref());
     }
 }
 

@@ -17,7 +17,7 @@ mod volumes;
 mod written;
 
 pub use volumes::POD_FILES;
-pub use written::WritableLayer;
+pub use written::{Spilled, WritableLayer};
 
 use std::fs::{File, OpenOptions};
 use std::path::Path;

@@ -5,23 +5,31 @@
 //! limits and eviction, count what was written, and the disk has the room kept that writes in RAM may need when they
 //! leave it.
 //!
+//! What has been spilled takes its room already, in the μVM's spill file. So that it is not taken twice, the file itself
+//! gets a name in the directory of a container that wrote at least as much, and counts there.
+//!
 //! The directory is containerd's. Nothing of the guest names it.
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::fd::AsFd;
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use containerd_shim_protos::api::Mount;
 use kiln_cache::OverlayMount;
-use nix::fcntl::{FallocateFlags, fallocate};
+use nix::fcntl::{AT_FDCWD, AtFlags, FallocateFlags, fallocate};
+use nix::unistd::linkat;
 
 /// The file's name among what a snapshotter would have of the container.
 const NAME: &str = ".kiln-written";
+/// The spill file's.
+const SPILLED: &str = ".kiln-spilled";
 /// What room is kept in.
 const UNIT: u64 = 4096;
+/// What `st_blocks` counts.
+const BLOCK: u64 = 512;
 
 /// The directory in which containerd looks for what a container wrote.
 #[derive(Debug)]
@@ -51,14 +59,31 @@ impl WritableLayer {
             dir,
             account: Mutex::default(),
         };
-        if let Err(error) = remove(&layer.path()) {
-            tracing::warn!(path = %layer.path().display(), %error, "an old account of writes stays");
-        }
+        layer.remove(NAME);
+        layer.remove(SPILLED);
         Some(layer)
     }
 
-    fn path(&self) -> PathBuf {
-        self.dir.join(NAME)
+    fn remove(&self, name: &str) {
+        let path = self.dir.join(name);
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                tracing::warn!(path = %path.display(), %error, "an account of writes stays");
+            }
+            _ => {}
+        }
+    }
+
+    fn link(&self, spill: &File) -> io::Result<()> {
+        let open = format!("/proc/self/fd/{}", spill.as_raw_fd());
+        let at = AtFlags::AT_SYMLINK_FOLLOW;
+        Ok(linkat(
+            AT_FDCWD,
+            open.as_str(),
+            AT_FDCWD,
+            &self.dir.join(SPILLED),
+            at,
+        )?)
     }
 
     fn lock(&self) -> MutexGuard<'_, Account> {
@@ -79,7 +104,7 @@ impl WritableLayer {
                 .create_new(true)
                 .mode(0o600)
                 .custom_flags(libc::O_NOFOLLOW)
-                .open(self.path())?,
+                .open(self.dir.join(NAME))?,
         };
         let changed = resize(&file, account.bytes, bytes);
         account.file = Some(file);
@@ -92,12 +117,100 @@ impl WritableLayer {
     pub(super) fn close(&self) {
         let mut account = self.lock();
         account.closed = true;
-        if account.file.take().is_some()
-            && let Err(error) = remove(&self.path())
-        {
-            tracing::warn!(path = %self.path().display(), %error, "an account of writes stays");
+        if account.file.take().is_some() {
+            self.remove(NAME);
         }
     }
+}
+
+/// Where the spill file of a pod has a name.
+#[derive(Debug, Default)]
+pub struct Spilled {
+    holder: Option<Arc<WritableLayer>>,
+    /// It has no name and will not have one: a file that has lost its last name can't have another.
+    nameless: bool,
+}
+
+impl Spilled {
+    /// Has containerd find that the containers' writes take so many bytes, those in the spill file included.
+    pub fn account(
+        &mut self,
+        spill: Option<&File>,
+        layers: &[(Arc<WritableLayer>, u64)],
+    ) -> io::Result<()> {
+        let spilled = match spill.filter(|_| !self.nameless) {
+            Some(file) => file.metadata()?.blocks() * BLOCK,
+            None => 0,
+        };
+        let chosen = self.choose(spilled, layers);
+        // Before it is named there: better too little for a moment than too much.
+        account_all(layers, chosen.as_ref(), spilled)?;
+        let old = match (&self.holder, &chosen) {
+            (Some(old), Some(new)) if Arc::ptr_eq(old, new) => return Ok(()),
+            (None, None) => return Ok(()),
+            (old, _) => old.clone(),
+        };
+        self.holder = match (chosen, spill) {
+            (Some(new), Some(spill)) => match new.link(spill) {
+                Ok(()) => Some(new),
+                Err(error) => {
+                    // On another file system than the snapshots, for instance.
+                    tracing::info!(%error, "what is spilled takes room twice");
+                    None
+                }
+            },
+            _ => None,
+        };
+        if let Some(old) = old {
+            old.remove(SPILLED);
+        }
+        if self.holder.is_none() {
+            self.nameless = true;
+            account_all(layers, None, 0)?;
+        }
+        Ok(())
+    }
+
+    /// A container that wrote at least as much as was spilled: the same one as before, if it still did.
+    fn choose(
+        &self,
+        spilled: u64,
+        layers: &[(Arc<WritableLayer>, u64)],
+    ) -> Option<Arc<WritableLayer>> {
+        let enough = |(_, bytes): &&(Arc<WritableLayer>, u64)| *bytes >= spilled;
+        let same = |(layer, _): &&(Arc<WritableLayer>, u64)| {
+            self.holder
+                .as_ref()
+                .is_some_and(|old| Arc::ptr_eq(old, layer))
+        };
+        let kept = layers.iter().filter(enough).find(same);
+        let most = || layers.iter().filter(enough).max_by_key(|(_, bytes)| *bytes);
+        let found = kept.or_else(|| most().filter(|_| spilled > 0));
+        found.map(|(layer, _)| Arc::clone(layer))
+    }
+
+    /// The μVM has ended, and the file's content is nobody's any more. The shim may live on for long.
+    pub fn end(&mut self, spill: Option<&File>) {
+        self.nameless = true;
+        if let Some(error) = spill.and_then(|file| file.set_len(0).err()) {
+            tracing::warn!(%error, "what was spilled keeps its room until the shim ends");
+        }
+        if let Some(holder) = self.holder.take() {
+            holder.remove(SPILLED);
+        }
+    }
+}
+
+fn account_all(
+    layers: &[(Arc<WritableLayer>, u64)],
+    holder: Option<&Arc<WritableLayer>>,
+    spilled: u64,
+) -> io::Result<()> {
+    for (layer, bytes) in layers {
+        let holds = holder.is_some_and(|holder| Arc::ptr_eq(holder, layer));
+        layer.account(bytes.saturating_sub(if holds { spilled } else { 0 }))?;
+    }
+    Ok(())
 }
 
 fn resize(file: &File, from: u64, to: u64) -> io::Result<()> {
@@ -109,17 +222,12 @@ fn resize(file: &File, from: u64, to: u64) -> io::Result<()> {
     Ok(fallocate(file.as_fd(), FallocateFlags::empty(), at, more)?)
 }
 
-fn remove(path: &Path) -> io::Result<()> {
-    match fs::remove_file(path) {
-        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
-        result => result,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::unix::fs::MetadataExt;
+    use std::path::Path;
+
+    const MIB: u64 = 1 << 20;
 
     fn mount(kind: &str, source: &Path, options: &[String]) -> Vec<Mount> {
         vec![Mount {
@@ -189,5 +297,91 @@ mod tests {
         assert_eq!(usage(dir.path()), 768 << 10);
         layer.close();
         umount2(dir.path(), MntFlags::MNT_DETACH).unwrap();
+    }
+
+    fn layer(dir: &Path) -> Arc<WritableLayer> {
+        fs::create_dir_all(dir).unwrap();
+        Arc::new(WritableLayer {
+            dir: dir.to_owned(),
+            account: Mutex::default(),
+        })
+    }
+
+    /// Without a name, with so many bytes in it.
+    fn spill(dir: &Path, bytes: u64) -> File {
+        let file = OpenOptions::new()
+            .write(true)
+            .custom_flags(libc::O_TMPFILE)
+            .open(dir)
+            .unwrap();
+        resize(&file, 0, bytes).unwrap();
+        file
+    }
+
+    fn is_near(found: u64, wanted: u64) {
+        let near = wanted..wanted + (64 << 10);
+        assert!(near.contains(&found), "{found}, and not {wanted}");
+    }
+
+    #[test]
+    fn what_is_spilled_counts_once_and_moves_to_who_wrote_more() {
+        let dir = tempfile::tempdir().unwrap();
+        let (a, b) = (dir.path().join("a"), dir.path().join("b"));
+        let (first, second) = (layer(&a), layer(&b));
+        let file = spill(dir.path(), 50 * MIB);
+        let mut spilled = Spilled::default();
+        let mut account = |of_first, of_second| {
+            let layers = [(first.clone(), of_first), (second.clone(), of_second)];
+            spilled.account(Some(&file), &layers).unwrap();
+            is_near(usage(&a), of_first);
+            is_near(usage(&b), of_second);
+            file.metadata().unwrap().nlink()
+        };
+        assert_eq!(account(60 * MIB, MIB), 1);
+        assert!(a.join(SPILLED).exists());
+        // It stays where it is, as long as it may.
+        assert_eq!(account(55 * MIB, 90 * MIB), 1);
+        assert!(a.join(SPILLED).exists());
+        assert_eq!(account(10 * MIB, 90 * MIB), 1);
+        assert!(b.join(SPILLED).exists() && !a.join(SPILLED).exists());
+        // Nobody wrote as much as all together spilled: it takes its room twice, and is right.
+        assert_eq!(account(30 * MIB, 40 * MIB), 0);
+        assert_eq!(account(90 * MIB, 40 * MIB), 0);
+    }
+
+    #[test]
+    fn spill_file_outlives_a_container_and_goes_with_the_uvm() {
+        let dir = tempfile::tempdir().unwrap();
+        let (a, b) = (dir.path().join("a"), dir.path().join("b"));
+        let (first, second) = (layer(&a), layer(&b));
+        let file = spill(dir.path(), 50 * MIB);
+        let mut spilled = Spilled::default();
+        let alone = |layer: &Arc<WritableLayer>| [(layer.clone(), 60 * MIB)];
+        spilled.account(Some(&file), &alone(&first)).unwrap();
+        first.close();
+        is_near(usage(&a), 50 * MIB);
+        spilled.account(Some(&file), &alone(&second)).unwrap();
+        assert_eq!(usage(&a), 0);
+        is_near(usage(&b), 60 * MIB);
+        spilled.end(Some(&file));
+        assert_eq!(file.metadata().unwrap().blocks(), 0);
+        assert_eq!(file.metadata().unwrap().nlink(), 0);
+        is_near(usage(&b), 10 * MIB);
+    }
+
+    #[test]
+    fn spill_file_on_another_disk_is_no_reason_to_count_less() {
+        let dir = tempfile::tempdir().unwrap();
+        let a = dir.path().join("a");
+        let elsewhere = File::create(dir.path().join("gone")).unwrap();
+        fs::remove_file(dir.path().join("gone")).unwrap();
+        resize(&elsewhere, 0, 5 * MIB).unwrap();
+        let mut spilled = Spilled::default();
+        // A file that has lost its name can't get one, as one of another file system can't.
+        let layers = [(layer(&a), 20 * MIB)];
+        spilled.account(Some(&elsewhere), &layers).unwrap();
+        is_near(usage(&a), 20 * MIB);
+        spilled.account(None, &layers).unwrap();
+        is_near(usage(&a), 20 * MIB);
     }
 }

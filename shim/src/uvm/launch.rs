@@ -101,7 +101,7 @@ struct Scratch {
     base: File,
     size: u64,
     /// Where what has no room in RAM goes.
-    spill: File,
+    spill: Arc<File>,
     /// The VMM's place in the node's budget of RAM for all pods' writes.
     seat: Arc<Seat>,
     limits: ScratchLimits,
@@ -179,7 +179,8 @@ impl StoreLauncher {
             .map_err(|e| Error::failed("look at a μVM of the store", e))?
             .len();
         let spill = spill_file(&self.spill)
-            .map_err(|e| Error::failed("make room for the pod's writes", e))?;
+            .map_err(|e| Error::failed("make room for the pod's writes", e))?
+            .into();
         let seat = self
             .join_budget(setup.overlay.ram)
             .map_err(|e| Error::failed("take part in the node's budget for pods' writes", e))?;
@@ -351,6 +352,7 @@ impl StoreLauncher {
         let seat = Arc::clone(&baked.scratch.seat);
         let life = Life::follow(&vmm, scored, kills, last, seat)
             .map_err(|e| Error::failed("watch the VMM", e))?;
+        let spill = Arc::clone(&baked.scratch.spill);
         let resuming = {
             let (vmm, timeline, taps) = (vmm.clone(), timeline.clone(), wired.taps);
             let Baked {
@@ -413,6 +415,7 @@ impl StoreLauncher {
             grown,
             share,
             life,
+            spill,
             baked: base,
             lease,
             forwarder,

@@ -131,6 +131,8 @@ pub trait Uvm: Send + Sync {
     async fn stats(&self, container: &str) -> Result<proto::StatsResponse>;
     /// What containers wrote to their root file systems: all together, and each of these.
     async fn written(&self, containers: &[String]) -> Result<Written>;
+    /// The file that holds what has left the overlay's RAM.
+    fn spill(&self) -> Option<Arc<File>>;
     /// The guest's process ids of a container's processes.
     async fn pids(&self, container: &str) -> Result<Vec<u32>>;
     /// The guest's network counters.

@@ -44,6 +44,7 @@ pub(super) struct RunningUvm {
     disks: tokio::sync::Mutex<DiskSlots>,
     share: Arc<Share>,
     life: Life,
+    spill: Arc<File>,
     /// What the μVM was baked with: it can't become smaller.
     baked: Size,
     /// Held as long as the VMM maps the store's files.
@@ -61,6 +62,7 @@ pub(super) struct Parts {
     pub(super) grown: watch::Receiver<Grown>,
     pub(super) share: Arc<Share>,
     pub(super) life: Life,
+    pub(super) spill: Arc<File>,
     pub(super) baked: Size,
     pub(super) lease: Lease,
     pub(super) forwarder: Arc<Mutex<Option<Forwarder>>>,
@@ -187,6 +189,7 @@ impl RunningUvm {
             disks: tokio::sync::Mutex::new(disks),
             share: parts.share,
             life: parts.life,
+            spill: parts.spill,
             baked: parts.baked,
             _lease: parts.lease,
             forwarder: parts.forwarder,
@@ -333,6 +336,10 @@ impl Uvm for RunningUvm {
             total: told.total_bytes,
             own: told.containers.iter().map(|one| one.bytes).collect(),
         })
+    }
+
+    fn spill(&self) -> Option<Arc<File>> {
+        Some(Arc::clone(&self.spill))
     }
 
     async fn pids(&self, container: &str) -> Result<Vec<u32>> {

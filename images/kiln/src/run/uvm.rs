@@ -409,7 +409,8 @@ mod tests {
         let held = || lease(store.root(), want);
         let said = || held().unwrap_err().to_string();
         bake(&store, "protocol", old_protocol);
-        assert!(said().contains("its agent speaks protocol 0"), "{}", said());
+        let old = format!("its agent speaks protocol {}", PROTOCOL_VERSION - 1);
+        assert!(said().contains(&old), "{}", said());
         bake(&store, "cpu", foreign_cpu);
         assert!(
             said().contains("another CPU (cpuid leaf 0x7.0 ebx"),

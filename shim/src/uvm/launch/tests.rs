@@ -114,15 +114,14 @@ fn newer_uvms_of_another_cpu_and_protocol_do_not_hide_one_that_fits() {
 
 #[test]
 fn what_keeps_the_only_uvm_from_being_resumed_is_said() {
+    let old = PROTOCOL_VERSION - 1;
+    let protocols = format!("its agent speaks protocol {old}, this kiln speaks {PROTOCOL_VERSION}");
     for (change, reason) in [
         (
             foreign_cpu as fn(&mut Description),
             "another CPU (cpuid leaf 0x7.0 ebx",
         ),
-        (
-            old_protocol,
-            "its agent speaks protocol 0, this kiln speaks 1",
-        ),
+        (old_protocol, &protocols),
     ] {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::open_or_create(dir.path().join("store")).unwrap();
