@@ -1,18 +1,17 @@
 //! `kiln-vmm`: one machine, one process.
 //!
-//! Started by the control client it reads its command from an inherited socket. Started by a person, `boot`
-//! and `resume` run a machine in the foreground, with the guest's console on standard output and commands
-//! on standard input (`help` lists them).
+//! Started by the control client (`serve`) it reads its requests from an inherited socket. There is no other way to run
+//! a machine: each one is in its jail.
 
 #![cfg_attr(not(test), no_main)]
 
 mod ends;
 mod filter;
-mod frontend;
 mod jail;
 mod log;
 mod serve;
 
+use anyhow::anyhow;
 use kiln_vmm_control::api;
 
 /// Entered by the C library, not by Rust's runtime, which would read a file in /proc to find where the stack ends and
@@ -41,7 +40,9 @@ fn run() -> i32 {
     let mut args = std::env::args().skip(1);
     let result = match args.next().as_deref() {
         Some("serve") => serve::run(args, started),
-        _ => frontend::run(),
+        _ => Err(anyhow!(
+            "kiln-vmm is started by kiln's other programs; `kiln run` starts a μVM by hand"
+        )),
     };
     result.unwrap_or_else(|e| {
         log::say(&format!("{e:#}"));

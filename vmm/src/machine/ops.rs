@@ -11,7 +11,7 @@ use super::exits::lock;
 use super::state::{IRQCHIPS, MachineState};
 use super::{Machine, MachineError};
 use crate::cpu::VcpuState;
-use crate::devices::block::{Block, BlockBackend, OverlayBackend};
+use crate::devices::block::{Block, BlockBackend, Content, OverlayBackend};
 use crate::devices::mem::{Mem, MemStatus};
 use crate::devices::net::Net;
 use crate::layout;
@@ -184,7 +184,7 @@ impl Machine {
             .device(slot)?
             .with(|b: &mut Block| b.save_content(into))
         {
-            Some(Ok(Some(bytes))) => Ok(bytes),
+            Some(Ok(Content::Saved(bytes))) => Ok(bytes),
             Some(Err(source)) => Err(MachineError::Io {
                 action: "saving an overlay",
                 source,

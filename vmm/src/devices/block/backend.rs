@@ -153,9 +153,16 @@ pub trait BlockBackend: Send + Debug {
     /// Waits until nothing is in flight, appending what finishes.
     fn drain(&mut self, done: &mut Vec<Completion>) -> io::Result<()>;
 
-    /// Writes the content into an empty file if it is nowhere but in this process, and tells how many bytes of
-    /// data there are. `None`: it is in a file or device of its own. Nothing is in flight.
-    fn save(&self, _into: &File) -> io::Result<Option<u64>> {
-        Ok(None)
-    }
+    /// Writes the content into an empty file, if it is nowhere but in this process. Nothing is in flight. Each backend
+    /// answers for itself: content that one forgot would be lost in silence.
+    fn save(&self, into: &File) -> io::Result<Content>;
+}
+
+/// Where a disk's content is once its machine was saved.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Content {
+    /// In a file or device of its own.
+    Elsewhere,
+    /// In the file it was to be saved into, as so many bytes of data.
+    Saved(u64),
 }

@@ -16,7 +16,8 @@ use vm_memory::GuestAddressSpace;
 use vmm_sys_util::epoll::EventSet;
 
 use super::backend::{
-    BlockBackend, BlockOp, BlockRequest, Completion, IoBuffers, RequestTag, SECTOR_SIZE, Submitted,
+    BlockBackend, BlockOp, BlockRequest, Completion, Content, IoBuffers, RequestTag, SECTOR_SIZE,
+    Submitted,
 };
 use super::request::{self, Command, Geometry, Range, RequestError, Status};
 use crate::devices::chain::{Chain, Segments};
@@ -172,10 +173,10 @@ impl Block {
     }
 
     /// Saves a disk's content that is nowhere but in this process; see [`BlockBackend::save`].
-    pub fn save_content(&self, into: &File) -> io::Result<Option<u64>> {
+    pub fn save_content(&self, into: &File) -> io::Result<Content> {
         self.backend
             .as_ref()
-            .map_or(Ok(None), |backend| backend.save(into))
+            .map_or(Ok(Content::Elsewhere), |backend| backend.save(into))
     }
 
     fn signal_config(&self) {

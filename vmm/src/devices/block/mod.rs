@@ -19,7 +19,8 @@ mod worker;
 mod tests;
 
 pub use backend::{
-    BlockBackend, BlockOp, BlockRequest, Completion, IoBuffers, RequestTag, SECTOR_SIZE, Submitted,
+    BlockBackend, BlockOp, BlockRequest, Completion, Content, IoBuffers, RequestTag, SECTOR_SIZE,
+    Submitted,
 };
 pub use device::{Block, BlockConfig};
 pub use file::{FileBackend, FileError};

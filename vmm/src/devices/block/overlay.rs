@@ -9,7 +9,9 @@ use std::os::fd::RawFd;
 
 use kiln_overlay::{Attempt, BufferError, Overlay, Source, Target};
 
-use super::backend::{BlockBackend, BlockOp, BlockRequest, Completion, IoBuffers, Submitted};
+use super::backend::{
+    BlockBackend, BlockOp, BlockRequest, Completion, Content, IoBuffers, Submitted,
+};
 use super::worker::Worker;
 
 /// An overlay as a disk.
@@ -144,7 +146,10 @@ impl BlockBackend for OverlayBackend {
         Ok(())
     }
 
-    fn save(&self, into: &File) -> io::Result<Option<u64>> {
-        Ok(Some(self.overlay.save(into)?))
+    fn save(&self, into: &File) -> io::Result<Content> {
+        self.overlay
+            .save(into)
+            .map(Content::Saved)
+            .map_err(Into::into)
     }
 }
