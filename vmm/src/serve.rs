@@ -18,7 +18,7 @@ use kiln_vmm::cpu::thread::install_kick_handler;
 use kiln_vmm::devices::block::Rings;
 use kiln_vmm::event::EventLoop;
 use kiln_vmm::machine::{
-    BootSpec, DeviceKind, DeviceSpec, HostEnd, HostEnds, Machine, MachineConfig, Observer,
+    BootSpec, DeviceKind, DeviceSpec, HostEnd, HostEnds, Machine, MachineConfig, Observer, Paused,
     ResumeSpec,
 };
 use kiln_vmm::memory::{HostMemory, MemoryShape};
@@ -292,7 +292,7 @@ fn start(
                 std::process::abort();
             }
         })?;
-    machine.unpause();
+    machine.start();
     timeline.mark("vmm.run");
     let (follow, told) = (machine.clone(), watcher.clone());
     std::thread::Builder::new()
@@ -316,9 +316,10 @@ fn start(
 }
 
 fn serve(server: &Server, socket: &UnixStream) -> Result<i32> {
+    let mut paused = None;
     while let Some((request, fds)) = wire::receive::<Request>(socket)? {
         let stop = request == Request::Stop;
-        let reply = match answer(server, request, Fds::new(fds)) {
+        let reply = match answer(server, &mut paused, request, Fds::new(fds)) {
             Ok(reply) => reply,
             Err(e) => Reply::Error(format!("{e:#}")),
         };
@@ -332,7 +333,12 @@ fn serve(server: &Server, socket: &UnixStream) -> Result<i32> {
     unsafe { libc::_exit(exit::ENDED) }
 }
 
-fn answer(server: &Server, request: Request, mut fds: Fds) -> Result<Reply> {
+fn answer<'s>(
+    server: &'s Server,
+    paused: &mut Option<Paused<'s>>,
+    request: Request,
+    mut fds: Fds,
+) -> Result<Reply> {
     let machine = &server.machine;
     match request {
         Request::Boot { .. } | Request::Resume { .. } => bail!("there is a machine already"),
@@ -343,14 +349,17 @@ fn answer(server: &Server, request: Request, mut fds: Fds) -> Result<Reply> {
             go_on,
         } => {
             let (mut state, memory) = (fds.file(state)?, fds.file(memory)?);
-            let reply = save(server, &mut state, &memory, digest);
+            let still = pause(machine, paused)?;
+            let reply = save(still, &server.kernel, &mut state, &memory, digest);
             if go_on || reply.is_err() {
-                machine.unpause();
+                *paused = None;
             }
             return reply;
         }
-        Request::Pause => machine.pause()?,
-        Request::Unpause => machine.unpause(),
+        Request::Pause => {
+            pause(machine, paused)?;
+        }
+        Request::Unpause => *paused = None,
         Request::AttachBlock {
             slot,
             fd,
@@ -369,7 +378,10 @@ fn answer(server: &Server, request: Request, mut fds: Fds) -> Result<Reply> {
             machine.set_net(slot, fds.take_all(taps)?, mac)?;
         }
         Request::SaveOverlay { slot, into } => {
-            let bytes = machine.save_overlay(slot, &fds.file(into)?)?;
+            let still = paused
+                .as_ref()
+                .context("the machine has to be paused for an overlay to be saved")?;
+            let bytes = still.save_overlay(slot, &fds.file(into)?)?;
             return Ok(Reply::SavedOverlay { bytes });
         }
         Request::PlugNet { taps, mac } => {
@@ -398,15 +410,30 @@ fn answer(server: &Server, request: Request, mut fds: Fds) -> Result<Reply> {
     Ok(Reply::Done)
 }
 
-fn save(server: &Server, state: &mut File, memory: &File, digest: [u8; 32]) -> Result<Reply> {
-    let machine = &server.machine;
-    machine.pause()?;
+/// Pausing a paused machine changes nothing.
+fn pause<'p, 's>(
+    machine: &'s Machine,
+    paused: &'p mut Option<Paused<'s>>,
+) -> Result<&'p Paused<'s>> {
+    Ok(match paused {
+        Some(still) => still,
+        None => paused.insert(machine.pause()?),
+    })
+}
+
+fn save(
+    still: &Paused<'_>,
+    kernel: &str,
+    state: &mut File,
+    memory: &File,
+    digest: [u8; 32],
+) -> Result<Reply> {
     let labels = Labels {
-        kernel: server.kernel.clone(),
+        kernel: kernel.to_owned(),
         digest,
     };
-    let mut saved = machine.save()?;
-    let parts = machine.memory().context("the machine is not paused")?;
+    let mut saved = still.save()?;
+    let parts = still.memory();
     let written = snapshot::write_memory(memory, &parts)?;
     saved.holes = written.holes;
     let bytes = snapshot::encode(&saved, &labels)?;

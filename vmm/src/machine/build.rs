@@ -97,7 +97,7 @@ pub struct ResumeSpec {
 }
 
 impl Machine {
-    /// Builds a machine about to enter a kernel. It runs when [`unpause`](Self::unpause) is called.
+    /// Builds a machine about to enter a kernel. It runs when [`start`](Self::start) is called.
     pub fn boot(
         seed: VmSeed,
         events: EventLoop,
@@ -155,7 +155,7 @@ impl Machine {
         Ok((machine, loaded.version))
     }
 
-    /// Builds a machine as it was saved. It runs when [`unpause`](Self::unpause) is called.
+    /// Builds a machine as it was saved. It runs when [`start`](Self::start) is called.
     pub fn resume(
         seed: VmSeed,
         events: EventLoop,

@@ -1,13 +1,15 @@
 //! A machine: its parts put together, and what can be done with it.
 //!
 //! [`Machine::boot`] and [`Machine::resume`] are two functions on purpose: resuming reads top to bottom with
-//! no branches for booting. What happens to a running machine is in `ops`, hot-plug in `hotplug`.
+//! no branches for booting. What happens to a running machine is in `ops`, hot-plug in `hotplug`,
+//! and what needs one that stands still in `save`.
 
 mod build;
 mod config;
 mod exits;
 mod hotplug;
 mod ops;
+mod save;
 mod state;
 
 use std::collections::BTreeMap;
@@ -20,7 +22,7 @@ use crate::acpi::AcpiError;
 use crate::boot::BootError;
 use crate::cpu::CpuError;
 use crate::devices::block::Rings;
-use crate::event::{EventLoop, Stillness};
+use crate::event::EventLoop;
 use crate::memory::{Memory, MemoryError};
 use crate::virtio::DeviceError;
 use crate::virtio::pci::{TransportEnv, TransportError, VirtioPci};
@@ -29,6 +31,7 @@ pub use build::{BootSpec, HostEnd, HostEnds, ResumeSpec};
 pub use config::{ConfigError, DeviceKind, DeviceSpec, MachineConfig};
 pub use exits::{Board, Observer};
 pub use ops::Stats;
+pub use save::Paused;
 pub use state::MachineState;
 
 /// Runs first on every new vCPU thread; the jail's filter.
@@ -100,8 +103,8 @@ pub struct Machine {
     kvm: Kvm,
     config: Mutex<MachineConfig>,
     devices: Mutex<BTreeMap<u8, Arc<VirtioPci>>>,
-    /// Present while the machine is paused by request.
-    paused: Mutex<Option<Stillness>>,
+    /// Whether a [`Paused`] holds it still.
+    paused: Mutex<bool>,
     /// Made before the system call filter, which forbids making them.
     rings: Rings,
     enter_vcpu: Enter,

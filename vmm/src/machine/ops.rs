@@ -1,17 +1,12 @@
-//! What can be done with a machine that exists: run, stop, save, swap disks.
+//! What can be done with a machine that exists: run, stop, swap disks.
 
-use std::fs::File;
 use std::sync::Arc;
-
-use kvm_bindings::kvm_irqchip;
 
 use super::build::{HostEnd, open_disk, open_taps};
 use super::config::{DeviceKind, DeviceSpec};
 use super::exits::lock;
-use super::state::{IRQCHIPS, MachineState};
 use super::{Machine, MachineError};
-use crate::cpu::VcpuState;
-use crate::devices::block::{Block, BlockBackend, Content, OverlayBackend};
+use crate::devices::block::{Block, BlockBackend, OverlayBackend};
 use crate::devices::mem::{Mem, MemStatus};
 use crate::devices::net::Net;
 use crate::layout;
@@ -42,97 +37,12 @@ impl Machine {
         self.board.end(Outcome::Stopped);
     }
 
-    /// Stops vCPUs and devices. Pausing a paused machine changes nothing.
-    pub fn pause(&self) -> Result<(), MachineError> {
-        let mut paused = lock(&self.paused);
-        if paused.is_some() {
-            return Ok(());
+    /// Lets it run for the first time.
+    pub fn start(&self) {
+        let paused = lock(&self.paused);
+        if !*paused {
+            self.board.vcpus.start();
         }
-        // In this order: no new kicks, then no unhandled kicks, then no requests in flight.
-        self.board.vcpus.pause();
-        let still = self.events.still();
-        let drained = still.drain().map_err(|source| MachineError::Io {
-            action: "handling pending device events",
-            source,
-        })?;
-        if !drained {
-            tracing::warn!("a device was still busy when the machine was paused");
-        }
-        for (slot, d) in lock(&self.devices).iter() {
-            d.pause().map_err(|source| MachineError::Device {
-                slot: *slot,
-                source,
-            })?;
-        }
-        *paused = Some(still);
-        Ok(())
-    }
-
-    /// Lets devices and vCPUs run.
-    pub fn unpause(&self) {
-        let mut paused = lock(&self.paused);
-        if let Some(still) = paused.take() {
-            for d in lock(&self.devices).values() {
-                d.unpause();
-            }
-            drop(still);
-        }
-        self.board.vcpus.start();
-    }
-
-    /// Reads everything but memory, and so not where memory has holes. The machine must be paused, and stays so.
-    pub fn save(&self) -> Result<MachineState, MachineError> {
-        let kvm = |call| move |source| MachineError::Kvm { call, source };
-        if lock(&self.paused).is_none() {
-            return Err(MachineError::Refused(
-                "only a paused machine can be saved".to_owned(),
-            ));
-        }
-        if let Some(outcome) = self.outcome() {
-            return Err(MachineError::Refused(format!(
-                "the machine has ended: {outcome:?}"
-            )));
-        }
-        let vm = &self.board.vm;
-        let mut irqchips = Vec::with_capacity(IRQCHIPS.len());
-        for id in IRQCHIPS {
-            let mut chip = kvm_irqchip {
-                chip_id: id,
-                ..Default::default()
-            };
-            vm.get_irqchip(&mut chip).map_err(kvm("KVM_GET_IRQCHIP"))?;
-            irqchips.push(chip);
-        }
-        let clock = vm.get_clock().map_err(kvm("KVM_GET_CLOCK"))?;
-        let msrs = self
-            .kvm
-            .get_msr_index_list()
-            .map_err(kvm("KVM_GET_MSR_INDEX_LIST"))?;
-        let mut vcpus = Vec::new();
-        self.board.vcpus.for_each(|index, fd| {
-            vcpus.push(VcpuState::save(fd, index, &msrs)?);
-            Ok::<(), crate::cpu::CpuError>(())
-        })?;
-        let mut config = lock(&self.config).clone();
-        config.memory = self.memory.shape();
-        let devices = lock(&self.devices);
-        config.devices.sort_by_key(|d| d.slot);
-        let saved: Result<Vec<_>, _> = devices.values().map(|d| d.save()).collect();
-        Ok(MachineState {
-            config,
-            clock,
-            irqchips,
-            vcpus,
-            hotplug: lock(&self.board.hotplug).clone(),
-            serial: self.board.console.as_ref().map(|c| lock(c).save()),
-            devices: saved?,
-            holes: Vec::new(),
-        })
-    }
-
-    /// Guest memory in the order of a memory file. Only for a paused machine.
-    pub fn memory(&self) -> Option<Vec<&[u8]>> {
-        lock(&self.paused).is_some().then(|| self.memory.contents())
     }
 
     pub(super) fn device(&self, slot: u8) -> Result<Arc<VirtioPci>, MachineError> {
@@ -170,28 +80,6 @@ impl Machine {
                 .map(drop)
                 .map_err(|source| MachineError::Device { slot, source }),
             None => Err(MachineError::Refused(format!("slot {slot} holds no disk"))),
-        }
-    }
-
-    /// Writes an overlay's content into an empty file. Only for a paused machine.
-    pub fn save_overlay(&self, slot: u8, into: &File) -> Result<u64, MachineError> {
-        if lock(&self.paused).is_none() {
-            return Err(MachineError::Refused(
-                "the machine has to be paused for an overlay to be saved".to_owned(),
-            ));
-        }
-        match self
-            .device(slot)?
-            .with(|b: &mut Block| b.save_content(into))
-        {
-            Some(Ok(Content::Saved(bytes))) => Ok(bytes),
-            Some(Err(source)) => Err(MachineError::Io {
-                action: "saving an overlay",
-                source,
-            }),
-            _ => Err(MachineError::Refused(format!(
-                "slot {slot} holds no overlay"
-            ))),
         }
     }
 
@@ -302,7 +190,7 @@ impl Machine {
         Stats {
             cpus: lock(&self.board.hotplug).present_cpus().count() as u8,
             memory: ram + self.plugged().plugged,
-            paused: lock(&self.paused).is_some(),
+            paused: *lock(&self.paused),
             devices: lock(&self.devices).len(),
         }
     }
