@@ -1,11 +1,12 @@
 //! The root processes' side: making the file, joining for a VMM, freeing what dead members left.
 
-use std::fs::{self, DirBuilder, File};
+use std::fs::{self, DirBuilder, File, TryLockError};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
 use super::layout::{Access, FILE_LEN, MAGIC, Mapping, Page, SLOTS, Trusted, VERSION, page_offset};
 use super::{BudgetError, LEAST, file_error};
@@ -296,7 +297,7 @@ fn remove_damaged(path: &Path) -> Result<(), BudgetError> {
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
         result => result.map_err(file_error("open"))?,
     };
-    damaged.lock().map_err(file_error("lock"))?;
+    lock_in_time(&damaged).map_err(file_error("lock the damaged file of"))?;
     let same = |a: &fs::Metadata, b: &fs::Metadata| a.dev() == b.dev() && a.ino() == b.ino();
     let opened = damaged.metadata().map_err(file_error("inspect"))?;
     let replaced = fs::symlink_metadata(path).map_or(true, |named| !same(&named, &opened));
@@ -304,4 +305,25 @@ fn remove_damaged(path: &Path) -> Result<(), BudgetError> {
         return Ok(());
     }
     fs::remove_file(path).map_err(file_error("replace the damaged file of"))
+}
+
+/// Whoever replaces a damaged file is done in no time: one that is not hangs, and must not keep pods from starting for ever.
+const REPLACE_WAIT: Duration = Duration::from_secs(2);
+
+fn lock_in_time(file: &File) -> io::Result<()> {
+    let begun = Instant::now();
+    loop {
+        match file.try_lock() {
+            Ok(()) => return Ok(()),
+            Err(TryLockError::Error(error)) => return Err(error),
+            Err(TryLockError::WouldBlock) if begun.elapsed() >= REPLACE_WAIT => {
+                return Err(io::Error::new(
+                    io::ErrorKind::TimedOut,
+                    "another process of root's keeps it locked; /proc/locks names it",
+                ));
+            }
+            // There is no call that waits for such a lock and gives up.
+            Err(TryLockError::WouldBlock) => std::thread::sleep(Duration::from_millis(5)),
+        }
+    }
 }

@@ -457,3 +457,16 @@ fn slot_is_nobody_elses_while_a_vmm_lives_whose_holder_was_killed() {
     kill_and_wait_for(vmm);
     assert_eq!(sit(&path, MIB).number(), 1);
 }
+
+#[test]
+fn a_damaged_file_that_somebody_keeps_locked_is_an_error_and_not_a_wait() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("budget");
+    std::fs::write(&path, "damaged").unwrap();
+    let held = std::fs::File::open(&path).unwrap();
+    held.lock().unwrap();
+    let error = Budget::open_or_make(&path, 1 << 20).unwrap_err();
+    assert!(error.to_string().contains("lock"), "{error}");
+    drop(held);
+    Budget::open_or_make(&path, 1 << 20).unwrap();
+}
