@@ -11,10 +11,11 @@ use std::{fs, io};
 
 use serde::Deserialize;
 
-use kiln_vmm_control::{DEFAULT_SPILL_DIRECTORY, Flush, ScratchLimits};
+use kiln_uvm::Flush;
+use kiln_uvm::scratch::{DEFAULT_SPILL_DIRECTORY, ScratchLimits};
 
 use crate::bootstrap::AnswerForm;
-use crate::size::{MIB, ParseSizeError, parse_size};
+use kiln_uvm::size::{Bytes, MIB, NotASize};
 
 pub use annotations::{ANNOTATION_PREFIX, Most, PodOverrides};
 use annotations::{FileAnnotations, HARMLESS, KNOWN, MOST_OVERLAY_DISK};
@@ -101,7 +102,9 @@ struct FileOverlay {
 
 fn size(key: &'static str, text: Option<&str>, default: u64) -> Result<u64, ConfigError> {
     match text {
-        Some(text) => parse_size(text).map_err(|source| ConfigError::Size { key, source }),
+        Some(text) => {
+            Bytes::more_than_none(text).map_err(|source| ConfigError::Size { key, source })
+        }
         None => Ok(default),
     }
 }
@@ -141,7 +144,7 @@ pub enum ConfigError {
         key: &'static str,
         /// Why.
         #[source]
-        source: ParseSizeError,
+        source: NotASize,
     },
     /// A number is out of range.
     #[error("{key} of the configuration must be at least 1")]

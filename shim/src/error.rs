@@ -6,6 +6,7 @@
 
 use std::fmt::Write as _;
 
+use kiln_uvm::guest::GuestError;
 use kiln_uvm::share::ShareError;
 use ttrpc::{Code, get_status};
 
@@ -100,6 +101,38 @@ impl From<ShareError> for Error {
         match error {
             ShareError::Closed => Self::Unavailable(error.to_string()),
             ShareError::System { .. } => Self::failed("share a volume with the μVM", error),
+        }
+    }
+}
+
+impl From<GuestError> for Error {
+    /// What the agent says becomes what containerd is told, code for code.
+    fn from(error: GuestError) -> Self {
+        match error {
+            GuestError::Refused { what, code, text } => match code {
+                Code::NOT_FOUND => Self::NotFound(what),
+                Code::ALREADY_EXISTS => Self::AlreadyExists(what),
+                Code::INVALID_ARGUMENT => Self::InvalidArgument(format!("{what}: {text}")),
+                Code::FAILED_PRECONDITION => Self::FailedPrecondition(format!("{what}: {text}")),
+                Code::UNIMPLEMENTED => Self::Unimplemented(format!("{what}: {text}")),
+                Code::RESOURCE_EXHAUSTED => Self::ResourceExhausted(format!("{what}: {text}")),
+                _ => Self::failed(format!("the guest could not {what}"), text),
+            },
+            GuestError::NoStream => Self::NotFound("the process's stream".into()),
+            gone => Self::Unavailable(chain(&gone)),
+        }
+    }
+}
+
+impl From<kiln_uvm::Error> for Error {
+    fn from(error: kiln_uvm::Error) -> Self {
+        use kiln_uvm::Error as Uvm;
+        match error {
+            Uvm::Guest(error) => error.into(),
+            Uvm::Pick(_) | Uvm::NotResumable { .. } => Self::FailedPrecondition(chain(&error)),
+            Uvm::NoSlot(_) | Uvm::NotGrown(_) => Self::ResourceExhausted(chain(&error)),
+            gone if gone.is_gone() => Self::Unavailable(chain(&gone)),
+            other => Self::failed("run the pod's μVM", other),
         }
     }
 }

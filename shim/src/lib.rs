@@ -24,7 +24,5 @@ pub mod size;
 pub mod spec;
 pub mod stats;
 pub mod stdio;
-pub mod text;
 pub mod time;
-pub mod timeline;
 pub mod uvm;

@@ -108,12 +108,22 @@ fn subscriber(pipe: LogPipe, level: LevelFilter) -> (impl Subscriber + Send + Sy
     (subscriber, handle)
 }
 
+/// Logs a line of a pod's VMM at the level that it begins with. The VMM limits how many lines a guest can cause.
+pub fn vmm(pod: &str, line: &str) {
+    match line.split_once(' ') {
+        Some(("ERROR", rest)) => tracing::error!(pod, vmm = rest),
+        Some(("WARN", rest)) => tracing::warn!(pod, vmm = rest),
+        _ => tracing::info!(pod, vmm = line.strip_prefix("INFO ").unwrap_or(line)),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use nix::sys::stat::Mode;
     use nix::unistd::mkfifo;
     use std::io::Read;
+    use std::sync::Mutex;
 
     #[test]
     fn full_pipe_drops_lines_and_says_how_many() {
@@ -159,5 +169,52 @@ mod tests {
         let text = String::from_utf8_lossy(&buffer[..n]).into_owned();
         assert!(text.contains("DEBUG second"), "{text}");
         assert!(!text.contains("first"), "{text}");
+    }
+
+    /// What a line becomes in the shim's log.
+    fn logged(line: &str) -> String {
+        let lines = Arc::new(Mutex::new(Vec::new()));
+        let writer = {
+            let lines = lines.clone();
+            move || Shared(lines.clone())
+        };
+        let subscriber = tracing_subscriber::fmt()
+            .with_ansi(false)
+            .without_time()
+            .with_target(false)
+            .with_writer(writer)
+            .finish();
+        tracing::subscriber::with_default(subscriber, || vmm("a-pod", line));
+        let bytes = lines.lock().unwrap().clone();
+        String::from_utf8(bytes).unwrap().trim().to_owned()
+    }
+
+    struct Shared(Arc<Mutex<Vec<u8>>>);
+
+    impl Write for Shared {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.lock().unwrap().extend_from_slice(bytes);
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_vmms_line_is_logged_at_its_level_with_the_pod_and_without_control_characters() {
+        let line = logged("WARN kiln_vmm::disk: full \x1b[2J slot=3");
+        let expected = r#"WARN pod="a-pod" vmm="kiln_vmm::disk: full \u{1b}[2J slot=3""#;
+        assert_eq!(line, expected);
+        assert!(logged("ERROR kiln_vmm: gone").starts_with("ERROR pod="));
+        assert_eq!(
+            logged("INFO kiln_vmm: here"),
+            r#"INFO pod="a-pod" vmm="kiln_vmm: here""#
+        );
+        assert_eq!(
+            logged("the machine has ended"),
+            r#"INFO pod="a-pod" vmm="the machine has ended""#
+        );
     }
 }

@@ -8,6 +8,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use kiln_node::pods;
 use kiln_overlay::Budget;
 use kiln_store::lock::{self, LockError};
 use kiln_store::private::{self, PrivateError};
@@ -124,12 +125,12 @@ impl PodDir {
 
     /// The socket that tells what the pod's μVM is and takes.
     pub fn inspect(&self) -> PathBuf {
-        self.dir.join("inspect.sock")
+        self.dir.join(pods::INSPECT)
     }
 
     /// Where the time of the start went.
     pub fn trace(&self) -> PathBuf {
-        self.dir.join("trace.json")
+        self.dir.join(pods::TRACE)
     }
 
     /// The budget that all pods' overlays share. It is the node's, and stays when a pod goes.

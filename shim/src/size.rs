@@ -1,23 +1,9 @@
 //! How big a pod's μVM is to be.
 
+use kiln_uvm::size::{BLOCK, Size};
 use serde::Deserialize;
 
 use crate::config::{Config, PodOverrides};
-
-/// 2^20 bytes.
-pub const MIB: u64 = 1 << 20;
-
-/// Memory is plugged in multiples of this.
-const BLOCK: u64 = 2 * MIB;
-
-/// vCPUs and memory of a μVM.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Size {
-    /// vCPUs.
-    pub cpus: u32,
-    /// Memory, the guest's own share included.
-    pub memory: u64,
-}
 
 /// CPU and memory limits as the OCI spec and CRI's annotations state them. Zero or less: none.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -99,38 +85,6 @@ pub fn size_of(limits: Limits, overrides: &PodOverrides, config: &Config) -> Siz
     }
 }
 
-/// Text that is no size.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{0:?} is not a size; write 512MiB, 2Gi, 1GB or a number of bytes")]
-pub struct ParseSizeError(String);
-
-/// Parses a size the way people and Kubernetes write them: a number and an optional unit, binary
-/// (Ki, KiB, Mi, …) or decimal (k, M, MB, …).
-pub fn parse_size(text: &str) -> Result<u64, ParseSizeError> {
-    let wrong = || ParseSizeError(text.to_owned());
-    let trimmed = text.trim();
-    let end = trimmed
-        .find(|c: char| !c.is_ascii_digit())
-        .unwrap_or(trimmed.len());
-    let number: u64 = trimmed[..end].parse().map_err(|_| wrong())?;
-    let unit = trimmed[end..].trim();
-    let scale: u64 = match unit.strip_suffix('B').unwrap_or(unit) {
-        "" => 1,
-        "k" | "K" => 1000,
-        "M" => 1_000_000,
-        "G" => 1_000_000_000,
-        "Ki" => 1 << 10,
-        "Mi" => 1 << 20,
-        "Gi" => 1 << 30,
-        "Ti" => 1 << 40,
-        _ => return Err(wrong()),
-    };
-    number
-        .checked_mul(scale)
-        .filter(|&n| n > 0)
-        .ok_or_else(wrong)
-}
-
 /// The part of an OCI `LinuxResources` that says how big the μVM must be.
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(default)]
@@ -167,6 +121,7 @@ impl Resources {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use kiln_uvm::size::MIB;
 
     fn config() -> Config {
         Config {
@@ -260,17 +215,6 @@ mod tests {
         });
         assert_eq!(sum, limits(100_000, 128 << 20));
         assert_eq!(limits(50_000, 1 << 20).plus(Limits::default()).cpus(), None);
-    }
-
-    #[test]
-    fn sizes_are_read_in_both_systems() {
-        assert_eq!(parse_size("512MiB"), Ok(512 * MIB));
-        assert_eq!(parse_size("2Gi"), Ok(2048 * MIB));
-        assert_eq!(parse_size("1GB"), Ok(1_000_000_000));
-        assert_eq!(parse_size(" 42 "), Ok(42));
-        for wrong in ["", "0", "MiB", "12 parsecs", "99999999999Gi", "-1"] {
-            assert!(parse_size(wrong).is_err(), "{wrong}");
-        }
     }
 
     #[test]

@@ -7,13 +7,13 @@ use anyhow::{Context, Result};
 
 #[derive(Debug, Default)]
 pub(crate) struct Timeline {
-    steps: Vec<Step>,
+    steps: Vec<Timed>,
     /// What came later and does not belong to the picture's scale.
-    after: Vec<Step>,
+    after: Vec<Timed>,
 }
 
 #[derive(Debug)]
-struct Step {
+struct Timed {
     name: &'static str,
     time: Duration,
 }
@@ -44,11 +44,11 @@ impl Timeline {
     }
 }
 
-async fn timed<T>(name: &'static str, work: impl Future<Output = Result<T>>) -> (Step, Result<T>) {
+async fn timed<T>(name: &'static str, work: impl Future<Output = Result<T>>) -> (Timed, Result<T>) {
     let start = Instant::now();
     let result = work.await.context(name);
     (
-        Step {
+        Timed {
             name,
             time: start.elapsed(),
         },
@@ -64,7 +64,7 @@ impl fmt::Display for Timeline {
             usize::try_from(at).unwrap_or_default()
         };
         let mut start = Duration::ZERO;
-        for Step { name, time } in &self.steps {
+        for Timed { name, time } in &self.steps {
             let from = column(start);
             // A step too short for a column is still there.
             let length = (column(start + *time) - from).max(1);
@@ -83,7 +83,7 @@ impl fmt::Display for Timeline {
             "",
             total.as_secs_f64() * 1e3
         )?;
-        for Step { name, time } in &self.after {
+        for Timed { name, time } in &self.after {
             writeln!(
                 f,
                 "  {name:<16} {:<50} {:>8.1} ms",
@@ -101,7 +101,7 @@ mod tests {
 
     #[test]
     fn each_step_begins_where_the_one_before_ended() {
-        let step = |name, milliseconds| Step {
+        let step = |name, milliseconds| Timed {
             name,
             time: Duration::from_millis(milliseconds),
         };

@@ -6,6 +6,7 @@ use anyhow::{Context, Result};
 use kiln_agent_api::client::Vsock;
 use kiln_agent_api::proto::SetIdentityResponse;
 use kiln_store::{Kind, Lease, Store};
+use kiln_uvm::guest::{Agent, Identity};
 
 use crate::setup;
 use crate::uvm::Baked;
@@ -26,10 +27,6 @@ pub fn baked() -> Result<(Lease, Baked)> {
 
 /// Gives a resumed μVM whose sockets are in `dir` an identity of its own; what the agent says of it.
 pub async fn identify(dir: &Path) -> Result<SetIdentityResponse> {
-    let agent = Vsock::new(dir.join("vsock")).agent().await?;
-    let identity = kiln_bake::identity("a test")?;
-    agent
-        .set_identity(Default::default(), &identity)
-        .await
-        .context("the agent refused its identity")
+    let agent = Agent::connect(Vsock::new(dir.join("vsock"))).await?;
+    Ok(agent.set_identity(&Identity::default()).await?)
 }

@@ -3,7 +3,6 @@
 
 use std::fs::File;
 use std::io::{Read, Write};
-use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -12,11 +11,12 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use kiln_bake::cpio::Archive;
 use kiln_bake::kernel::{self, GuestKernel};
 use kiln_bake::modules::{GUEST, Modules, Wanted};
-use kiln_bake::touched::Watch;
-use kiln_vmm_control::{
-    BudgetSeat, DeviceKind, DeviceSpec, End, Jail, MachineSpec, Overlay, OverlayPool, PageRun,
-    Reply, Request, Spawn, Vmm,
-};
+use kiln_uvm::control::{Boot, Control, Resume};
+use kiln_uvm::ends::Ends;
+use kiln_uvm::jail::Jail;
+use kiln_uvm::machine::{Machine, Start};
+use kiln_uvm::touched::Watch;
+use kiln_uvm::{DeviceKind, DeviceSpec, MachineSpec, PageRun, VmmStep};
 
 /// Where a node has the VMM.
 const PROGRAM: &str = "/usr/local/bin/kiln-vmm";
@@ -230,7 +230,7 @@ impl Baked {
     pub fn learn(&mut self, dir: &Path) -> Result<()> {
         let watch = Watch::begin(File::open(&self.memory)?)?;
         let vmm = Uvm::spawn(dir)?;
-        let uvm = Uvm::resume_as(vmm, dir, self, vec![], &[], true)?;
+        let uvm = Uvm::resume_as(vmm, dir, self, Ends::new(), true)?;
         let _answer = uvm.ask()?;
         std::thread::sleep(COMES_TO_REST);
         self.touched = watch.end(uvm.vmm().pid())?.into_runs();
@@ -241,15 +241,15 @@ impl Baked {
 /// A running μVM. Dropping it ends it.
 #[derive(Debug)]
 pub struct Uvm {
-    vmm: Vmm,
+    vmm: Machine,
     dir: PathBuf,
     /// What the VMM said when it had started.
-    pub steps: Vec<kiln_vmm_control::Step>,
+    pub steps: Vec<VmmStep>,
 }
 
 impl Uvm {
     /// Starts a VMM, in its jail, whose files (log, console, sockets) are in `dir`.
-    pub fn spawn(dir: &Path) -> Result<Vmm> {
+    pub fn spawn(dir: &Path) -> Result<Machine> {
         let root = dir.join("empty");
         std::fs::create_dir_all(&root)?;
         let jail = Jail {
@@ -257,12 +257,13 @@ impl Uvm {
             gid: NOBODY,
             root,
         };
-        let spawn = Spawn {
-            program: PROGRAM.into(),
+        Ok(Machine::start(Start {
+            program: Path::new(PROGRAM),
             jail: Some(jail),
-            log: Some(File::create(dir.join("vmm.log"))?),
-        };
-        Ok(Vmm::spawn(spawn)?)
+            log: File::create(dir.join("vmm.log"))?,
+            words: None,
+            oom_kills: Box::new(|| false),
+        })?)
     }
 
     /// Boots a machine and waits until its guest takes scripts.
@@ -283,25 +284,21 @@ impl Uvm {
         let initrd = File::open(&kit.initrd)?;
         let console = File::create(self.dir.join("console"))?;
         let listener = self.listen()?;
-        let request = Request::Boot {
-            machine: shape.spec(),
-            kernel: 0,
-            initrd: Some(1),
-            cmdline: if shape.quiet {
-                format!("{CMDLINE} quiet")
-            } else {
-                CMDLINE.to_owned()
-            },
-            console: Some(2),
-            ends: vec![(slots::VSOCK, End::Listener(3))],
+        let command_line = if shape.quiet {
+            format!("{CMDLINE} quiet")
+        } else {
+            CMDLINE.to_owned()
         };
-        let fds = [
-            kernel.as_fd(),
-            initrd.as_fd(),
-            console.as_fd(),
-            listener.as_fd(),
-        ];
-        self.vmm.call(&request, &fds)?;
+        let boot = Boot {
+            machine: shape.spec(),
+            kernel: &kernel,
+            initramfs: &initrd,
+            command_line: &command_line,
+            console: Some(&console),
+        };
+        let mut ends = Ends::new();
+        ends.listener(slots::VSOCK, &listener);
+        self.steps = self.vmm().boot(&boot, ends)?;
         let deadline = Instant::now() + BOOT_LIMIT;
         while !self.console().contains(READY) {
             ensure!(
@@ -313,38 +310,23 @@ impl Uvm {
         self.ask().map(drop).context("the guest is not up")
     }
 
-    /// Resumes a machine. `ends` are further host sides with their descriptors, which are counted from the first
-    /// of `fds`.
-    pub fn resume(
-        dir: &Path,
-        baked: &Baked,
-        ends: Vec<(u8, End)>,
-        fds: &[BorrowedFd<'_>],
-    ) -> Result<Self> {
-        Self::resume_in(Self::spawn(dir)?, dir, baked, ends, fds)
+    /// Resumes a machine. `ends` are the host sides besides that of its sockets.
+    pub fn resume(dir: &Path, baked: &Baked, ends: Ends<'_>) -> Result<Self> {
+        Self::resume_in(Self::spawn(dir)?, dir, baked, ends)
     }
 
     /// Resumes a machine in a VMM that was started before.
-    pub fn resume_in(
-        vmm: Vmm,
-        dir: &Path,
-        baked: &Baked,
-        ends: Vec<(u8, End)>,
-        fds: &[BorrowedFd<'_>],
-    ) -> Result<Self> {
-        Self::resume_as(vmm, dir, baked, ends, fds, false)
+    pub fn resume_in(vmm: Machine, dir: &Path, baked: &Baked, ends: Ends<'_>) -> Result<Self> {
+        Self::resume_as(vmm, dir, baked, ends, false)
     }
 
     fn resume_as(
-        vmm: Vmm,
+        vmm: Machine,
         dir: &Path,
         baked: &Baked,
-        ends: Vec<(u8, End)>,
-        fds: &[BorrowedFd<'_>],
+        ends: Ends<'_>,
         one_by_one: bool,
     ) -> Result<Self> {
-        /// Descriptors of ours before the caller's.
-        const OURS: u8 = 4;
         let mut uvm = Self {
             vmm,
             dir: dir.to_owned(),
@@ -354,58 +336,21 @@ impl Uvm {
         let memory = File::open(&baked.memory)?;
         let console = File::create(dir.join("console"))?;
         let listener = uvm.listen()?;
-        let mut all = vec![
-            state.as_fd(),
-            memory.as_fd(),
-            console.as_fd(),
-            listener.as_fd(),
-        ];
-        all.extend_from_slice(fds);
-        let shifted = ends.into_iter().map(|(slot, end)| {
-            let end = match end {
-                End::Disk { fd, read_only } => End::Disk {
-                    fd: fd + OURS,
-                    read_only,
-                },
-                End::Listener(fd) => End::Listener(fd + OURS),
-                End::Tap(queues) => End::Tap(queues.into_iter().map(|fd| fd + OURS).collect()),
-                End::Directory(fd) => End::Directory(fd + OURS),
-                End::Overlay(overlay) => {
-                    let pool = overlay.pool.map(|pool| OverlayPool {
-                        spill: pool.spill.map(|fd| fd + OURS),
-                        budget: pool.budget.map(|seat| BudgetSeat {
-                            view: seat.view + OURS,
-                            page: seat.page + OURS,
-                            ..seat
-                        }),
-                        ..pool
-                    });
-                    End::Overlay(Overlay {
-                        base: overlay.base.map(|fd| fd + OURS),
-                        pool,
-                        ..overlay
-                    })
-                }
-            };
-            (slot, end)
-        });
-        let request = Request::Resume {
-            state: 0,
-            memory: 1,
-            console: Some(2),
-            ends: [(slots::VSOCK, End::Listener(3))]
-                .into_iter()
-                .chain(shifted)
-                .collect(),
-            touched: baked.touched.clone(),
+        // A shorter borrow than the caller's.
+        let mut ends: Ends<'_> = ends;
+        ends.listener(slots::VSOCK, &listener);
+        let resume = Resume {
+            state: &state,
+            memory: &memory,
+            touched: &baked.touched,
             one_by_one,
+            console: Some(&console),
         };
-        match uvm.vmm.call(&request, &all) {
-            Ok(Reply::Started { steps, .. }) => {
+        match uvm.vmm().resume(&resume, ends) {
+            Ok(steps) => {
                 uvm.steps = steps;
                 Ok(uvm)
             }
-            Ok(other) => Err(uvm.explain(&anyhow!("the VMM answered {other:?}"))),
             Err(e) => Err(uvm.explain(&e.into())),
         }
     }
@@ -417,9 +362,9 @@ impl Uvm {
         UnixListener::bind(&path).with_context(|| format!("{}", path.display()))
     }
 
-    /// The VMM, for requests that have no shorter form here.
-    pub fn vmm(&self) -> &Vmm {
-        &self.vmm
+    /// What its VMM can be told.
+    pub fn vmm(&self) -> &Control {
+        self.vmm.control()
     }
 
     /// Waits for an answer of the guest's, the quickest there is.
@@ -497,16 +442,8 @@ impl Uvm {
         std::fs::create_dir_all(into)?;
         let baked = Baked::in_dir(into);
         let (state, memory) = (File::create(&baked.state)?, File::create(&baked.memory)?);
-        let request = Request::Snapshot {
-            state: 0,
-            memory: 1,
-            digest: [1; 32],
-            go_on,
-        };
-        match self.vmm.call(&request, &[state.as_fd(), memory.as_fd()])? {
-            Reply::Saved { .. } => Ok(baked),
-            other => bail!("the VMM answered {other:?}"),
-        }
+        self.vmm().save(&state, &memory, [1; 32], go_on)?;
+        Ok(baked)
     }
 
     /// Waits for the VMM's end, but not for ever: its exit code.
@@ -517,7 +454,7 @@ impl Uvm {
         loop {
             let over = std::fs::read_to_string(&stat).map_or(true, |s| s.contains(") Z "));
             if over {
-                return Ok(self.vmm.wait()?);
+                return Ok(self.vmm().wait()?);
             }
             if Instant::now() > deadline {
                 return Err(self.explain(&anyhow!("the VMM has not ended in {limit:?}")));

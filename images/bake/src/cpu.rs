@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use kiln_store::Cpu;
-use kiln_vmm_control::cpu::Fingerprint;
+use kiln_uvm::cpu::Fingerprint;
 
 /// The CPU that this runs on.
 pub fn this(root: &Path) -> Cpu {

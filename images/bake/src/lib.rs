@@ -4,19 +4,22 @@
 #![deny(missing_docs)]
 
 mod bake;
+mod boot;
+mod class;
+mod console;
 pub mod cpio;
 pub mod cpu;
 mod elf;
+mod failure;
 pub mod initramfs;
 pub mod kernel;
-mod machine;
 pub mod modules;
 mod recipe;
 mod rehearsal;
 mod scratch;
-pub mod touched;
+mod try_out;
 
-pub use bake::{BakeError, Baked, COMMAND_LINE, Order, Progress, bake, identity, random};
-pub use machine::{Boot, Machine, MachineError, jail};
+pub use bake::{BakeError, Baked, COMMAND_LINE, Order, Progress, bake};
+pub use class::ClassError;
 pub use recipe::Recipe;
 pub use scratch::ScratchError;

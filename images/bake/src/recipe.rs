@@ -65,7 +65,7 @@ impl Recipe {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use kiln_vmm_control::cpu::{Fingerprint, WORDS};
+    use kiln_uvm::cpu::{Fingerprint, WORDS};
 
     fn recipe() -> Recipe {
         let digest = Digest::of_bytes(b"x");

@@ -22,7 +22,7 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use kiln_agent_api::GUEST_STATE_DIR;
+use kiln_agent_api::{GUEST_STATE_DIR, proto, slots};
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
@@ -62,6 +62,18 @@ fn failed<E: Into<io::Error>>(action: &'static str, path: &Path) -> impl FnOnce(
 /// Where the guest mounts the directory.
 pub fn guest_mount_point() -> String {
     format!("{GUEST_STATE_DIR}/shared")
+}
+
+/// The guest's mount of the directory, for its whole life.
+pub fn guest_mount() -> proto::Mount {
+    proto::Mount {
+        source: slots::FS_TAG.to_owned(),
+        target: guest_mount_point(),
+        type_: "virtiofs".into(),
+        make_target: true,
+        target_mode: 0o700,
+        ..Default::default()
+    }
 }
 
 /// A volume as a container wants it.

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use clap::{CommandFactory, Parser, Subcommand, ValueHint};
+use kiln_uvm::size::{Bytes, NotASize};
 
 use crate::run::net::{Address, Wanted};
 
@@ -21,7 +22,7 @@ For run and exec: the command's own code (128 and the signal's number, if a sign
 const RUN_EXAMPLES: &str = "Examples:
   kiln run busybox.tar                          the image's own command
   kiln run busybox.tar -- uname -a              another one
-  kiln run -it --cpus 2 --memory 1G busybox.tar sh
+  kiln run -it --cpus 2 --memory 1Gi busybox.tar sh
   tar c . | kiln run -i busybox.tar tar t       streams pass through
   kiln run --net tap:t0 --ip 10.0.0.2/24 --gateway 10.0.0.1 busybox.tar ping 10.0.0.1
 
@@ -185,9 +186,9 @@ pub(crate) struct Run {
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) cpus: u32,
 
-    /// Memory of the μVM, its kernel's share included, such as 512M; by default what it was baked with.
+    /// Memory of the μVM, its kernel's share included, such as 512Mi; by default what it was baked with.
     /// Less than that limits the container in it.
-    #[arg(long, short, value_name = "SIZE", value_parser = parse_size)]
+    #[arg(long, short, value_name = "SIZE", value_parser = bytes)]
     pub(crate) memory: Option<u64>,
 
     /// A name for `exec`, `ps` and `console`; by default a random one.
@@ -219,18 +220,18 @@ pub(crate) struct Run {
     pub(crate) volumes: Vec<String>,
 
     /// RAM for what the command writes to its root file system; the rest goes to this machine's disk.
-    #[arg(long, value_name = "SIZE", value_parser = parse_size, default_value = "128M")]
+    #[arg(long, value_name = "SIZE", value_parser = bytes, default_value = "128Mi")]
     pub(crate) overlay_ram: u64,
 
     /// Disk for what the command writes beyond that.
-    #[arg(long, value_name = "SIZE", value_parser = parse_size, default_value = "16G")]
+    #[arg(long, value_name = "SIZE", value_parser = bytes, default_value = "16Gi")]
     pub(crate) overlay_disk: u64,
 
     /// Where on this machine's disk: a directory for files without names.
     #[arg(
         long,
         value_name = "DIR",
-        default_value = kiln_vmm_control::DEFAULT_SPILL_DIRECTORY,
+        default_value = kiln_uvm::scratch::DEFAULT_SPILL_DIRECTORY,
         value_hint = ValueHint::DirPath
     )]
     pub(crate) overlay_dir: PathBuf,
@@ -343,11 +344,11 @@ pub(crate) struct Bake {
     pub(crate) max_cpus: u32,
 
     /// Memory the guest begins with.
-    #[arg(long, value_name = "SIZE", default_value = "256M", value_parser = parse_size)]
+    #[arg(long, value_name = "SIZE", default_value = "256Mi", value_parser = bytes)]
     pub(crate) memory: u64,
 
     /// Memory it can grow to.
-    #[arg(long, value_name = "SIZE", default_value = "4G", value_parser = parse_size)]
+    #[arg(long, value_name = "SIZE", default_value = "4Gi", value_parser = bytes)]
     pub(crate) max_memory: u64,
 
     /// Block devices that can be filled in later without plugging anything.
@@ -391,10 +392,10 @@ pub(crate) struct Gc {
     pub(crate) keep_superseded: bool,
 
     /// Go on until the store takes no more than this on disk, such as 500M or 20G.
-    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    #[arg(long, value_name = "SIZE", value_parser = bytes)]
     pub(crate) target: Option<u64>,
 
-    /// From now on the store may take this much on disk, such as 20G, or `none`: a bake that would
+    /// From now on the store may take this much on disk, such as 20Gi, or `none`: a bake that would
     /// exceed it fails.
     #[arg(long, value_name = "SIZE", value_parser = parse_budget)]
     pub(crate) set_budget: Option<Budget>,
@@ -404,28 +405,16 @@ pub(crate) struct Gc {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Budget(pub(crate) Option<u64>);
 
-fn parse_budget(text: &str) -> Result<Budget, String> {
+fn parse_budget(text: &str) -> Result<Budget, NotASize> {
     if text == "none" {
         Ok(Budget(None))
     } else {
-        parse_size(text).map(|size| Budget(Some(size)))
+        bytes(text).map(|size| Budget(Some(size)))
     }
 }
 
-/// Bytes, from a number with an optional unit; units are powers of 1024.
-pub(crate) fn parse_size(text: &str) -> Result<u64, String> {
-    let wrong = || format!("'{text}' is no size: write it like 512M or 20G");
-    let digits = text.trim_end_matches(|c: char| !c.is_ascii_digit());
-    let number: u64 = digits.parse().map_err(|_| wrong())?;
-    let factor: u64 = match text[digits.len()..].trim().to_ascii_lowercase().as_str() {
-        "" | "b" => 1,
-        "k" | "kib" => 1 << 10,
-        "m" | "mib" => 1 << 20,
-        "g" | "gib" => 1 << 30,
-        "t" | "tib" => 1 << 40,
-        _ => return Err(wrong()),
-    };
-    number.checked_mul(factor).ok_or_else(wrong)
+fn bytes(text: &str) -> Result<u64, NotASize> {
+    text.parse().map(|Bytes(bytes)| bytes)
 }
 
 pub(crate) fn completions(shell: clap_complete::Shell) {
@@ -467,14 +456,10 @@ mod tests {
     }
 
     #[test]
-    fn sizes_are_read_with_units_and_refused_with_reason() {
-        assert_eq!(parse_size("0"), Ok(0));
-        assert_eq!(parse_size("512M"), Ok(512 << 20));
-        assert_eq!(parse_size("20 GiB"), Ok(20 << 30));
-        for wrong in ["", "G", "1x", "-1", "99999999999T", "1.5G"] {
-            assert!(parse_size(wrong).unwrap_err().contains("20G"), "{wrong}");
-        }
+    fn budget_is_a_size_or_none() {
         assert_eq!(parse_budget("none"), Ok(Budget(None)));
+        assert_eq!(parse_budget("20Gi"), Ok(Budget(Some(20 << 30))));
+        assert!(parse_budget("much").is_err());
     }
 
     #[test]

@@ -78,7 +78,7 @@ fn order(options: &Bake) -> anyhow::Result<Order> {
 /// A whole number of MiB.
 fn mib(bytes: u64) -> anyhow::Result<u32> {
     if !bytes.is_multiple_of(1 << 20) {
-        bail!("a guest's memory is a whole number of MiB, such as 256M");
+        bail!("a guest's memory is a whole number of MiB, such as 256Mi");
     }
     u32::try_from(bytes >> 20).context("no guest has that much memory")
 }
@@ -147,14 +147,14 @@ mod tests {
     #[test]
     fn sizes_that_contradict_each_other_are_refused() {
         assert!(ordered(&["--cpus", "4", "--max-cpus", "2"]).is_err());
-        assert!(ordered(&["--memory", "1G", "--max-memory", "512M"]).is_err());
+        assert!(ordered(&["--memory", "1Gi", "--max-memory", "512Mi"]).is_err());
         assert!(
             ordered(&["--memory", "1000000"])
                 .unwrap_err()
                 .to_string()
                 .contains("MiB")
         );
-        let class = ordered(&["--memory", "512M", "--slots", "3"])
+        let class = ordered(&["--memory", "512Mi", "--slots", "3"])
             .unwrap()
             .class;
         assert_eq!((class.memory_mib, class.slots, class.cpus), (512, 3, 1));

@@ -12,9 +12,11 @@ mod run;
 mod store;
 mod trace;
 
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Parser;
+use kiln_node::pods;
 
 use args::{Args, Command};
 use failure::Failure;
@@ -43,7 +45,7 @@ fn run(args: &Args, output: &Output) -> Result<ExitCode, Failure> {
         Command::Console(options) => run::console(options),
         Command::Trace(options) => trace::run(options, output),
         Command::List => store::list(&args.store, output),
-        Command::Inspect { name } => match pod::find(name)? {
+        Command::Inspect { name } => match find_pod(name)? {
             Some(dir) => pod::inspect(&dir, output),
             None => store::inspect(&args.store, name, output),
         },
@@ -61,4 +63,8 @@ fn run(args: &Args, output: &Output) -> Result<ExitCode, Failure> {
             Ok(ExitCode::SUCCESS)
         }
     }
+}
+
+fn find_pod(name: &str) -> anyhow::Result<Option<PathBuf>> {
+    Ok(pods::find(Path::new(pods::STATE), name)?)
 }

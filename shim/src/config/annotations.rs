@@ -2,11 +2,11 @@
 
 use std::collections::BTreeMap;
 
-use kiln_vmm_control::Flush;
+use kiln_uvm::Flush;
 use serde::Deserialize;
 
 use super::{Config, ConfigError, host_memory, positive, size};
-use crate::size::parse_size;
+use kiln_uvm::size::Bytes;
 
 /// What every annotation of ours starts with.
 pub const ANNOTATION_PREFIX: &str = "kiln.dev/";
@@ -186,7 +186,7 @@ impl Annotation<'_> {
 
     fn bytes(&self, most: u64, setting: &'static str) -> Result<u64, ConfigError> {
         let wrong = |_| self.wrong("it must be a size such as 512MiB, 2Gi or a number of bytes");
-        match parse_size(self.value).map_err(wrong)? {
+        match Bytes::more_than_none(self.value).map_err(wrong)? {
             bytes if bytes > most => Err(self.too_much(format!("{most} bytes"), setting)),
             bytes => Ok(bytes),
         }
@@ -196,7 +196,7 @@ impl Annotation<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::size::MIB;
+    use kiln_uvm::size::MIB;
     use std::path::Path;
 
     fn parse(text: &str) -> Result<Config, ConfigError> {

@@ -14,7 +14,7 @@ use tokio::net::TcpStream;
 use tokio::task::JoinHandle;
 
 use super::{NetworkError, bpf, namespace};
-use crate::uvm::Guest;
+use kiln_uvm::guest::{Agent, Guest};
 
 /// Forwards connections until it is dropped.
 #[derive(Debug)]
@@ -48,7 +48,7 @@ pub fn catch(netns: &File) -> Result<(TcpListener, OwnedFd), NetworkError> {
 
 impl Forwarder {
     /// Carries what the socket gets to the guest.
-    pub fn start(listener: TcpListener, link: OwnedFd, guest: Guest) -> io::Result<Self> {
+    pub fn start(listener: TcpListener, link: OwnedFd, guest: Agent) -> io::Result<Self> {
         let listener = tokio::net::TcpListener::from_std(listener)?;
         let accepting = tokio::spawn(async move {
             loop {
@@ -71,7 +71,7 @@ impl Forwarder {
     }
 }
 
-async fn carry(mut connection: TcpStream, guest: Guest) {
+async fn carry(mut connection: TcpStream, guest: Agent) {
     let port = match connection.local_addr() {
         Ok(address) => address.port(),
         Err(error) => {
@@ -88,7 +88,7 @@ async fn carry(mut connection: TcpStream, guest: Guest) {
     let mut stream = match guest.stream(&header).await {
         Ok(stream) => stream,
         Err(error) => {
-            tracing::debug!(port, error = error.chain(), "nothing to forward to");
+            tracing::debug!(port, %error, "nothing to forward to");
             return;
         }
     };

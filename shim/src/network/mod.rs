@@ -13,11 +13,11 @@ mod tap;
 
 pub use forward::{Forwarder, catch};
 pub use inspect::{Interface, PodNetwork};
-pub use tap::Tap;
 
 use std::fs::File;
 use std::io;
 
+use kiln_uvm::launch::Tap;
 use rtnetlink::Handle;
 use rtnetlink::packet_route::link::LinkMessage;
 use rtnetlink::packet_route::tc::TcHandle;
@@ -79,7 +79,7 @@ pub fn connect(netns: &File, network: &PodNetwork) -> Result<Vec<Tap>, NetworkEr
 }
 
 async fn wire(handle: &Handle, interface: &Interface, name: String) -> Result<Tap, NetworkError> {
-    let tap = Tap::create(&name, interface.mac)?;
+    let tap = tap::create(&name, interface.mac)?;
     let index = inspect::index_of(handle, &name).await?;
     let failed = |action, name: &str| {
         let name = name.to_owned();

@@ -2,24 +2,15 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
+
+use kiln_uvm::launch::Tap;
 
 use super::NetworkError;
 
 /// Length of the header before every frame, as virtio 1 has it (virtio 1.2 §5.1.6).
 const VNET_HEADER: libc::c_int = 12;
-
-/// A tap; it exists as long as its descriptor.
-#[derive(Debug)]
-pub struct Tap {
-    /// Its name in the namespace.
-    pub name: String,
-    /// The address of the guest's card.
-    pub mac: [u8; 6],
-    /// The descriptor frames are read from and written to.
-    pub fd: OwnedFd,
-}
 
 // linux/if_tun.h: _IOW('T', number, int). A wrong number would set something else on the tap.
 const fn tun_ioctl(number: libc::c_ulong) -> libc::c_ulong {
@@ -29,31 +20,28 @@ const TUNSETIFF: libc::c_ulong = tun_ioctl(202);
 const TUNSETVNETHDRSZ: libc::c_ulong = tun_ioctl(216);
 const _: () = assert!(TUNSETIFF == 0x4004_54ca && TUNSETVNETHDRSZ == 0x4004_54d8);
 
-impl Tap {
-    /// Makes a tap in the calling thread's network namespace.
-    pub fn create(name: &str, mac: [u8; 6]) -> Result<Self, NetworkError> {
-        let failed = |source| NetworkError::Tap {
-            name: name.to_owned(),
-            source,
-        };
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .custom_flags(libc::O_NONBLOCK)
-            .open("/dev/net/tun")
-            .map_err(failed)?;
-        set_interface(&file, name).map_err(failed)?;
-        // SAFETY: the ioctl reads one int from the pointer.
-        let result = unsafe { libc::ioctl(file.as_raw_fd(), TUNSETVNETHDRSZ as _, &VNET_HEADER) };
-        if result < 0 {
-            return Err(failed(io::Error::last_os_error()));
-        }
-        Ok(Self {
-            name: name.to_owned(),
-            mac,
-            fd: file.into(),
-        })
+/// Makes a tap in the calling thread's network namespace. It exists as long as its descriptor.
+pub(super) fn create(name: &str, mac: [u8; 6]) -> Result<Tap, NetworkError> {
+    let failed = |source| NetworkError::Tap {
+        name: name.to_owned(),
+        source,
+    };
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open("/dev/net/tun")
+        .map_err(failed)?;
+    set_interface(&file, name).map_err(failed)?;
+    // SAFETY: the ioctl reads one int from the pointer.
+    let result = unsafe { libc::ioctl(file.as_raw_fd(), TUNSETVNETHDRSZ as _, &VNET_HEADER) };
+    if result < 0 {
+        return Err(failed(io::Error::last_os_error()));
     }
+    Ok(Tap {
+        mac,
+        fd: file.into(),
+    })
 }
 
 fn set_interface(file: &File, name: &str) -> io::Result<()> {

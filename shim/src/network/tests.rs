@@ -106,7 +106,7 @@ fn what_cni_set_up_is_what_the_guest_is_told() {
 fn taps_are_wired_both_ways_and_removed_without_a_trace() {
     let Some(bed) = Bed::new("wire") else { return };
     let network = inspect(&bed.file).unwrap();
-    let taps = match connect(&bed.file, &network) {
+    let _taps = match connect(&bed.file, &network) {
         Ok(taps) => taps,
         Err(NetworkError::Tap { source, .. }) => {
             eprintln!("skipped: no taps here ({source})");
@@ -126,7 +126,6 @@ fn taps_are_wired_both_ways_and_removed_without_a_trace() {
         }
         Err(error) => panic!("{}", crate::error::chain(&error)),
     };
-    assert_eq!(taps[0].name, "kiln0");
     assert!(
         bed.tc("filter show dev eth0 ingress")
             .contains("Redirect to device kiln0")

@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 use crate::rootfs::Storage;
 use crate::size::Limits;
 use crate::spec::Spec;
-use crate::timeline::Timeline;
+use kiln_uvm::timeline::Timeline;
 
 /// What stands behind a container.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

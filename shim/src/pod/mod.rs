@@ -20,17 +20,17 @@ mod written;
 mod tests;
 
 pub use container::{Container, Kind};
-pub(crate) use process::random;
 pub use process::{Phase, Process};
 pub use sandbox::{Dns, SandboxRequest, SandboxStatus};
 pub use tasks::{CreateTask, TaskState};
 
 use std::collections::HashMap;
 use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use kiln_vmm_control::ScratchLimits;
+use kiln_uvm::scratch::ScratchLimits;
 use tokio::sync::{OnceCell, watch};
 
 use crate::config::{Config, PodOverrides};
@@ -40,6 +40,7 @@ use crate::oom;
 use crate::publisher::Publisher;
 use crate::size::{Limits, size_of};
 use crate::spec::{Role, Spec};
+use crate::time::UnixNanos;
 use crate::uvm::{Launcher, PodSetup, Uvm};
 
 /// How long the VMM of a guest that no longer answers has to end before the guest alone is taken as gone.
@@ -64,6 +65,8 @@ pub struct Pod {
     /// Set when the μVM is gone for good.
     ended: watch::Sender<Option<Exit>>,
     shutdown: watch::Sender<bool>,
+    /// containerd has asked for the end when its last reason to was there, but other tasks of the pod, too.
+    shutdown_put_off: AtomicBool,
 }
 
 #[derive(Debug, Clone)]
@@ -101,6 +104,7 @@ impl Pod {
             accounting: Mutex::default(),
             ended: watch::channel(None).0,
             shutdown: watch::channel(false).0,
+            shutdown_put_off: AtomicBool::new(false),
         })
     }
 
@@ -255,9 +259,18 @@ impl Pod {
     fn watch_process(self: &Arc<Self>, uvm: Arc<dyn Uvm>, c: Arc<Container>, p: Arc<Process>) {
         let pod = Arc::clone(self);
         tokio::spawn(async move {
-            match uvm.wait(&c.id, p.exec_id()).await {
-                Ok(exit) => pod.finish(&c, &p, exit).await,
-                Err(error) => pod.finish_unseen(uvm.as_ref(), &c, &p, &error).await,
+            match uvm.guest().wait(&c.id, p.exec_id()).await {
+                Ok(status) => {
+                    let exit = Exit {
+                        status: status.exit_code,
+                        at: UnixNanos(status.exited_at_ns),
+                    };
+                    pod.finish(&c, &p, exit).await;
+                }
+                Err(error) => {
+                    let error = error.into();
+                    pod.finish_unseen(uvm.as_ref(), &c, &p, &error).await;
+                }
             }
         });
     }
@@ -315,7 +328,7 @@ impl Pod {
         for process in running {
             // In a PID namespace of the pod they outlive the first process unless they are killed.
             if let Some(uvm) = self.uvm.get() {
-                let kill = uvm.kill(&container.id, process.exec_id(), 9, false);
+                let kill = uvm.guest().kill(&container.id, process.exec_id(), 9, false);
                 // An exec that is gone already can't be killed, which is as good.
                 let _ = tokio::time::timeout_at(deadline, kill).await;
             }
@@ -345,11 +358,25 @@ impl Pod {
     }
 
     /// `Shutdown`: containerd calls it after every task it deletes, so it only counts when nothing
-    /// is left.
+    /// is left. From 2.0 on it does not call it after a container of a sandbox: if the sandbox's own task went first, as
+    /// it may when the μVM died, nobody calls again, and the end comes with the last container.
     pub fn shutdown_if_idle(&self) {
-        let busy = !lock(&self.containers).is_empty() || lock(&self.sandbox).is_some();
-        if !busy {
+        let sandbox = lock(&self.sandbox).is_some();
+        let (idle, own) = {
+            let containers = lock(&self.containers);
+            (containers.is_empty(), containers.contains_key(&self.id))
+        };
+        if idle && !sandbox {
             self.shut_down();
+        } else if !own && !sandbox {
+            self.shutdown_put_off.store(true, Ordering::SeqCst);
+        }
+    }
+
+    /// Does what was put off, if nothing is left now.
+    fn shut_down_at_last(&self) {
+        if self.shutdown_put_off.load(Ordering::SeqCst) {
+            self.shutdown_if_idle();
         }
     }
 

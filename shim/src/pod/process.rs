@@ -6,12 +6,13 @@ use std::time::Duration;
 
 use kiln_agent_api::proto;
 use kiln_agent_api::stream::{Header, Kind, TOKEN_LEN};
+use kiln_uvm::guest::Guest;
+use kiln_uvm::random;
 use tokio::sync::watch;
 
 use crate::error::{Error, Result};
 use crate::events::Exit;
 use crate::stdio::{Input, Outputs, StdioPaths, open_input, open_output};
-use crate::uvm::Uvm;
 
 /// Where a process is in its life.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -53,8 +54,8 @@ impl fmt::Debug for Process {
 
 impl Process {
     pub(super) fn new(container: &str, exec: &str, stdio: StdioPaths) -> Result<Self> {
-        let mut token = [0; TOKEN_LEN];
-        random(&mut token)?;
+        let token =
+            random::bytes().map_err(|e| Error::failed("get random bytes from the kernel", e))?;
         Ok(Self {
             container: container.to_owned(),
             exec: exec.to_owned(),
@@ -145,7 +146,7 @@ impl Process {
     }
 
     /// Connects the streams of the process, which the agent must know by now.
-    pub(super) async fn connect(&self, uvm: &dyn Uvm) -> Result<()> {
+    pub(super) async fn connect(&self, guest: &dyn Guest) -> Result<()> {
         let failed = |e| Error::failed(format!("connect the streams of {}", self.name()), e);
         // Opened before any stream: a FIFO that isn't there fails the call with nothing to undo.
         let stdout = open_output(&self.stdio.stdout).await.map_err(failed)?;
@@ -159,19 +160,19 @@ impl Process {
         if let Some(target) = stdout {
             self.outputs.add(
                 "stdout",
-                uvm.stream(&self.header(Kind::Stdout)).await?,
+                guest.stream(&self.header(Kind::Stdout)).await?,
                 target,
             );
         }
         if let Some(target) = stderr {
             self.outputs.add(
                 "stderr",
-                uvm.stream(&self.header(Kind::Stderr)).await?,
+                guest.stream(&self.header(Kind::Stderr)).await?,
                 target,
             );
         }
         if let Some(source) = stdin {
-            let stream = uvm.stream(&self.header(Kind::Stdin)).await?;
+            let stream = guest.stream(&self.header(Kind::Stdin)).await?;
             *self.lock_input() = Some(Input::start(source, stream));
         }
         Ok(())
@@ -208,17 +209,4 @@ impl Process {
             format!("exec {} of container {}", self.exec, self.container)
         }
     }
-}
-
-/// Fills the buffer from the kernel's generator.
-pub(crate) fn random(buffer: &mut [u8]) -> Result<()> {
-    // SAFETY: the pointer and the length describe the buffer we were lent.
-    let n = unsafe { libc::getrandom(buffer.as_mut_ptr().cast(), buffer.len(), 0) };
-    if usize::try_from(n) == Ok(buffer.len()) {
-        return Ok(());
-    }
-    Err(Error::failed(
-        "get random bytes from the kernel",
-        std::io::Error::last_os_error(),
-    ))
 }

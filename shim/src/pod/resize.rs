@@ -2,7 +2,8 @@
 
 use super::{Kind, Pod, lock};
 use crate::error::{Error, Result};
-use crate::size::{Limits, Resources, Size, size_of};
+use crate::size::{Limits, Resources, size_of};
+use kiln_uvm::size::Size;
 
 impl Pod {
     /// Changes a container's limits to an OCI `LinuxResources` (JSON). The μVM grows before the
@@ -26,7 +27,7 @@ impl Pod {
             }
         }
         if container.kind == Kind::Guest {
-            uvm.update(id, resources.to_vec()).await?;
+            uvm.guest().update(id, resources.to_vec()).await?;
         }
         *lock(&container.limits) = limits;
         if let (Some(wanted), Some(now)) = (wanted, self.size())

@@ -236,7 +236,8 @@ async fn write_files(uvm: &dyn Uvm, hostname: &str, dns: &Dns) -> Result<()> {
             .unwrap_or_else(|| of_host("/etc/resolv.conf", "")),
     ];
     for (name, text) in POD_FILES.iter().zip(files) {
-        uvm.write_file(format!("{GUEST_FILES}/{name}"), text)
+        uvm.guest()
+            .write_file(format!("{GUEST_FILES}/{name}"), text)
             .await?;
     }
     Ok(())

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use containerd_shim_protos::api::Mount;
 use kiln_agent_api::proto;
+use kiln_uvm::timeline::Timeline;
 
 use super::container::Exec;
 use super::{Container, Kind, Phase, Pod, Process, lock};
@@ -130,16 +131,16 @@ impl Pod {
             tty_height,
             ..Default::default()
         };
-        if let Err(error) = uvm.create(request, &container.timeline).await {
+        if let Err(error) = uvm.guest().create(request, &container.timeline).await {
             storage.release(Some(uvm)).await;
-            return Err(error);
+            return Err(error.into());
         }
-        let connecting = container.init.connect(uvm);
+        let connecting = container.init.connect(uvm.guest());
         let connected = container.timeline.of("guest.stdio", connecting).await;
         if let Err(error) = connected {
-            if let Err(also) = uvm.delete(&container.id, "").await {
+            if let Err(also) = uvm.guest().delete(&container.id, "").await {
                 tracing::warn!(
-                    error = also.chain(),
+                    %also,
                     "a half-made container could not be removed"
                 );
             }
@@ -165,7 +166,9 @@ impl Pod {
         if exec.is_empty() {
             if container.kind == Kind::Guest {
                 let (uvm, timeline) = (self.uvm()?, &container.timeline);
-                timeline.of("start", uvm.start(id, timeline)).await?;
+                timeline
+                    .of("start", self.start_in_guest(id, timeline))
+                    .await?;
                 uvm.keep_trace(id, &container.name, timeline);
             }
             process.set_phase(Phase::Running);
@@ -195,18 +198,19 @@ impl Pod {
         }
         let uvm = self.uvm()?;
         let Exec { process, spec } = container.exec(exec)?;
-        uvm.exec(proto::ExecRequest {
-            container_id: container.id.clone(),
-            exec_id: exec.to_owned(),
-            process: spec.to_vec(),
-            stdio: Some(process.agent_stdio()).into(),
-            ..Default::default()
-        })
-        .await?;
-        if let Err(error) = process.connect(uvm.as_ref()).await {
-            if let Err(also) = uvm.delete(&container.id, exec).await {
+        uvm.guest()
+            .exec(proto::ExecRequest {
+                container_id: container.id.clone(),
+                exec_id: exec.to_owned(),
+                process: spec.to_vec(),
+                stdio: Some(process.agent_stdio()).into(),
+                ..Default::default()
+            })
+            .await?;
+        if let Err(error) = process.connect(uvm.guest()).await {
+            if let Err(also) = uvm.guest().delete(&container.id, exec).await {
                 tracing::warn!(
-                    error = also.chain(),
+                    %also,
                     "a half-made exec could not be removed"
                 );
             }
@@ -259,7 +263,7 @@ impl Pod {
                 process.name()
             )));
         }
-        self.uvm()?.kill(id, exec, signal, all).await
+        Ok(self.uvm()?.guest().kill(id, exec, signal, all).await?)
     }
 
     /// The pause program ends by SIGTERM and SIGINT with status 0, by SIGKILL as killed, and
@@ -313,7 +317,10 @@ impl Pod {
         // The agent knows an exec only once it was started.
         let uvm = self.uvm.get().filter(|_| self.ended.borrow().is_none());
         if let (Some(uvm), Kind::Guest, true) = (uvm, container.kind, started || exec.is_empty()) {
-            match uvm.delete(id, exec).await {
+            if exec.is_empty() {
+                uvm.forget_trace(id);
+            }
+            match uvm.guest().delete(id, exec).await.map_err(Error::from) {
                 Ok(()) | Err(Error::NotFound(_) | Error::Unavailable(_)) => {}
                 Err(error) => tracing::warn!(error = error.chain(), "the guest kept a process"),
             }
@@ -340,13 +347,21 @@ impl Pod {
             pid,
             exit,
         });
+        self.shut_down_at_last();
         Ok((pid, exit))
+    }
+
+    /// The first thing many programs do is to count CPUs and memory.
+    async fn start_in_guest(&self, id: &str, timeline: &Timeline) -> Result<()> {
+        let uvm = self.uvm()?;
+        timeline.of("guest.grown", uvm.grown()).await?;
+        Ok(uvm.guest().start(id, timeline).await?)
     }
 
     /// Freezes a container.
     pub async fn pause(&self, id: &str) -> Result<()> {
         let container = self.running_in_guest(id)?;
-        self.uvm()?.pause(id).await?;
+        self.uvm()?.guest().pause(id).await?;
         container.init.set_phase(Phase::Paused);
         self.publisher.publish(&Event::Paused {
             container: id.to_owned(),
@@ -362,7 +377,7 @@ impl Pod {
                 "container {id} is not paused"
             )));
         }
-        self.uvm()?.unpause(id).await?;
+        self.uvm()?.guest().unpause(id).await?;
         container.init.set_phase(Phase::Running);
         self.publisher.publish(&Event::Resumed {
             container: id.to_owned(),
@@ -404,7 +419,7 @@ impl Pod {
         let first = self.pid();
         let mut processes = vec![first];
         if container.kind == Kind::Guest && container.init.phase() != Phase::Stopped {
-            let mut inside = self.uvm()?.pids(id).await?;
+            let mut inside = self.uvm()?.guest().pids(id).await?;
             inside.sort_unstable();
             // The oldest is the first process.
             processes.extend(inside.into_iter().skip(1));
@@ -415,7 +430,7 @@ impl Pod {
     /// Changes a terminal's size.
     pub async fn resize_pty(&self, id: &str, exec: &str, w: u32, h: u32) -> Result<()> {
         self.container(id)?.process(exec)?;
-        self.uvm()?.resize_tty(id, exec, w, h).await
+        Ok(self.uvm()?.guest().resize_tty(id, exec, (w, h)).await?)
     }
 
     /// `CloseIO`.
@@ -444,7 +459,8 @@ impl Pod {
         of: &str,
     ) -> Result<(proto::StatsResponse, proto::NetworkState)> {
         let uvm = self.uvm()?;
-        Ok((uvm.stats(of).await?, uvm.network().await?))
+        let guest = uvm.guest();
+        Ok((guest.stats(of).await?, guest.network().await?))
     }
 
     /// Whether a container is known; for `Connect`.

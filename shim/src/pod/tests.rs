@@ -4,17 +4,17 @@
 mod writes;
 
 use super::*;
-use crate::size::Size;
-use crate::time::UnixNanos;
-use crate::timeline::Timeline;
-use crate::uvm::{End, GuestDisk, GuestEvent, Written};
+use crate::uvm::{End, Guest, GuestDisk, GuestEvent, Written};
 use async_trait::async_trait;
 use containerd_shim_protos::api::{Empty, ForwardRequest, Mount};
 use containerd_shim_protos::events::task::{TaskExit, TaskOOM};
 use containerd_shim_protos::shim_async::{Events, create_events};
 use kiln_agent_api::proto;
 use kiln_agent_api::stream::{Header, Kind as StreamKind};
+use kiln_uvm::guest::GuestError;
 use kiln_uvm::share::Volume;
+use kiln_uvm::size::Size;
+use kiln_uvm::timeline::Timeline;
 use protobuf::Message;
 use serde_json::json;
 use std::fs::File;
@@ -58,6 +58,17 @@ impl Scripted {
         Ok(())
     }
 
+    fn ask(&self, name: &'static str, detail: &str) -> Result<(), GuestError> {
+        self.call(name, detail).map_err(|error| match error {
+            Error::Unavailable(_) => gone(),
+            error => GuestError::Refused {
+                what: name.to_owned(),
+                code: ttrpc::Code::INTERNAL,
+                text: error.chain(),
+            },
+        })
+    }
+
     fn exit_of(&self, container: &str, exec: &str) -> watch::Sender<Option<u32>> {
         let key = format!("{container}/{exec}");
         self.exits
@@ -85,54 +96,114 @@ impl Scripted {
     }
 }
 
+fn gone() -> GuestError {
+    GuestError::Gone {
+        what: "be asked".into(),
+        why: "the μVM has ended".into(),
+    }
+}
+
+#[async_trait]
+impl Guest for Scripted {
+    async fn create(
+        &self,
+        r: proto::CreateContainerRequest,
+        _: &Timeline,
+    ) -> Result<(), GuestError> {
+        self.ask("create", &r.container_id)
+    }
+    async fn start(&self, container: &str, _: &Timeline) -> Result<(), GuestError> {
+        let hold = self.hold_start.lock().unwrap().clone();
+        if let Some(hold) = hold {
+            hold.notified().await;
+        }
+        self.ask("start", container)
+    }
+    async fn exec(&self, r: proto::ExecRequest) -> Result<(), GuestError> {
+        self.ask("exec", &r.exec_id)
+    }
+    async fn kill(
+        &self,
+        container: &str,
+        exec: &str,
+        signal: u32,
+        _: bool,
+    ) -> Result<(), GuestError> {
+        self.ask("kill", &format!("{container}/{exec} {signal}"))
+    }
+    async fn wait(&self, container: &str, exec: &str) -> Result<proto::ExitStatus, GuestError> {
+        let mut exit = self.exit_of(container, exec).subscribe();
+        let mut dead = self.dead.subscribe();
+        tokio::select! {
+            status = exit.wait_for(Option::is_some) => {
+                Ok(proto::ExitStatus {
+                    exit_code: status.unwrap().unwrap(),
+                    exited_at_ns: 1,
+                    ..Default::default()
+                })
+            }
+            _ = dead.wait_for(|d| *d) => Err(gone()),
+        }
+    }
+    async fn pause(&self, container: &str) -> Result<(), GuestError> {
+        self.ask("pause", container)
+    }
+    async fn unpause(&self, container: &str) -> Result<(), GuestError> {
+        self.ask("unpause", container)
+    }
+    async fn update(&self, container: &str, _: Vec<u8>) -> Result<(), GuestError> {
+        self.ask("update", container)
+    }
+    async fn stats(&self, container: &str) -> Result<proto::StatsResponse, GuestError> {
+        self.ask("stats", container)
+            .map(|()| proto::StatsResponse::new())
+    }
+    async fn pids(&self, _: &str) -> Result<Vec<u32>, GuestError> {
+        Ok(vec![12, 7])
+    }
+    async fn network(&self) -> Result<proto::NetworkState, GuestError> {
+        Ok(proto::NetworkState::new())
+    }
+    async fn resize_tty(
+        &self,
+        container: &str,
+        _: &str,
+        (w, h): (u32, u32),
+    ) -> Result<(), GuestError> {
+        self.ask("resize_tty", &format!("{container} {w}x{h}"))
+    }
+    async fn delete(&self, container: &str, exec: &str) -> Result<(), GuestError> {
+        self.end(container, exec, 137);
+        self.ask("delete", &format!("{container}/{exec}"))
+    }
+    async fn stream(&self, header: &Header) -> Result<UnixStream, GuestError> {
+        let name = match header.kind {
+            StreamKind::Stdin => "stdin",
+            StreamKind::Stdout => "stdout",
+            _ => "stderr",
+        };
+        self.ask("stream", name)?;
+        let (ours, guests) = UnixStream::pair().unwrap();
+        self.streams.lock().unwrap().insert(name.to_owned(), guests);
+        Ok(ours)
+    }
+    async fn write_file(&self, path: String, _: String) -> Result<(), GuestError> {
+        self.ask("write", &path)
+    }
+    async fn written(&self, _: &[String]) -> Result<proto::WrittenResponse, GuestError> {
+        unreachable!("pods ask the μVM, which knows the host's share")
+    }
+}
+
 #[async_trait]
 impl Uvm for Scripted {
     fn pid(&self) -> u32 {
         4242
     }
-    async fn create(&self, r: proto::CreateContainerRequest, _: &Timeline) -> Result<()> {
-        self.call("create", &r.container_id)
-    }
-    async fn start(&self, container: &str, _: &Timeline) -> Result<()> {
-        let hold = self.hold_start.lock().unwrap().clone();
-        if let Some(hold) = hold {
-            hold.notified().await;
-        }
-        self.call("start", container)
-    }
     fn keep_trace(&self, container: &str, name: &str, timeline: &Timeline) {
         let steps = timeline.steps();
         let steps: Vec<_> = steps.iter().map(|step| &*step.name).collect();
         let _ = self.call("trace", &format!("{container} {name}: {}", steps.join(" ")));
-    }
-    async fn exec(&self, r: proto::ExecRequest) -> Result<()> {
-        self.call("exec", &r.exec_id)
-    }
-    async fn kill(&self, container: &str, exec: &str, signal: u32, _: bool) -> Result<()> {
-        self.call("kill", &format!("{container}/{exec} {signal}"))
-    }
-    async fn wait(&self, container: &str, exec: &str) -> Result<Exit> {
-        let mut exit = self.exit_of(container, exec).subscribe();
-        let mut dead = self.dead.subscribe();
-        tokio::select! {
-            status = exit.wait_for(Option::is_some) => {
-                Ok(Exit { status: status.unwrap().unwrap(), at: UnixNanos(1) })
-            }
-            _ = dead.wait_for(|d| *d) => Err(Error::Unavailable("the μVM has ended".into())),
-        }
-    }
-    async fn pause(&self, container: &str) -> Result<()> {
-        self.call("pause", container)
-    }
-    async fn unpause(&self, container: &str) -> Result<()> {
-        self.call("unpause", container)
-    }
-    async fn update(&self, container: &str, _: Vec<u8>) -> Result<()> {
-        self.call("update", container)
-    }
-    async fn stats(&self, container: &str) -> Result<proto::StatsResponse> {
-        self.call("stats", container)
-            .map(|()| proto::StatsResponse::new())
     }
     async fn written(&self, containers: &[String]) -> Result<Written> {
         self.call("written", &containers.join(" "))?;
@@ -141,30 +212,13 @@ impl Uvm for Scripted {
     fn spill(&self) -> Option<Arc<File>> {
         None
     }
-    async fn pids(&self, _: &str) -> Result<Vec<u32>> {
-        Ok(vec![12, 7])
+    fn guest(&self) -> &dyn Guest {
+        self
     }
-    async fn network(&self) -> Result<proto::NetworkState> {
-        Ok(proto::NetworkState::new())
+    async fn grown(&self) -> Result<()> {
+        Ok(())
     }
-    async fn resize_tty(&self, container: &str, _: &str, w: u32, h: u32) -> Result<()> {
-        self.call("resize_tty", &format!("{container} {w}x{h}"))
-    }
-    async fn delete(&self, container: &str, exec: &str) -> Result<()> {
-        self.end(container, exec, 137);
-        self.call("delete", &format!("{container}/{exec}"))
-    }
-    async fn stream(&self, header: &Header) -> Result<UnixStream> {
-        let name = match header.kind {
-            StreamKind::Stdin => "stdin",
-            StreamKind::Stdout => "stdout",
-            _ => "stderr",
-        };
-        self.call("stream", name)?;
-        let (ours, guests) = UnixStream::pair().unwrap();
-        self.streams.lock().unwrap().insert(name.to_owned(), guests);
-        Ok(ours)
-    }
+    fn forget_trace(&self, _: &str) {}
     async fn next_event(&self) -> Option<GuestEvent> {
         match self.events.lock().await.as_mut() {
             Some(events) => events.recv().await,
@@ -178,9 +232,6 @@ impl Uvm for Scripted {
     fn unshare(&self, volume: &Volume) {
         let call = format!("unshare {}", volume.source.display());
         self.calls.lock().unwrap().push(call);
-    }
-    async fn write_file(&self, path: String, _: String) -> Result<()> {
-        self.call("write", &path)
     }
     async fn attach_disk(&self, _: File, read_only: bool) -> Result<GuestDisk> {
         self.call("attach", if read_only { "ro" } else { "rw" })?;
@@ -383,7 +434,7 @@ async fn a_lone_container_lives_and_leaves_nothing() {
     assert_eq!(bed.create("c", None).await.unwrap(), 4242);
     assert_eq!(bed.pod.state("c", "").unwrap().phase, Phase::Created);
     bed.pod.start("c", "").await.unwrap();
-    let steps = "create shim.volumes shim.image.make vmm.plug-root guest.stdio start";
+    let steps = "create host.volumes host.image.make vmm.plug-root guest.stdio start guest.grown";
     assert!(bed.uvm.was_called(&format!("trace c c: {steps}")));
     bed.uvm.end("c", "", 3);
     assert_eq!(bed.pod.wait("c", "").await.unwrap().status, 3);
@@ -549,6 +600,28 @@ async fn pod_of_cri_shares_one_uvm_and_ends_with_its_sandbox() {
     bed.pod.delete("c2", "").await.unwrap();
     bed.pod.delete("sb", "").await.unwrap();
     bed.pod.shutdown_if_idle();
+    tokio::time::timeout(SECOND, bed.pod.until_shutdown())
+        .await
+        .unwrap();
+}
+
+#[tokio::test]
+async fn shim_ends_with_its_last_container_if_the_sandbox_was_deleted_before() {
+    let bed = Bed::new("sb").await;
+    bed.create("sb", Some("sandbox")).await.unwrap();
+    bed.pod.start("sb", "").await.unwrap();
+    bed.create("c", Some("container")).await.unwrap();
+    bed.pod.start("c", "").await.unwrap();
+    bed.uvm.dead.send_replace(true);
+    for id in ["sb", "c"] {
+        bed.pod.wait(id, "").await.unwrap();
+    }
+    // The μVM died, and containerd took up the sandbox's end first. It asks for the shim's end only then.
+    bed.pod.delete("sb", "").await.unwrap();
+    bed.pod.shutdown_if_idle();
+    let idle = tokio::time::timeout(Duration::from_millis(50), bed.pod.until_shutdown()).await;
+    assert!(idle.is_err(), "a container is still there");
+    bed.pod.delete("c", "").await.unwrap();
     tokio::time::timeout(SECOND, bed.pod.until_shutdown())
         .await
         .unwrap();

@@ -9,7 +9,7 @@ use kiln_cache::{Cache, ImageKey, Lease, Lowers, OverlayMount};
 use super::layers::{self, Layer};
 use crate::config::Config;
 use crate::error::{Error, Result};
-use crate::pod::random;
+use kiln_uvm::random;
 
 /// What a root file system is made of.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -163,8 +163,8 @@ pub(super) fn erofs(config: &Config, directories: &Directories) -> Result<Lease>
         }
         Lasting::Fleeting => {
             // For this container only: nothing tells whether another one's directory has the same in it.
-            let mut once = [0; 16];
-            random(&mut once)?;
+            let once: [u8; 16] = random::bytes()
+                .map_err(|e| Error::failed("get random bytes from the kernel", e))?;
             ImageKey::from_identity([&b"once"[..], &once])
         }
     };

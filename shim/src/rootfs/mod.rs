@@ -30,9 +30,10 @@ use kiln_uvm::share::Volume;
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::spec::Spec;
-use crate::timeline::Timeline;
 use crate::uvm::{GuestDisk, Uvm};
 use image::{Directories, Source};
+use kiln_uvm::root;
+use kiln_uvm::timeline::{Timeline, step};
 use layers::Layer;
 
 /// How long the guest waits for a disk whose slot was just filled.
@@ -41,7 +42,6 @@ const DISK_WAIT_MS: u32 = 5000;
 /// more containers and for block volumes, which would have to be plugged.
 const LAYER_SLOTS: u8 = 4;
 /// The step that gives the guest the disks of a container's root.
-const PLUG_ROOT: &str = "vmm.plug-root";
 
 /// What the guest is told to make of a container's files.
 #[derive(Debug)]
@@ -113,7 +113,7 @@ impl Storage {
         } = *wanted;
         // Volumes first: what can't be had is found out before a disk is attached.
         let wanted = spec.mounts()?;
-        let mut mounts = timeline.time("shim.volumes", || {
+        let mut mounts = timeline.time("host.volumes", || {
             volumes::prepare(uvm, &mut self.volumes, wanted)
         })?;
         if pod_files {
@@ -128,7 +128,7 @@ impl Storage {
             let disk = uvm
                 .attach_disk(devices::open(device)?, device.read_only)
                 .await?;
-            let at = format!("{}/device-{number}", storage_path(id));
+            let at = format!("{}/device-{number}", root::storage_path(id));
             let (in_guest, in_container) = devices::mounts(device, &disk, at);
             self.disks.push(disk);
             mounts_in_guest.push(in_guest);
@@ -137,7 +137,7 @@ impl Storage {
         Ok(GuestFiles {
             spec: spec.for_guest(&mounts)?,
             mounts: mounts_in_guest,
-            rootfs: rootfs_path(id),
+            rootfs: root::path(id),
         })
     }
 
@@ -157,7 +157,7 @@ impl Storage {
                 user_xattrs,
             } => {
                 let attaching = self.attach_layers(&layers, uvm);
-                if timeline.of(PLUG_ROOT, attaching).await? {
+                if timeline.of(step::PLUG_ROOT, attaching).await? {
                     return Ok(Root {
                         disks: self.disks.clone(),
                         kind: "erofs".into(),
@@ -182,7 +182,7 @@ impl Storage {
                     .open(&path)
                     .map_err(|e| Error::failed(format!("open the image {}", path.display()), e))?;
                 let attaching = uvm.attach_disk(file, read_only);
-                let disk = timeline.of(PLUG_ROOT, attaching).await?;
+                let disk = timeline.of(step::PLUG_ROOT, attaching).await?;
                 self.disks.push(disk.clone());
                 return Ok(Root {
                     disks: vec![disk],
@@ -193,7 +193,7 @@ impl Storage {
             }
         };
         let attaching = uvm.attach_disk(image, true);
-        let disk = timeline.of(PLUG_ROOT, attaching).await?;
+        let disk = timeline.of(step::PLUG_ROOT, attaching).await?;
         self.disks.push(disk.clone());
         Ok(Root {
             disks: vec![disk],
@@ -213,7 +213,7 @@ impl Storage {
             let fits = match uvm.attach_disk(layer.file()?, true).await {
                 Ok(disk) => {
                     // Slots are taken lowest first.
-                    let fits = disk.slot < u32::from(slots::FIRST_DISK + LAYER_SLOTS);
+                    let fits = disk.slot < slots::FIRST_DISK + LAYER_SLOTS;
                     self.disks.push(disk);
                     fits || alone
                 }
@@ -282,69 +282,20 @@ async fn image_of(config: &Config, directories: Directories, timeline: &Timeline
         .await
         .map_err(|e| Error::failed("make an image of the root file system", e))??;
     let step = match lease.made {
-        true => "shim.image.make",
-        false => "shim.image.find",
+        true => step::IMAGE_MAKE,
+        false => step::IMAGE_FIND,
     };
     timeline.add(step, begun, timeline.now() - begun);
     // The lock that keeps the image goes with the file, to the VMM.
     Ok(lease.file)
 }
 
-fn rootfs_path(id: &str) -> String {
-    format!("{}/containers/{id}/rootfs", kiln_agent_api::GUEST_STATE_DIR)
-}
-
-fn storage_path(id: &str) -> String {
-    format!("{}/storage/{id}", kiln_agent_api::GUEST_STATE_DIR)
-}
-
 /// The mounts, in order, that end with the root.
 fn guest_mounts(id: &str, root: &Root) -> Vec<proto::Mount> {
-    let base = storage_path(id);
-    let device = |disk: &GuestDisk, target: String, options: &[&str]| proto::Mount {
-        source: disk.path.clone(),
-        target,
-        type_: root.kind.clone(),
-        options: options.iter().map(|o| (*o).to_owned()).collect(),
-        wait_ms: DISK_WAIT_MS,
-        make_target: true,
-        target_mode: 0o755,
-        min_size: disk.size,
-        ..Default::default()
-    };
-    if !root.read_only {
-        let disks = root.disks.iter();
-        return disks
-            .map(|disk| device(disk, rootfs_path(id), &[]))
-            .collect();
+    match (root.read_only, root.disks.as_slice()) {
+        (false, [disk]) => root::disk_itself(id, disk, &root.kind),
+        (_, disks) => root::layered(id, disks, &root.kind, root.user_xattrs),
     }
-    let lowers: Vec<_> = (0..root.disks.len())
-        .map(|number| format!("{base}/lower-{number}"))
-        .collect();
-    let rw = format!("{}/{id}", kiln_agent_api::GUEST_LAYERS);
-    let (upper, work) = (format!("{rw}/upper"), format!("{rw}/work"));
-    let mut options = vec![
-        format!("lowerdir={}", lowers.join(":")),
-        format!("upperdir={upper}"),
-        format!("workdir={work}"),
-    ];
-    if root.user_xattrs {
-        options.push("userxattr".into());
-    }
-    let mut mounts: Vec<_> = std::iter::zip(&root.disks, lowers)
-        .map(|(disk, lower)| device(disk, lower, &["ro"]))
-        .collect();
-    mounts.push(proto::Mount {
-        source: "overlay".into(),
-        target: rootfs_path(id),
-        type_: "overlay".into(),
-        options,
-        make_target: true,
-        target_mode: 0o755,
-        make_directories: vec![rw, upper, work],
-        ..Default::default()
-    });
-    mounts
 }
 
 #[cfg(test)]

@@ -1,41 +1,37 @@
-//! Starting μVMs: one of the store is chosen, resumed in a `kiln-vmm` of the pod's own, and made the
-//! pod's.
+//! Starting a pod's μVM: the launcher's work, beside what only a pod has: a cgroup, a network namespace, a record of what
+//! has to be cleaned up.
 //!
 //! Three things run side by side, since none needs the others: the VMM's process comes up (which
 //! makes its VM meanwhile), the network is wired, and the store's files are opened. Growing to the
 //! pod's size is asked for with the resume and waited for only when a container starts.
 
-use std::fs::{self, File};
-use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::fs::DirBuilderExt;
-use std::os::unix::net::UnixListener;
+use std::fs::File;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use async_trait::async_trait;
-use kiln_agent_api::client::Vsock;
-use kiln_agent_api::{PROTOCOL_VERSION, proto, slots};
-use kiln_overlay::{Budget, BudgetError, Seat};
-use kiln_store::{Class, Host, Kind, Lease, Store, private};
+use kiln_node::inspect::About;
+use kiln_store::private;
+use kiln_uvm::baked::Baked;
+use kiln_uvm::guest::{Agent, Identity};
+use kiln_uvm::launch::{HostSide, Order, Tap, launch};
+use kiln_uvm::machine::{Machine, Start};
+use kiln_uvm::scratch::{Scratch, join_budget, spill_file};
 use kiln_uvm::share::{self, Share};
-use kiln_vmm_control::{
-    BudgetSeat, End, Flush, Jail, PageRun, Reply, Request, ScratchLimits, Spawn, Vmm, VmmError,
-    spill_file,
-};
-use tokio::sync::watch;
+use kiln_uvm::timeline::{Timeline, Trace, step};
+use kiln_uvm::words::{self, LastWords};
+use kiln_uvm::{Flush, jail, pick};
 
-use super::inspect::{self, About};
-use super::log;
-use super::running::{Grown, Life, Parts, RunningUvm, resize_request, vmm_error};
-use super::{Guest, Launcher, PodSetup, Uvm};
+use super::inspect;
+use super::running::{RunningUvm, save};
+use super::{Launcher, PodSetup, Uvm};
 use crate::cgroup::{self, OomKills};
 use crate::config::Config;
 use crate::error::{Error, Result, chain};
-use crate::network::{self, Forwarder, NetworkError, PodNetwork, Tap};
+use crate::log;
+use crate::network::{self, Forwarder, NetworkError, PodNetwork};
 use crate::oom::Scored;
 use crate::record::{PodDir, ProcessRef, Record, Stay};
-use crate::size::{MIB, Size};
-use crate::timeline::{Timeline, Trace};
 
 /// Launches μVMs from the store.
 #[derive(Debug, Clone)]
@@ -57,57 +53,6 @@ struct Wired {
     taps: Vec<Tap>,
 }
 
-/// Ends a VMM whose launch fails: the thread that follows its end keeps it otherwise.
-#[derive(Debug)]
-struct Launching(Option<Arc<Vmm>>);
-
-impl Launching {
-    fn launched(&mut self) {
-        self.0 = None;
-    }
-}
-
-impl Drop for Launching {
-    fn drop(&mut self) {
-        if let Some(vmm) = &self.0 {
-            vmm.kill();
-        }
-    }
-}
-
-/// What the VMM is to resume.
-#[derive(Debug)]
-struct Baked {
-    lease: Lease,
-    state: File,
-    memory: File,
-    touched: Vec<PageRun>,
-    scratch: Scratch,
-}
-
-/// A VMM that waits for its first request.
-#[derive(Debug)]
-struct Spawned {
-    vmm: Arc<Vmm>,
-    scored: Scored,
-    /// In the pod's cgroup, since before the VMM was there.
-    kills: Option<OomKills>,
-}
-
-/// The disk of the containers' writable layers.
-#[derive(Debug)]
-struct Scratch {
-    /// As it was baked.
-    base: File,
-    size: u64,
-    /// Where what has no room in RAM goes.
-    spill: Arc<File>,
-    /// The VMM's place in the node's budget of RAM for all pods' writes.
-    seat: Arc<Seat>,
-    limits: ScratchLimits,
-    flush: Flush,
-}
-
 fn joined<T>(result: std::result::Result<Result<T>, tokio::task::JoinError>) -> Result<T> {
     result.map_err(|e| Error::failed("launch the μVM", e))?
 }
@@ -126,85 +71,23 @@ impl StoreLauncher {
         }
     }
 
-    /// Takes a lease on a μVM that can be grown to this size.
-    fn pick(&self, size: Size) -> Result<Lease> {
-        let bake = || {
-            format!(
-                "bake one that can grow to {} vCPUs and {} MiB: kiln bake",
-                size.cpus,
-                size.memory.div_ceil(MIB)
-            )
+    /// Opens what the store has for the pod, and what the pod's writes lie on.
+    fn open(&self, setup: &PodSetup) -> Result<(Baked, Scratch)> {
+        let baked =
+            Baked::open(pick::lease(&self.store, setup.size).map_err(kiln_uvm::Error::from)?)?;
+        let spill = spill_file(&self.spill).map_err(kiln_uvm::Error::from)?;
+        let seat = join_budget(
+            &self.dir.overlay_budget(),
+            Some(self.node_ram),
+            setup.overlay.ram,
+        )?;
+        let scratch = Scratch {
+            limits: setup.overlay,
+            flush: setup.overlay_flush,
+            spill: Some(spill.into()),
+            seat: Some(seat.into()),
         };
-        let store = Store::open(&self.store).map_err(|e| {
-            Error::FailedPrecondition(format!(
-                "there is no μVM to resume ({}); {}",
-                chain(&e),
-                bake()
-            ))
-        })?;
-        let found = store
-            .pick(&Host::this(PROTOCOL_VERSION), |manifest| {
-                fits(&manifest.about.class, size) && manifest.object(Kind::Scratch).is_some()
-            })
-            .map_err(|e| Error::failed("look through the μVM store", e))?;
-        let id = found.map_err(|miss| {
-            Error::FailedPrecondition(format!(
-                "no μVM in {} fits this pod: {miss}; {}",
-                self.store.display(),
-                bake()
-            ))
-        })?;
-        store
-            .lease(id)
-            .map_err(|e| Error::failed("hold a μVM of the store", e))
-    }
-
-    fn open(&self, setup: &PodSetup) -> Result<Baked> {
-        let lease = self.pick(setup.size)?;
-        let open = |kind| {
-            lease
-                .open(kind)
-                .map_err(|e| Error::failed("open a μVM of the store; bake it again: kiln bake", e))
-        };
-        let (state, memory, base) = (
-            open(Kind::State)?,
-            open(Kind::Memory)?,
-            open(Kind::Scratch)?,
-        );
-        let touched = lease.touched_first(&memory).map_err(|e| {
-            Error::failed("read what a μVM needs first; bake it again: kiln bake", e)
-        })?;
-        let size = base
-            .metadata()
-            .map_err(|e| Error::failed("look at a μVM of the store", e))?
-            .len();
-        let spill = spill_file(&self.spill)
-            .map_err(|e| Error::failed("make room for the pod's writes", e))?
-            .into();
-        let seat = self
-            .join_budget(setup.overlay.ram)
-            .map_err(|e| Error::failed("take part in the node's budget for pods' writes", e))?;
-        Ok(Baked {
-            lease,
-            state,
-            memory,
-            touched,
-            scratch: Scratch {
-                base,
-                size,
-                spill,
-                seat: Arc::new(seat),
-                limits: setup.overlay,
-                flush: setup.overlay_flush,
-            },
-        })
-    }
-
-    /// Takes a place in the node's budget of RAM, which is what the configuration says now.
-    fn join_budget(&self, limit: u64) -> std::result::Result<Seat, BudgetError> {
-        let budget = Budget::open_or_make(&self.dir.overlay_budget(), self.node_ram)?;
-        budget.set_total(self.node_ram);
-        budget.join(limit)
+        Ok((baked, scratch))
     }
 
     /// Before anything is made that has to be cleaned up.
@@ -224,13 +107,18 @@ impl StoreLauncher {
     }
 
     /// Enters the pod's cgroup and starts a VMM in it.
-    fn spawn(&self, setup: &PodSetup, log: File, timeline: &Timeline) -> Result<Spawned> {
+    fn spawn(
+        &self,
+        setup: &PodSetup,
+        (log, words): (File, LastWords),
+        timeline: &Timeline,
+    ) -> Result<(Machine, Scored)> {
         let stay = self.stay()?;
         let mut kills = None;
         if let Some(directory) = setup.cgroup.as_deref().and_then(cgroup::directory) {
             self.note(&stay, |r| r.cgroup = Some(directory.clone()))?;
             timeline
-                .time("shim.cgroup", || {
+                .time("host.cgroup", || {
                     cgroup::enter(&directory, std::process::id())
                 })
                 .map_err(|e| {
@@ -238,41 +126,24 @@ impl StoreLauncher {
                 })?;
             kills = Some(OomKills::since_now(&directory));
         }
-        let root = self.dir.empty_root();
-        fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o555)
-            .create(&root)
-            .map_err(|e| Error::failed("make the VMM's empty root", e))?;
-        // The shim lives as long as its VMM, so no other pod's VMM has this id.
-        let id = self.vmm_ids.saturating_add(std::process::id());
-        let vmm = timeline
-            .time("shim.spawn", || {
-                Vmm::spawn(Spawn {
-                    program: self.vmm.clone(),
-                    jail: Some(Jail {
-                        uid: id,
-                        gid: id,
-                        root,
-                    }),
-                    log: Some(log),
-                })
+        let jail = jail::at(self.vmm_ids, self.dir.empty_root())?;
+        let machine = timeline.time(step::SPAWN, || {
+            Machine::start(Start {
+                program: &self.vmm,
+                jail: Some(jail),
+                log,
+                words: Some(words),
+                oom_kills: Box::new(|| kills.is_some_and(|kills| kills.any())),
             })
-            .map_err(|e| {
-                Error::failed("start the VMM; `vmm` in kiln's configuration names it", e)
-            })?;
-        let process = i32::try_from(vmm.pid()).ok().and_then(ProcessRef::of);
+        })?;
+        let process = i32::try_from(machine.pid()).ok().and_then(ProcessRef::of);
         self.note(&stay, |r| r.vmm = process)?;
         let scored =
-            Scored::new(vmm.pid()).map_err(|e| Error::failed("find the VMM's process", e))?;
+            Scored::new(machine.pid()).map_err(|e| Error::failed("find the VMM's process", e))?;
         if let Err(error) = scored.set(setup.oom_score_adj) {
             tracing::warn!(%error, "the pod's VMM keeps the shim's OOM score, so others are killed before it");
         }
-        Ok(Spawned {
-            vmm: Arc::new(vmm),
-            scored,
-            kills,
-        })
+        Ok((machine, scored))
     }
 
     /// Reads the pod's network and connects it to taps.
@@ -288,7 +159,7 @@ impl StoreLauncher {
             )
         })?;
         let network = timeline
-            .time("shim.network.read", || network::inspect(&netns))
+            .time("host.network.read", || network::inspect(&netns))
             .map_err(failed)?;
         let stay = self.stay()?;
         self.note(&stay, |r| {
@@ -299,25 +170,37 @@ impl StoreLauncher {
                 .collect();
         })?;
         let taps = timeline
-            .time("shim.network.wire", || network::connect(&netns, &network))
+            .time("host.network.wire", || network::connect(&netns, &network))
             .map_err(failed)?;
         Ok(Wired { network, taps })
     }
 
-    fn listen(&self) -> Result<UnixListener> {
+    /// The pod's host side but for its network.
+    fn host_side(&self, scratch: Scratch) -> Result<(Arc<Share>, HostSide)> {
+        let _stay = self.stay()?;
+        let share = Share::create(self.dir.shared())?;
         let path = self.dir.vsock();
-        private::listen(&path).map_err(|e| {
+        let listener = private::listen(&path).map_err(|e| {
             let what = format!(
                 "listen on {} for the guest; a shorter `state_dir` may help",
                 path.display()
             );
             Error::failed(what, e)
-        })
+        })?;
+        let host = HostSide {
+            vsock: (path, listener),
+            scratch,
+            share: Some(share.open()?),
+            taps: Vec::new(),
+            console: None,
+        };
+        Ok((Arc::new(share), host))
     }
 
     async fn try_launch(&self, setup: &PodSetup, timeline: &Timeline) -> Result<RunningUvm> {
-        let (log, last) =
-            log::pipe(&setup.id).map_err(|e| Error::failed("make a pipe for the VMM's log", e))?;
+        let pod = setup.id.clone();
+        let log = words::pipe(move |line| log::vmm(&pod, line))
+            .map_err(|e| Error::failed("make a pipe for the VMM's log", e))?;
         let spawning = {
             let (this, setup, timeline) = (self.clone(), setup.clone(), timeline.clone());
             tokio::task::spawn_blocking(move || this.spawn(&setup, log, &timeline))
@@ -326,105 +209,60 @@ impl StoreLauncher {
             let (this, setup, timeline) = (self.clone(), setup.clone(), timeline.clone());
             tokio::task::spawn_blocking(move || this.wire(&setup, &timeline))
         };
-        let prepared = timeline.time("shim.files", || {
-            let baked = self.open(setup)?;
-            let _stay = self.stay()?;
-            let share = Share::create(self.dir.shared())?;
-            Ok::<_, Error>((baked, Arc::new(share), self.listen()?))
+        let prepared = timeline.time(step::FILES, || {
+            let (baked, scratch) = self.open(setup)?;
+            Ok::<_, Error>((baked, self.host_side(scratch)?))
         });
         // Both are waited for, whatever becomes of the others: nothing may go on behind an error.
         let (spawned, wired) = (joined(spawning.await), joined(wiring.await));
-        let (baked, share, listener) = prepared?;
-        let Spawned { vmm, scored, kills } = spawned?;
-        let wired = wired?;
-        let mut launching = Launching(Some(Arc::clone(&vmm)));
-
-        let class = &baked.lease.manifest().about.class;
-        let base = Size {
-            cpus: class.cpus,
-            memory: u64::from(class.memory_mib) * MIB,
+        let (baked, (share, mut host)) = prepared?;
+        let (machine, scored) = spawned?;
+        let Wired { network, taps } = wired?;
+        host.taps = taps;
+        let Some(spill) = host.scratch.spill.clone() else {
+            return Err(Error::failed(
+                "make room for the pod's writes",
+                "there is no spill file",
+            ));
         };
-        let size = Size {
-            cpus: setup.size.cpus.max(base.cpus),
-            memory: setup.size.memory.max(base.memory),
+        let order = Order {
+            size: setup.size,
+            identity: Identity {
+                hostname: setup.hostname.clone(),
+                network: setup.netns.as_ref().map(|_| network.for_agent()),
+                sysctls: setup.sysctls.clone(),
+                mounts: vec![share::guest_mount()],
+                scratch_limit: setup.overlay.content(),
+                scratch_flush: setup.overlay_flush == Flush::Disk,
+            },
         };
-        let directory = share.open()?;
-        let seat = Arc::clone(&baked.scratch.seat);
-        let life = Life::follow(&vmm, scored, kills, last, seat)
-            .map_err(|e| Error::failed("watch the VMM", e))?;
-        let spill = Arc::clone(&baked.scratch.spill);
-        let resuming = {
-            let (vmm, timeline, taps) = (vmm.clone(), timeline.clone(), wired.taps);
-            let Baked {
-                lease,
-                state,
-                memory,
-                touched,
-                scratch,
-            } = baked;
-            let grow = (size != base).then_some(size);
-            tokio::task::spawn_blocking(move || {
-                let ends = Ends {
-                    listener: &listener,
-                    taps: &taps,
-                    directory: &directory,
-                    scratch: &scratch,
-                };
-                timeline.time("vmm.resume", || {
-                    resume(&vmm, (&state, &memory, touched), &ends, &timeline)
-                })?;
-                // The agent waits for those that it is told of and does not have yet.
-                for tap in taps.get(1..).unwrap_or_default() {
-                    timeline
-                        .time("vmm.plug-net", || vmm.plug_net(tap.fd.as_fd(), tap.mac))
-                        .map_err(vmm_error("plug the pod's other network cards"))?;
-                }
-                if let Some(size) = grow {
-                    timeline
-                        .time("vmm.grow", || vmm.call(&resize_request(size, 0), &[]))
-                        .map_err(vmm_error("grow the μVM to the pod's size"))?;
-                }
-                Ok(lease)
-            })
-        };
-        let lease = joined(resuming.await)?;
-
-        let vsock = Vsock::new(self.dir.vsock());
-        let guest = timeline.of("guest.connect", Guest::connect(vsock)).await?;
-        let network = setup.netns.as_ref().map(|_| wired.network.for_agent());
-        let (step, asked) = ("guest.identity", timeline.now());
-        let identity = guest.set_identity(setup, network, vec![shared_mount()]);
-        let identity = timeline.of(step, identity).await?;
-        timeline.add_guest(step, asked, &identity.spans);
-        let events = timeline.of("guest.events", guest.events()).await?;
-        let grown = follow_growth(guest.clone(), size, timeline.clone());
-        let forwarder = self.forward(setup, guest.clone());
+        let uvm = launch(machine, baked, host, order, timeline).await?;
+        let events = timeline.of("guest.events", uvm.agent().events()).await?;
+        let forwarder = self.forward(setup, uvm.agent().clone());
         let about = About {
             pod: setup.id.clone(),
-            uvm: lease.id().to_string(),
-            vmm_pid: vmm.pid(),
+            uvm: uvm
+                .baked()
+                .map(|lease| lease.id().to_string())
+                .unwrap_or_default(),
+            vmm_pid: uvm.pid(),
         };
-        if let Err(error) = inspect::serve(&self.dir.inspect(), Arc::clone(&vmm), about) {
+        if let Err(error) = inspect::serve(&self.dir.inspect(), uvm.control().clone(), about) {
             tracing::warn!(%error, "kiln inspect will not work for this pod");
         }
-        launching.launched();
-        Ok(RunningUvm::new(Parts {
-            vmm,
-            guest,
-            events,
-            grown,
+        Ok(RunningUvm {
+            uvm,
+            events: tokio::sync::Mutex::new(events),
             share,
-            life,
+            scored,
             spill,
-            baked: base,
-            lease,
             forwarder,
-            trace: Trace::new(self.dir.trace(), timeline.clone()),
-        }))
+            trace: Arc::new(Trace::new(self.dir.trace(), timeline.clone())),
+        })
     }
 
     /// Opens the way for port forwarding, in the background: no pod waits for it.
-    fn forward(&self, setup: &PodSetup, guest: Guest) -> Arc<Mutex<Option<Forwarder>>> {
+    fn forward(&self, setup: &PodSetup, guest: Agent) -> Arc<Mutex<Option<Forwarder>>> {
         let slot = Arc::new(Mutex::new(None));
         let Some(path) = setup.netns.clone() else {
             return slot;
@@ -475,129 +313,12 @@ impl StoreLauncher {
     }
 }
 
-/// The host's sides of the devices.
-#[derive(Debug)]
-struct Ends<'a> {
-    listener: &'a UnixListener,
-    taps: &'a [Tap],
-    directory: &'a File,
-    scratch: &'a Scratch,
-}
-
-/// Resumes the μVM in a VMM that waits for it.
-fn resume(
-    vmm: &Vmm,
-    (state, memory, touched): (&File, &File, Vec<PageRun>),
-    ends: &Ends<'_>,
-    timeline: &Timeline,
-) -> Result<()> {
-    let mut fds: Vec<BorrowedFd<'_>> = vec![
-        state.as_fd(),
-        memory.as_fd(),
-        ends.listener.as_fd(),
-        ends.directory.as_fd(),
-        ends.scratch.base.as_fd(),
-        ends.scratch.spill.as_fd(),
-        ends.scratch.seat.view(),
-        ends.scratch.seat.page(),
-    ];
-    let seat = BudgetSeat {
-        view: 6,
-        page: 7,
-        number: ends.scratch.seat.number(),
-    };
-    let mut by_slot = vec![
-        (slots::VSOCK, End::Listener(2)),
-        (slots::FS, End::Directory(3)),
-        (
-            slots::SCRATCH,
-            End::scratch(
-                4,
-                ends.scratch.size,
-                Some(5),
-                Some(seat),
-                ends.scratch.limits,
-            )
-            .flushing(ends.scratch.flush),
-        ),
-    ];
-    if let Some(tap) = ends.taps.first() {
-        fds.push(tap.fd.as_fd());
-        by_slot.push((slots::NET, End::Tap(vec![8])));
-    }
-    let asked = timeline.now();
-    let reply = vmm
-        .call(
-            &Request::Resume {
-                state: 0,
-                memory: 1,
-                console: None,
-                ends: by_slot,
-                touched,
-                one_by_one: false,
-            },
-            &fds,
-        )
-        .map_err(|e| match e {
-            VmmError::Refused(why) => Error::FailedPrecondition(format!(
-                "the VMM can't resume the baked μVM ({why}); if kiln or the node's CPU has changed, \
-                 bake again: kiln bake"
-            )),
-            e => vmm_error("resume the μVM")(e),
-        })?;
-    let Reply::Started { steps, .. } = reply else {
-        return Err(vmm_error("resume the μVM")(VmmError::Protocol));
-    };
-    // The VMM counts from its own start; only the lengths of its steps can be told exactly.
-    let first = steps.first().map_or(0, |s| s.start_ns);
-    for step in steps {
-        let start = asked.saturating_add(step.start_ns.saturating_sub(first) / 1000);
-        timeline.add(step.name, start, step.duration_ns / 1000);
-    }
-    Ok(())
-}
-
-/// The shared directory's mount, for the life of the pod.
-fn shared_mount() -> proto::Mount {
-    proto::Mount {
-        source: slots::FS_TAG.to_owned(),
-        target: share::guest_mount_point(),
-        type_: "virtiofs".into(),
-        make_target: true,
-        target_mode: 0o700,
-        ..Default::default()
-    }
-}
-
-/// Waits, in the background, until the guest has what was plugged.
-fn follow_growth(guest: Guest, size: Size, timeline: Timeline) -> watch::Receiver<Grown> {
-    let (tell, grown) = watch::channel(None);
-    tokio::spawn(async move {
-        let online = guest.set_resources(size.cpus, size.memory);
-        let result = timeline.of("guest.grow", online).await.map_err(|e| {
-            format!(
-                "the μVM could not grow to {} vCPUs and {} MiB: {}",
-                size.cpus,
-                size.memory / MIB,
-                e.chain()
-            )
-        });
-        tell.send_replace(Some(result));
-    });
-    grown
-}
-
-/// Whether a μVM of this class can become this big.
-fn fits(class: &Class, size: Size) -> bool {
-    size.cpus <= class.max_cpus && size.memory.div_ceil(MIB) <= u64::from(class.max_memory_mib)
-}
-
 #[async_trait]
 impl Launcher for StoreLauncher {
     async fn launch(&self, setup: &PodSetup) -> Result<Arc<dyn Uvm>> {
         let timeline = Timeline::default();
         let launched = timeline
-            .of("launch", self.try_launch(setup, &timeline))
+            .of(step::LAUNCH, self.try_launch(setup, &timeline))
             .await;
         let uvm = match launched {
             Ok(uvm) => uvm,
@@ -614,10 +335,7 @@ impl Launcher for StoreLauncher {
             us = timeline.now(),
             "the μVM runs"
         );
-        uvm.save_trace();
+        save(&uvm.trace);
         Ok(Arc::new(uvm))
     }
 }
-
-#[cfg(test)]
-mod tests;

@@ -8,9 +8,7 @@
 pub mod api;
 mod client;
 pub mod cpu;
-mod scratch;
 pub mod wire;
 
 pub use api::*;
 pub use client::{Jail, Spawn, Vmm, VmmError};
-pub use scratch::{DEFAULT_SPILL_DIRECTORY, ScratchLimits, SpillError, spill_file};

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use kiln_e2e::uvm::{Kit, Shape, Uvm};
+use kiln_uvm::ends::Ends;
 
 use super::Settings;
 use crate::counters::private;
@@ -49,7 +50,7 @@ fn measure() -> Result<Measured> {
     while all.len() < COUNT && available_kib()? > SPARE_KIB {
         let dir = folder.join(format!("uvm{}", all.len()));
         fs::create_dir_all(&dir)?;
-        let uvm = Uvm::resume(&dir, &baked, vec![], &[])?;
+        let uvm = Uvm::resume(&dir, &baked, Ends::new())?;
         drop(uvm.ask()?);
         all.push(uvm);
     }

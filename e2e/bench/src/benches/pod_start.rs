@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use kiln_e2e::{ContainerSpec, Pod, PodSpec, Test, setup};
-use serde::Deserialize;
+use kiln_uvm::timeline::Step;
 
 use super::Settings;
 use crate::counters::{Counting, private_memory};
@@ -122,7 +122,7 @@ async fn start(test: &Test, counting: &Counting, measured: Option<&mut Measured>
 /// How many milliseconds of the start of a kiln pod went into the resume, and into its container's root file system: its image
 /// is found, given to the guest, and mounted there. All of that, and each step.
 fn steps_of(handler: &str, pod: &str) -> Result<Option<Vec<(String, f64)>>> {
-    const STEPS: [&str; 3] = ["shim.image.find", "vmm.plug-root", "guest.create.mount"];
+    const STEPS: [&str; 3] = ["image.find", "vmm.plug-root", "guest.create.mount"];
     let traces = match handler {
         setup::OLD => OLD_TRACES,
         _ => TRACES,
@@ -133,10 +133,10 @@ fn steps_of(handler: &str, pod: &str) -> Result<Option<Vec<(String, f64)>>> {
         let steps: Vec<Step> = serde_json::from_slice(&std::fs::read(&path)?)
             .with_context(|| format!("{} is no timeline", path.display()))?;
         let took = |step: &Step| step.duration_us as f64 / 1000.0;
-        let is_of_root = |step: &&Step| STEPS.contains(&&*step.name);
+        let is_of_root = |step: &&Step| STEPS.iter().any(|of| step.name.ends_with(of));
         let all: Vec<f64> = steps.iter().filter(is_of_root).map(took).collect();
         if all.len() == STEPS.len() {
-            let is_part = |step: &&Step| STEPS.iter().any(|of| step.name.starts_with(of));
+            let is_part = |step: &&Step| STEPS.iter().any(|of| step.name.contains(of));
             let is_told = |step: &&Step| is_part(step) || step.name == RESUME;
             let parts = steps.iter().filter(is_told);
             let total = ("root file system".to_owned(), all.iter().sum());
@@ -150,13 +150,6 @@ fn steps_of(handler: &str, pod: &str) -> Result<Option<Vec<(String, f64)>>> {
         std::thread::sleep(PAUSE / 50);
     }
     Ok(None)
-}
-
-/// A step of `kiln trace`.
-#[derive(Debug, Deserialize)]
-struct Step {
-    name: String,
-    duration_us: u64,
 }
 
 /// A log file that is not there yet, watched by inotify: nothing polls while the pod starts.

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, ensure};
 use kiln_e2e::uvm::{Baked, Kit, Shape, Uvm, fill_script};
+use kiln_uvm::ends::Ends;
 
 use super::Settings;
 use crate::counters::Counting;
@@ -154,7 +155,7 @@ impl Prepared {
         let vmm = Uvm::spawn(&dir)?;
         std::thread::sleep(AHEAD);
         let begin = Instant::now();
-        let uvm = Uvm::resume_in(vmm, &dir, self.smallest()?, vec![], &[])?;
+        let uvm = Uvm::resume_in(vmm, &dir, self.smallest()?, Ends::new())?;
         let _answer = uvm.ask()?;
         measured.add("kiln-256, VMM started ahead", "ms", ms(begin.elapsed()));
         end(uvm);
@@ -214,7 +215,7 @@ impl Prepared {
                     here.wait();
                     go.wait();
                     // The connection stays: what its end takes is no part of one answer, nor of many.
-                    let resumed = Uvm::resume(dir, baked, vec![], &[])
+                    let resumed = Uvm::resume(dir, baked, Ends::new())
                         .and_then(|uvm| uvm.ask().map(|answer| (uvm, answer)));
                     let answered = Instant::now();
                     // And so do threads, which are this bench's, until all have answered.
@@ -260,7 +261,7 @@ fn resume(
     let begin = Instant::now();
     let vmm = Uvm::spawn(dir)?;
     let spawned = Instant::now();
-    let uvm = Uvm::resume_in(vmm, dir, baked, vec![], &[])?;
+    let uvm = Uvm::resume_in(vmm, dir, baked, Ends::new())?;
     let started = Instant::now();
     let _answer = uvm.ask()?;
     let answered = Instant::now();

@@ -109,7 +109,7 @@ async fn size_asked_for_is_what_the_guest_sees(test: Test) -> Result<()> {
     let kiln = Kiln::new(&test)?;
     let script = "nproc; grep -E '^(MemTotal|MemAvailable):' /proc/meminfo";
     for (cpus, mib) in [("1", 256), ("1", 1024), ("2", 512)] {
-        let memory = format!("{mib}M");
+        let memory = format!("{mib}Mi");
         let text = kiln
             .shell(&["--cpus", cpus, "--memory", &memory], script)
             .await?;
@@ -128,7 +128,7 @@ async fn size_asked_for_is_what_the_guest_sees(test: Test) -> Result<()> {
     }
     // Less than any μVM has: the container's own limit.
     let limit = kiln
-        .shell(&["--memory", "64M"], "cat /sys/fs/cgroup/memory.max")
+        .shell(&["--memory", "64Mi"], "cat /sys/fs/cgroup/memory.max")
         .await?;
     same!(limit.trim(), (64 << 20).to_string());
     Ok(())

@@ -191,7 +191,7 @@ async fn kill(store: &Store, word: &str, after: Duration) -> Result<()> {
 async fn store_is_clean_after_fifty_kills_of_a_bake(test: Test) -> Result<()> {
     let store = Store::new(&test);
     let phases = phases(&store).await?;
-    let random: [u8; 8] = kiln_bake::random("choosing moments")?;
+    let random: [u8; 8] = kiln_uvm::random::bytes()?;
     let seed = u64::from_le_bytes(random) | 1;
     println!("moments of the kills: seed {seed:#x}, phases {phases:?}");
     let mut moments = Vec::new();

@@ -150,11 +150,11 @@ async fn trace_shows_where_the_time_of_a_start_went(test: Test) -> Result<()> {
     let (mut child, name) = kiln.started(&[], script).await?;
     let text = trace(&["trace", &name]).await?;
     for step in [
-        "uvm.resume",
-        "vmm.",
-        "agent.identity",
-        "guest.",
-        "agent.start",
+        "launch",
+        "vmm.resume",
+        "guest.identity",
+        "host.image",
+        "guest.create",
     ] {
         ensure!(text.contains(step), "no {step} in\n{text}");
     }
@@ -167,7 +167,7 @@ async fn trace_shows_where_the_time_of_a_start_went(test: Test) -> Result<()> {
             .zip(number("duration_us"))
             .with_context(|| format!("no {name}"))
     };
-    let ((resume, took), (start, _)) = (of("uvm.resume")?, of("agent.start")?);
+    let ((resume, took), (start, _)) = (of("vmm.resume")?, of("guest.create")?);
     ensure!(took > 0 && resume + took <= start, "{steps:?}");
     send(&child, libc::SIGTERM)?;
     same!(child.wait().await?.code(), Some(0));
@@ -193,8 +193,8 @@ async fn trace_shows_where_the_time_of_a_start_went(test: Test) -> Result<()> {
         .with_context(|| format!("no second container in {text}"))?;
     for steps in [first, second] {
         for step in [
-            "shim.volumes",
-            "shim.image",
+            "host.volumes",
+            "host.image",
             "vmm.plug-root",
             "guest.create.mount",
             "guest.start",
@@ -202,6 +202,6 @@ async fn trace_shows_where_the_time_of_a_start_went(test: Test) -> Result<()> {
             ensure!(steps.contains(step), "no {step} in\n{text}");
         }
     }
-    ensure!(second.contains("shim.image.find"), "made twice:\n{text}");
+    ensure!(second.contains("host.image.find"), "made twice:\n{text}");
     Ok(())
 }

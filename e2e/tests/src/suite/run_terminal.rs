@@ -299,7 +299,7 @@ async fn console_shows_what_the_guests_kernel_says(test: Test) -> Result<()> {
     // The kernel tells of every process that it kills for want of memory.
     let script = "testprog fill 200 4 > /dev/null 2>&1; echo child $?; trap 'exit 0' TERM; \
                   echo ready; while :; do sleep 0.1; done";
-    let (child, name) = kiln.started(&["--memory", "64M"], script).await?;
+    let (child, name) = kiln.started(&["--memory", "64Mi"], script).await?;
     let mut follow = Command::new("kiln");
     follow
         .args(["console", "--follow", &name])

@@ -2,17 +2,16 @@
 
 use std::io;
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
-use toml::{Table, Value};
+use anyhow::Context;
+use kiln_node::containerd::{
+    Config, RUNTIME_TYPE, config_path, default_layout, release, snippet, version_in,
+};
 
 use super::{Check, System};
 
-/// What a handler's `runtime_type` says when it is ours.
-pub(super) const RUNTIME_TYPE: &str = "io.containerd.kiln.v2";
-const SHIM: &str = "containerd-shim-kiln-v2";
-const DEFAULT_CONFIG: &str = "/etc/containerd/config.toml";
 const SOCKET: &str = "/run/containerd/containerd.sock";
 
 /// An installed containerd.
@@ -32,22 +31,6 @@ pub(super) fn find(system: &System) -> Option<Found> {
         .ok();
     let version = output.and_then(|output| version_in(&String::from_utf8_lossy(&output.stdout)));
     Some(Found { path, version })
-}
-
-/// `containerd github.com/containerd/containerd 1.7.24~ds1 1.7.24~ds1-6`: the third word.
-fn version_in(text: &str) -> Option<String> {
-    let mut words = text.split_whitespace();
-    (words.next()? == "containerd").then_some(())?;
-    let version = words.nth(1)?.trim_start_matches('v');
-    version
-        .starts_with(|c: char| c.is_ascii_digit())
-        .then(|| version.to_owned())
-}
-
-/// Major and minor number.
-fn release(version: &str) -> Option<(u32, u32)> {
-    let mut numbers = version.split(|c: char| !c.is_ascii_digit()).map(str::parse);
-    Some((numbers.next()?.ok()?, numbers.next()?.ok()?))
 }
 
 /// Is there one, and is it new enough?
@@ -87,10 +70,11 @@ pub(super) fn running(system: &System) -> Check {
 }
 
 /// What one adds to the configuration of the containerd that is installed here, and to which file.
-pub(super) fn registration(system: &System) -> Result<String, String> {
+pub(super) fn registration(system: &System) -> anyhow::Result<String> {
     let found = find(system);
-    let path = config_path(system);
-    let config = Config::read(system, &path, default_layout(found.as_ref()))?;
+    let path = config_path(&system.root);
+    let config = Config::read(&system.root, &path, layout(found.as_ref()))
+        .context("containerd's configuration cannot be used")?;
     let mut text = format!("# Belongs into {}.\n", path.display());
     if !system.at(&path).exists() {
         text += &format!("version = {}\n\n", config.version);
@@ -98,25 +82,20 @@ pub(super) fn registration(system: &System) -> Result<String, String> {
     Ok(text + &snippet(config.version) + "\n")
 }
 
-/// The version that containerd takes a configuration for if there is none.
-fn default_layout(found: Option<&Found>) -> i64 {
-    let version = found.and_then(|found| found.version.as_deref());
-    match version.and_then(release) {
-        Some((0 | 1, _)) => 2,
-        _ => 3,
-    }
+fn layout(found: Option<&Found>) -> i64 {
+    default_layout(found.and_then(|found| found.version.as_deref()))
 }
 
 /// Does its configuration name kiln?
 pub(super) fn registered(system: &System, found: Option<&Found>) -> Check {
     const NAME: &str = "registered";
-    let path = config_path(system);
-    let config = match Config::read(system, &path, default_layout(found)) {
+    let path = config_path(&system.root);
+    let config = match Config::read(&system.root, &path, layout(found)) {
         Ok(config) => config,
         Err(problem) => {
             return Check::fail(
                 NAME,
-                problem,
+                format!("{:#}", anyhow::Error::from(problem)),
                 "mend the file: `containerd config dump` names the line",
             );
         }
@@ -156,168 +135,6 @@ pub(super) fn registered(system: &System, found: Option<&Found>) -> Check {
             snippet(config.version)
         ),
     )
-}
-
-/// What registers kiln, for a configuration file of this version.
-fn snippet(version: i64) -> String {
-    let plugin = if version >= 3 {
-        "io.containerd.cri.v1.runtime"
-    } else {
-        "io.containerd.grpc.v1.cri"
-    };
-    let quote = if version >= 3 { '\'' } else { '"' };
-    format!(
-        "[plugins.{quote}{plugin}{quote}.containerd.runtimes.kiln]\n  \
-         runtime_type = \"{RUNTIME_TYPE}\"\n  \
-         pod_annotations = [\"kiln.dev/*\"]"
-    )
-}
-
-/// The file the running containerd was started with; its default file if none runs.
-fn config_path(system: &System) -> PathBuf {
-    running_config(system).unwrap_or_else(|| DEFAULT_CONFIG.into())
-}
-
-fn running_config(system: &System) -> Option<PathBuf> {
-    for process in std::fs::read_dir(system.at("/proc")).ok()?.flatten() {
-        let read = |name: &str| std::fs::read(process.path().join(name)).ok();
-        if read("comm").as_deref() != Some(b"containerd\n") {
-            continue;
-        }
-        let line = read("cmdline").unwrap_or_default();
-        let arguments: Vec<String> = line
-            .split(|b| *b == 0)
-            .map(|a| String::from_utf8_lossy(a).into_owned())
-            .collect();
-        return config_argument(&arguments);
-    }
-    None
-}
-
-fn config_argument(arguments: &[String]) -> Option<PathBuf> {
-    let mut arguments = arguments.iter();
-    while let Some(argument) = arguments.next() {
-        if matches!(argument.as_str(), "-c" | "--config" | "-config") {
-            return arguments.next().map(PathBuf::from);
-        }
-        for prefix in ["-c=", "--config=", "-config="] {
-            if let Some(path) = argument.strip_prefix(prefix) {
-                return Some(path.into());
-            }
-        }
-    }
-    None
-}
-
-/// A runtime that is kiln's.
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct Handler {
-    name: String,
-    runtime_path: Option<PathBuf>,
-    /// The file that names it.
-    file: PathBuf,
-}
-
-/// What the configuration says of kiln.
-#[derive(Debug, PartialEq, Eq)]
-struct Config {
-    version: i64,
-    handlers: Vec<Handler>,
-}
-
-impl Config {
-    /// Reads a configuration file and those it imports. A file that is not there is empty, as it
-    /// is for containerd.
-    fn read(system: &System, path: &Path, default: i64) -> Result<Config, String> {
-        let mut config = Config {
-            version: 0,
-            handlers: Vec::new(),
-        };
-        let mut queue = vec![path.to_owned()];
-        let mut seen = Vec::new();
-        while let Some(path) = queue.pop() {
-            if seen.contains(&path) {
-                continue;
-            }
-            seen.push(path.clone());
-            let text = match std::fs::read_to_string(system.at(&path)) {
-                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
-                Err(error) => return Err(format!("{} cannot be read: {error}", path.display())),
-                Ok(text) => text,
-            };
-            let table: Table = text.parse().map_err(|error: toml::de::Error| {
-                format!("{} is not valid TOML: {}", path.display(), error.message())
-            })?;
-            let version = table
-                .get("version")
-                .and_then(Value::as_integer)
-                .unwrap_or(1);
-            if seen.len() == 1 {
-                config.version = version;
-            }
-            config.handlers.extend(handlers(&table, &path));
-            let base = path.parent().unwrap_or(Path::new("/"));
-            let imports = table.get("imports").and_then(Value::as_array);
-            for import in imports.into_iter().flatten().filter_map(Value::as_str) {
-                queue.extend(expand(system, &base.join(import)));
-            }
-        }
-        // There is no file.
-        config.version = if config.version == 0 {
-            default
-        } else {
-            config.version
-        };
-        Ok(config)
-    }
-}
-
-/// The runtimes of ours that one file names, in a layout of version 2 or 3.
-fn handlers(table: &Table, file: &Path) -> Vec<Handler> {
-    let mut found = Vec::new();
-    for plugin in ["io.containerd.cri.v1.runtime", "io.containerd.grpc.v1.cri"] {
-        let runtimes = ["plugins", plugin, "containerd", "runtimes"]
-            .into_iter()
-            .try_fold(table, |table, key| table.get(key)?.as_table());
-        for (name, runtime) in runtimes.into_iter().flatten() {
-            let text = |key: &str| runtime.get(key).and_then(Value::as_str).unwrap_or_default();
-            let path = text("runtime_path");
-            if text("runtime_type") == RUNTIME_TYPE || path.ends_with(SHIM) {
-                let runtime_path = (!path.is_empty()).then(|| PathBuf::from(path));
-                found.push(Handler {
-                    name: name.clone(),
-                    runtime_path,
-                    file: file.to_owned(),
-                });
-            }
-        }
-    }
-    found
-}
-
-/// An import may end in a pattern for file names, such as `conf.d/*.toml`.
-fn expand(system: &System, import: &Path) -> Vec<PathBuf> {
-    let Some(pattern) = import.file_name().and_then(|name| name.to_str()) else {
-        return Vec::new();
-    };
-    let Some((before, after)) = pattern.split_once('*') else {
-        return vec![import.to_owned()];
-    };
-    let dir = import.parent().unwrap_or(Path::new("/"));
-    let mut files: Vec<PathBuf> = std::fs::read_dir(system.at(dir))
-        .into_iter()
-        .flatten()
-        .flatten()
-        .filter_map(|entry| entry.file_name().into_string().ok())
-        .filter(|name| {
-            name.len() >= before.len() + after.len()
-                && name.starts_with(before)
-                && name.ends_with(after)
-        })
-        .map(|name| dir.join(name))
-        .collect();
-    files.sort();
-    files
 }
 
 #[cfg(test)]
@@ -409,14 +226,7 @@ mod tests {
     }
 
     #[test]
-    fn without_a_file_the_installed_release_decides() {
-        let found = |version: &str| Found {
-            path: "/usr/bin/containerd".into(),
-            version: Some(version.to_owned()),
-        };
-        assert_eq!(default_layout(Some(&found("1.7.24~ds1"))), 2);
-        assert_eq!(default_layout(Some(&found("2.1.9"))), 3);
-        assert_eq!(default_layout(None), 3);
+    fn without_a_file_the_version_is_said_too() {
         let fixture = Fixture::new();
         let text = registration(&fixture.system).unwrap();
         assert!(
@@ -445,7 +255,7 @@ mod tests {
     fn broken_file_and_missing_runtime_path_are_named() {
         let broken = registered_with(&[("etc/containerd/config.toml", "version = [")]);
         assert!(broken.found.contains("not valid TOML"), "{broken:?}");
-        let path = format!("{V2}\nruntime_path = '/opt/kiln/bin/{SHIM}'\n");
+        let path = format!("{V2}\nruntime_path = '/opt/kiln/bin/shim'\n");
         let missing = registered_with(&[("etc/containerd/config.toml", &path)]);
         assert_eq!(missing.status, Status::Fail);
         assert!(missing.found.contains("/opt/kiln/bin"));
@@ -462,22 +272,6 @@ mod tests {
             ("etc/other.toml", V3),
         ]);
         assert_eq!(check.status, Status::Ok, "{check:?}");
-        let argument =
-            |text: &str| config_argument(&text.split(' ').map(str::to_owned).collect::<Vec<_>>());
-        assert_eq!(argument("containerd -c=/a"), Some("/a".into()));
-        assert_eq!(argument("containerd -c /a"), Some("/a".into()));
-        assert_eq!(argument("containerd --log-level debug"), None);
-    }
-
-    #[test]
-    fn versions_of_debian_and_upstream_are_understood() {
-        let debian = "containerd github.com/containerd/containerd 1.7.24~ds1 1.7.24~ds1-6+deb13u1";
-        assert_eq!(version_in(debian).as_deref(), Some("1.7.24~ds1"));
-        let two = "containerd github.com/containerd/containerd/v2 v2.1.4 75cb2b7193e4";
-        assert_eq!(version_in(two).as_deref(), Some("2.1.4"));
-        assert_eq!(version_in("something else entirely"), None);
-        assert_eq!(release("2.1.9+ds1"), Some((2, 1)));
-        assert_eq!(release("nonsense"), None);
     }
 
     #[test]

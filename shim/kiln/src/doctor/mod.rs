@@ -180,7 +180,7 @@ pub(crate) fn run(store: &Path, output: &Output) -> Result<ExitCode, Failure> {
 
 /// `kiln containerd-config`.
 pub(crate) fn containerd_config(store: &Path, output: &Output) -> Result<ExitCode, Failure> {
-    let text = containerd::registration(&System::this(store)).map_err(anyhow::Error::msg)?;
+    let text = containerd::registration(&System::this(store))?;
     output.text(&text)?;
     Ok(ExitCode::SUCCESS)
 }

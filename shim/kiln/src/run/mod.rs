@@ -9,36 +9,48 @@ mod seccomp;
 mod session;
 mod spec;
 mod terminal;
-mod uvm;
 mod volumes;
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
+use kiln_agent_api::client::Vsock;
 use kiln_agent_api::stream::TOKEN_LEN;
-use kiln_vmm_control::{ScratchLimits, spill_file};
+use kiln_overlay::Budget;
+use kiln_store::private;
+use kiln_uvm::baked::Baked;
+use kiln_uvm::guest::{Agent, Guest, Identity};
+use kiln_uvm::launch::{HostSide, Order, launch};
+use kiln_uvm::machine::{Machine, Start as StartVmm, in_time};
+use kiln_uvm::scratch::{Scratch, ScratchLimits, join_budget, spill_file};
+use kiln_uvm::size::{BLOCK, Size};
+use kiln_uvm::timeline::{Timeline, Trace, step};
+use kiln_uvm::uvm::Uvm;
+use kiln_uvm::{Flush, jail, pick, random, share, words};
 
 use crate::args;
 use crate::failure::Failure;
 use crate::image::{self, Image};
 use crate::output::{Output, size};
-use crate::trace::{self, Timeline};
-use guest::{Guest, NotStarted, Process};
+use crate::trace;
+use guest::{CONTAINER, NotStarted, Process};
 use net::Net;
-use place::{Facts, PLACES, Place};
+use place::{Facts, PLACES, Place, STATE};
 use session::{Session, Signals};
 use spec::Wanted;
-use uvm::{Ends, Size, Uvm, in_time};
 use volumes::{Volume, Volumes};
 
 /// Exit code of `kiln run` and `kiln exec` when it is kiln that failed, not the command.
 const OWN_FAILURE: u8 = 125;
 /// How long a resumed guest may take for what a person waits for: many at once on a slow machine take long.
 const START_LIMIT: Duration = Duration::from_secs(120);
+/// How much later than its connections a VMM may end.
+const END_LIMIT: Duration = Duration::from_millis(500);
 /// The timeline of a μVM's start, in its place.
 const TRACE: &str = "trace.json";
 /// How often a console that is followed is looked at.
@@ -64,7 +76,7 @@ fn runtime() -> Result<tokio::runtime::Runtime> {
 }
 
 fn token() -> Result<[u8; TOKEN_LEN]> {
-    Ok(kiln_bake::random("making a token")?)
+    random::bytes().context("making a token")
 }
 
 /// Runs `work`, and gives up its threads: one of them may wait for a key for ever.
@@ -137,131 +149,190 @@ struct Start<'a> {
 
 async fn resume_and_run(start: Start<'_>) -> Result<u8> {
     let mut signals = Signals::listen()?;
-    let mut timeline = Timeline::begin();
+    let timeline = Timeline::default();
     let options = start.options;
-    let want = Size {
-        cpus: options.cpus,
-        memory: options.memory,
-    };
-    let lease = uvm::lease(start.store, want)?;
-    let id = lease.id();
-    timeline.since("store.lease", 0);
     let name = match &options.name {
         Some(name) => name.clone(),
-        None => {
-            let random: [u8; 4] = kiln_bake::random("making a name")?;
-            random.map(|byte| format!("{byte:02x}")).concat()
-        }
+        None => random::hex::<4>().context("making a name")?,
     };
-    let hostname = options.hostname.as_deref().unwrap_or(&name);
     let place = Place::make_here(&name)?;
-    let at = timeline.now();
-    let root = start.image.root(&options.cache)?;
-    let image_bytes = root.file.metadata()?.len();
-    timeline.since("image.root", at);
-    let scratch = ScratchLimits {
-        ram: options.overlay_ram,
-        disk: options.overlay_disk,
-    };
-    let ends = Ends {
-        root: root.file,
-        share: start.volumes.as_ref().map(Volumes::open).transpose()?,
-        cable: start.net.cable()?,
-        spill: spill_file(&options.overlay_dir)?,
-        scratch,
-    };
-    let at = timeline.now();
-    let uvm = Uvm::resume(&start.vmm, lease, &place, ends).await?;
-    timeline.since("uvm.resume", at);
-    timeline.add_vmm(at, &uvm.steps);
-
     let process = Process {
         exec: String::new(),
         token: token()?,
         stdin: options.interactive,
         terminal: options.tty,
     };
-    let set_up = in_time("start the command", START_LIMIT, async {
-        let at = timeline.now();
-        let guest = Guest::connect(&place.path("vsock")).await?;
-        timeline.since("agent.connect", at);
-        let at = timeline.now();
-        let identity = guest
-            .set_identity(hostname, scratch, start.net.in_the_guest()?)
-            .await?;
-        timeline.since("agent.identity", at);
-        timeline.add_guest(at, &identity.spans);
-        let at = timeline.now();
-        uvm.resize(want).await?;
-        let state = guest.set_cpus(want.cpus.max(uvm.class().cpus)).await?;
-        timeline.since("uvm.resize", at);
-        place.tell(&Facts {
-            name: name.clone(),
-            pid: std::process::id(),
-            vmm: uvm.pid(),
-            uvm: id.to_string(),
-            image: fs::canonicalize(&options.image)?,
-            command: serde_json::from_value(start.process["args"].clone())?,
-            started: SystemTime::now()
-                .duration_since(UNIX_EPOCH)
-                .unwrap_or_default()
-                .as_secs(),
-            cpus: state.cpus_online,
-            memory: state.memory_online_bytes,
-            process: start.process.clone(),
-        })?;
-        let at = timeline.now();
-        guest.write_files(hostname, start.net.resolv_conf()).await?;
-        timeline.since("agent.files", at);
-        let binds = start.volumes.as_ref().map_or(&[][..], Volumes::binds);
-        let base = u64::from(uvm.class().memory_mib) << 20;
-        // A guest cannot be smaller than it was baked; its container can.
-        let limit = options.memory.filter(|memory| *memory < base);
-        let spec = spec::container(
-            &start.process,
-            hostname,
-            limit,
-            binds,
-            start.seccomp.as_ref(),
-        );
-        let mounts = guest::mounts(image_bytes, start.volumes.is_some());
-        let at = timeline.now();
-        let made = guest
-            .start(&spec, &process, mounts, terminal::size())
-            .await?;
-        timeline.since("agent.start", at);
-        timeline.add_guest(at, &made.spans);
-        for path in [place.path(TRACE), last_trace()] {
-            // The container is none the worse for it.
-            if let Err(error) = timeline.save(&path) {
-                eprintln!("kiln: the timeline is not kept: {error:#}");
-            }
+    let started = in_time("start the command", START_LIMIT, async {
+        Ok(async {
+            let resumed = resume(&start, &name, &place, &timeline);
+            let uvm = timeline.of(step::LAUNCH, resumed).await?;
+            let begun = begin(&start, &name, &place, &process, &uvm, &timeline);
+            unless_it_ends(&uvm, begun).await?;
+            anyhow::Ok(uvm)
         }
-        Ok(guest)
+        .await)
     });
-    let guest = tokio::select! {
-        result = set_up => match result {
-            Ok(guest) => guest,
-            Err(error) if error.is::<NotStarted>() => return Err(error),
-            Err(error) => return Err(uvm.reason(error).await),
-        },
-        error = uvm.ended() => return Err(error),
+    let uvm = tokio::select! {
+        uvm = started => uvm??,
         number = signals.end() => return Ok(128 + number.unsigned_abs() as u8),
     };
     if options.timings {
         eprint!("{}", trace::drawn(&timeline.steps(), str::to_owned));
     }
-    let session = Session::attach(&guest, &process).await;
-    let code = tokio::select! {
-        code = async { session?.run(&mut signals).await } => code,
-        error = uvm.ended() => Err(error),
+    let session = Session::attach(uvm.agent(), &process).await;
+    unless_it_ends(&uvm, async { session?.run(&mut signals).await }).await
+}
+
+/// Does something with a μVM as long as it runs. A guest that does not answer may be one whose machine has ended.
+async fn unless_it_ends<T>(uvm: &Uvm, work: impl Future<Output = Result<T>>) -> Result<T> {
+    let ended = |end| Err(anyhow!("the μVM ended: {end}"));
+    let result = tokio::select! {
+        result = work => result,
+        end = uvm.ended() => return ended(end),
     };
-    let code = match code {
-        Err(error) => Err(uvm.reason(error).await),
-        code => code,
+    match result {
+        Err(error) if !error.is::<NotStarted>() => {
+            match tokio::time::timeout(END_LIMIT, uvm.ended()).await {
+                Ok(end) => ended(end),
+                Err(_) => Err(error),
+            }
+        }
+        result => result,
+    }
+}
+
+/// Resumes a μVM of the store in a VMM whose socket, console and log are in `place`.
+async fn resume(start: &Start<'_>, name: &str, place: &Place, timeline: &Timeline) -> Result<Uvm> {
+    let options = start.options;
+    let size = Size {
+        cpus: options.cpus,
+        memory: options.memory.unwrap_or(0).next_multiple_of(BLOCK),
     };
-    uvm.end();
-    code
+    let limits = ScratchLimits {
+        ram: options.overlay_ram,
+        disk: options.overlay_disk,
+    };
+    let machine = timeline.time(step::SPAWN, || spawn(&start.vmm, place))?;
+    let (baked, host) = timeline.time(step::FILES, || {
+        let baked = Baked::open(pick::lease(start.store, size)?)?;
+        anyhow::Ok((baked, host_side(start, place, limits)?))
+    })?;
+    let order = Order {
+        size,
+        identity: Identity {
+            hostname: options.hostname.as_deref().unwrap_or(name).to_owned(),
+            network: Some(start.net.in_the_guest()?),
+            mounts: start.volumes.iter().map(|_| share::guest_mount()).collect(),
+            scratch_limit: limits.content(),
+            ..Default::default()
+        },
+    };
+    Ok(launch(machine, baked, host, order, timeline).await?)
+}
+
+fn spawn(program: &Path, place: &Place) -> Result<Machine> {
+    let mut log = private::create(&place.path("vmm.log")).context("making the VMM's log")?;
+    let tell = move |line: &str| {
+        // Its last line is kept in any case.
+        let _ = writeln!(log, "{line}");
+    };
+    let (log, words) = words::pipe(tell).context("making a pipe for the VMM's log")?;
+    Ok(Machine::start(StartVmm {
+        program,
+        jail: jail::of_this_process()?,
+        log,
+        words: Some(words),
+        oom_kills: Box::new(|| false),
+    })?)
+}
+
+fn host_side(start: &Start<'_>, place: &Place, limits: ScratchLimits) -> Result<HostSide> {
+    let socket = place.path("vsock");
+    let listener = UnixListener::bind(&socket)
+        .with_context(|| format!("listening on {}", socket.display()))?;
+    let console = private::create(&place.path("console")).context("making the console's file")?;
+    // The budget is that of the pods, and root's as they are.
+    let seat = match jail::of_this_process()? {
+        Some(_) => {
+            let path = Path::new(STATE).join(Budget::FILE_NAME);
+            Some(join_budget(&path, None, limits.ram)?.into())
+        }
+        None => None,
+    };
+    Ok(HostSide {
+        vsock: (socket, listener),
+        scratch: Scratch {
+            limits,
+            flush: Flush::None,
+            spill: Some(spill_file(&start.options.overlay_dir)?.into()),
+            seat,
+        },
+        share: start.volumes.as_ref().map(Volumes::open).transpose()?,
+        taps: start.net.taps()?,
+        console: Some(console),
+    })
+}
+
+/// Starts the command in its container.
+async fn begin(
+    start: &Start<'_>,
+    name: &str,
+    place: &Place,
+    process: &Process,
+    uvm: &Uvm,
+    timeline: &Timeline,
+) -> Result<()> {
+    let options = start.options;
+    let hostname = options.hostname.as_deref().unwrap_or(name);
+    let begun = timeline.now();
+    let root = start.image.root(&options.cache)?;
+    let found = if root.made {
+        step::IMAGE_MAKE
+    } else {
+        step::IMAGE_FIND
+    };
+    timeline.add(found, begun, timeline.now() - begun);
+    let attached = timeline.of(step::PLUG_ROOT, uvm.attach_disk(root.file, true));
+    let disk = attached.await?;
+    let files = guest::write_files(uvm.agent(), hostname, start.net.resolv_conf());
+    timeline.of(step::GUEST_FILES, files).await?;
+    let size = uvm.grown().await?;
+    let id = uvm.baked().map(|lease| lease.id().to_string());
+    place.tell(&Facts {
+        name: name.to_owned(),
+        pid: std::process::id(),
+        vmm: uvm.pid(),
+        uvm: id.unwrap_or_default(),
+        image: fs::canonicalize(&options.image)?,
+        command: serde_json::from_value(start.process["args"].clone())?,
+        started: SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .unwrap_or_default()
+            .as_secs(),
+        cpus: size.cpus_online,
+        memory: size.memory_online_bytes,
+        process: start.process.clone(),
+    })?;
+    let binds = start.volumes.as_ref().map_or(&[][..], Volumes::binds);
+    // A guest cannot be smaller than it was baked; its container can.
+    let base = Size::of(uvm.class()).memory;
+    let limit = options.memory.filter(|memory| *memory < base);
+    let spec = spec::container(
+        &start.process,
+        hostname,
+        limit,
+        binds,
+        start.seccomp.as_ref(),
+    );
+    let (agent, terminal) = (uvm.agent(), terminal::size());
+    guest::start(agent, &spec, process, &disk, terminal, timeline).await?;
+    for path in [place.path(TRACE), last_trace()] {
+        // The container is none the worse for it.
+        if let Err(error) = Trace::new(path, timeline.clone()).save() {
+            eprintln!("kiln: the timeline is not kept: {error}");
+        }
+    }
+    Ok(())
 }
 
 /// The timeline of the last `kiln run` that got as far as its command.
@@ -292,21 +363,20 @@ fn exec_in(options: &args::Exec) -> Result<u8> {
         ..Wanted::default()
     };
     let spec = spec::exec_process(&facts.process, &wanted, options.user.as_deref())?;
-    let random: [u8; 8] = kiln_bake::random("making an id")?;
     let process = Process {
-        exec: random.map(|byte| format!("{byte:02x}")).concat(),
+        exec: random::hex::<8>().context("making an id")?,
         token: token()?,
         stdin: options.interactive,
         terminal: options.tty,
     };
     finish(async {
         let mut signals = Signals::listen()?;
-        let guest = Guest::connect(&socket).await?;
-        guest.exec(&spec, &process, terminal::size()).await?;
+        let guest = Agent::connect(Vsock::new(socket)).await?;
+        guest::exec(&guest, &spec, &process, terminal::size()).await?;
         let session = Session::attach(&guest, &process).await;
         let code = async { session?.run(&mut signals).await }.await;
         // The container may have ended meanwhile, and with it the books.
-        drop(guest.delete(&process).await);
+        drop(guest.delete(CONTAINER, &process.exec).await);
         code
     })
 }

@@ -10,7 +10,8 @@ use std::path::Path;
 use std::str::FromStr;
 
 use anyhow::{Context, Result, ensure};
-use kiln_agent_api::proto;
+use kiln_agent_api::{proto, slots};
+use kiln_uvm::{launch, random};
 
 /// The interface's name in the guest.
 const INTERFACE: &str = "eth0";
@@ -108,16 +109,21 @@ impl Net {
         })
     }
 
-    /// The tap's descriptor, for the VMM.
-    pub(super) fn cable(&self) -> Result<Option<OwnedFd>> {
-        let tap = self.tap.as_ref();
-        let fd = tap.map(|tap| tap.fd.try_clone()).transpose();
-        fd.context("passing the tap on")
+    /// What the guest's card is connected to.
+    pub(super) fn taps(&self) -> Result<Vec<launch::Tap>> {
+        let tap = |tap: &Tap| {
+            Ok(launch::Tap {
+                fd: tap.fd.try_clone()?,
+                mac: slots::PLACEHOLDER_MAC,
+            })
+        };
+        let taps: io::Result<Vec<_>> = self.tap.iter().map(tap).collect();
+        taps.context("passing the tap on")
     }
 
     /// What the guest's agent sets up. Two cards never have one address, with or without a cable.
     pub(super) fn in_the_guest(&self) -> Result<proto::Network> {
-        let mac: [u8; 5] = kiln_bake::random("making an address")?;
+        let mac: [u8; 5] = random::bytes().context("making an address")?;
         let mac = mac.map(|byte| format!("{byte:02x}")).join(":");
         let mut interface = proto::Interface {
             mac: format!("02:{mac}"),
@@ -221,7 +227,7 @@ mod tests {
         let net = Net::open(&Wanted::None, &[], &[], &[]).unwrap();
         let network = net.in_the_guest().unwrap();
         assert!(network.interfaces[0].down && network.routes.is_empty());
-        assert!(net.cable().unwrap().is_none());
+        assert!(net.taps().unwrap().is_empty());
         let address = ["10.0.0.2/24".parse().unwrap()];
         let error = Net::open(&Wanted::None, &address, &[], &[]).unwrap_err();
         assert!(error.to_string().contains("--net"));

@@ -10,10 +10,11 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use kiln_agent_api::stream::Kind;
+use kiln_uvm::guest::{Agent, Guest};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 
-use super::guest::{Guest, Process};
+use super::guest::{self, CONTAINER, Process};
 use super::terminal::{self, Raw};
 
 /// What is passed on. SIGWINCH means the terminal's size.
@@ -78,7 +79,7 @@ fn asks_for_the_end(number: i32) -> bool {
 
 /// The streams of a process, connected.
 pub(crate) struct Session {
-    guest: Guest,
+    guest: Agent,
     process: Process,
     outputs: Vec<JoinHandle<io::Result<()>>>,
     /// Somebody closed our output: nobody reads what the process writes.
@@ -88,7 +89,7 @@ pub(crate) struct Session {
 
 impl Session {
     /// Connects the streams of a process that has been started.
-    pub(crate) async fn attach(guest: &Guest, process: &Process) -> Result<Session> {
+    pub(crate) async fn attach(guest: &Agent, process: &Process) -> Result<Session> {
         let (tell, broken) = mpsc::unbounded_channel();
         let mut outputs = Vec::new();
         let mut kinds = vec![(Kind::Stdout, 1)];
@@ -96,7 +97,7 @@ impl Session {
             kinds.push((Kind::Stderr, 2));
         }
         for (kind, fd) in kinds {
-            let stream = blocking(guest.stream(process, kind).await?)?;
+            let stream = blocking(guest::stream(guest, process, kind).await?)?;
             let tell = tell.clone();
             let copy = move || {
                 let result = copy_out(stream, fd);
@@ -116,7 +117,7 @@ impl Session {
             false => None,
         };
         if process.stdin {
-            let stream = blocking(guest.stream(process, Kind::Stdin).await?)?;
+            let stream = blocking(guest::stream(guest, process, Kind::Stdin).await?)?;
             // It ends with this program: nothing else interrupts a read from a terminal.
             let thread = std::thread::Builder::new().name("input".to_owned());
             thread
@@ -136,7 +137,7 @@ impl Session {
     pub(crate) async fn run(mut self, signals: &mut Signals) -> Result<u8> {
         let guest = self.guest.clone();
         let process = self.process.clone();
-        let wait = guest.wait(&process);
+        let wait = guest.wait(CONTAINER, &process.exec);
         tokio::pin!(wait);
         let mut requests = 0;
         let status = loop {
@@ -146,16 +147,16 @@ impl Session {
                     if number == libc::SIGWINCH {
                         if process.terminal {
                             // It may just have ended.
-                            drop(guest.resize(&process, terminal::size()).await);
+                            drop(guest.resize_tty(CONTAINER, &process.exec, terminal::size()).await);
                         }
                         continue;
                     }
                     requests += u32::from(asks_for_the_end(number));
                     let number = if requests > PATIENCE { libc::SIGKILL } else { number };
-                    drop(guest.kill(&process, number).await);
+                    drop(kill(&guest, &process, number).await);
                 }
                 Some(()) = self.broken.recv() => {
-                    drop(guest.kill(&process, libc::SIGKILL).await);
+                    drop(kill(&guest, &process, libc::SIGKILL).await);
                 }
             }
         };
@@ -178,6 +179,11 @@ impl Session {
         }
         Ok(u8::try_from(status.exit_code).unwrap_or(u8::MAX))
     }
+}
+
+async fn kill(guest: &Agent, process: &Process, signal: i32) -> Result<()> {
+    let signal = signal.unsigned_abs();
+    Ok(guest.kill(CONTAINER, &process.exec, signal, false).await?)
 }
 
 fn blocking(stream: tokio::net::UnixStream) -> Result<UnixStream> {

@@ -2,7 +2,7 @@ use std::os::unix::fs::FileExt;
 
 use kiln_agent_api::PROTOCOL_VERSION;
 use kiln_store::{Class, Cpu, Description, Kernel, Kind};
-use kiln_vmm_control::cpu::{Fingerprint, WORDS};
+use kiln_uvm::cpu::{Fingerprint, WORDS};
 
 use super::*;
 

@@ -1,7 +1,6 @@
 //! Disks that come and go: files, overlays, in baked slots and beyond them.
 
 use std::fs::File;
-use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -10,7 +9,9 @@ use anyhow::{Context, Result, bail, ensure};
 use kiln_e2e::harness::Case;
 use kiln_e2e::uvm::{Uvm, slots};
 use kiln_e2e::{Test, cases};
-use kiln_vmm_control::{End, Flush, Overlay, OverlayPool, Reply, Request};
+use kiln_uvm::ends::Ends;
+use kiln_uvm::ends::Pool;
+use kiln_uvm::{Flush, OverlayFigures};
 
 use super::{baked, blocking};
 use crate::suite::same;
@@ -77,10 +78,10 @@ fn wait_gone(uvm: &Uvm, slot: u8) -> Result<()> {
 
 async fn a_disk_comes_into_a_slot_is_written_and_goes(test: Test) -> Result<()> {
     blocking(test, |dir| {
-        let uvm = Uvm::resume(dir, &baked()?, vec![], &[])?;
+        let uvm = Uvm::resume(dir, &baked()?, Ends::new())?;
         let file = disk(&dir.join("disk"), 64 * MIB)?;
         file.write_all_at(b"from the node", 1 << 20)?;
-        let slot = uvm.vmm().attach_block(None, &file, false)?;
+        let slot = uvm.vmm().attach_disk(None, &file, false)?;
         same!(slot, slots::DISK);
         let name = name_of(&uvm, slot, 64 * MIB)?;
         same!(
@@ -104,12 +105,12 @@ async fn a_disk_comes_into_a_slot_is_written_and_goes(test: Test) -> Result<()> 
         uvm.sh(&format!("blkdiscard -o 8388608 -l 16777216 /dev/{name}"))?;
         let after = file.metadata()?.blocks();
         ensure!(after + 30_000 < before, "{before} blocks before the discard, {after} after");
-        uvm.vmm().order(&Request::DetachBlock { slot }, &[])?;
+        uvm.vmm().detach_disk(slot)?;
         name_of(&uvm, slot, 0)?;
         // Another one in the same slot.
         let other = disk(&dir.join("other"), 32 * MIB)?;
         other.write_all_at(b"the other", 0)?;
-        same!(uvm.vmm().attach_block(None, &other, true)?, slot);
+        same!(uvm.vmm().attach_disk(None, &other, true)?, slot);
         let name = name_of(&uvm, slot, 32 * MIB)?;
         same!(uvm.sh(&format!("head -c 9 /dev/{name}"))?, "the other");
         // Which the guest takes for writable, and is not.
@@ -127,12 +128,9 @@ async fn a_disk_given_at_resume_is_there(test: Test) -> Result<()> {
     blocking(test, |dir| {
         let file = disk(&dir.join("disk"), 3 * MIB)?;
         file.write_all_at(b"early", 0)?;
-        let end = End::Disk {
-            fd: 0,
-            read_only: true,
-        };
-        let ends = vec![(slots::DISK + 1, end)];
-        let uvm = Uvm::resume(dir, &baked()?, ends, &[file.as_fd()])?;
+        let mut ends = Ends::new();
+        ends.disk(slots::DISK + 1, &file, true);
+        let uvm = Uvm::resume(dir, &baked()?, ends)?;
         let name = name_of(&uvm, slots::DISK + 1, 3 * MIB)?;
         same!(uvm.sh(&format!("head -c 5 /dev/{name}"))?, "early");
         Ok(())
@@ -142,7 +140,7 @@ async fn a_disk_given_at_resume_is_there(test: Test) -> Result<()> {
 
 async fn disks_beyond_the_slots_are_plugged_and_unplugged(test: Test) -> Result<()> {
     blocking(test, |dir| {
-        let mut uvm = Uvm::resume(dir, &baked()?, vec![], &[])?;
+        let mut uvm = Uvm::resume(dir, &baked()?, Ends::new())?;
         // Disks come and go while others are read.
         uvm.sh(
             "(while :; do cat /dev/vd* > /dev/null 2>&1; usleep 20000; done) > /dev/null 2>&1 &",
@@ -154,7 +152,7 @@ async fn disks_beyond_the_slots_are_plugged_and_unplugged(test: Test) -> Result<
                 let size = (i + 1) * MIB;
                 let file = disk(&dir.join(format!("disk{i}")), size)?;
                 file.write_all_at(format!("disk {i:02}").as_bytes(), 0)?;
-                let slot = uvm.vmm().attach_block(None, &file, false)?;
+                let slot = uvm.vmm().attach_disk(None, &file, false)?;
                 let name = name_of(&uvm, slot, size)?;
                 same!(
                     uvm.sh(&format!("head -c 7 /dev/{name}"))?,
@@ -164,7 +162,7 @@ async fn disks_beyond_the_slots_are_plugged_and_unplugged(test: Test) -> Result<
             }
             while let Some(slot) = taken.pop() {
                 uvm.vmm()
-                    .order(&Request::DetachBlock { slot }, &[])
+                    .detach_disk(slot)
                     .with_context(|| format!("slot {slot}"))?;
                 if (slots::DISK..slots::DISK + slots::DISKS).contains(&slot) {
                     name_of(&uvm, slot, 0)?;
@@ -175,7 +173,7 @@ async fn disks_beyond_the_slots_are_plugged_and_unplugged(test: Test) -> Result<
             if round == 0 {
                 let again = uvm.snapshot(&dir.join("again"), false)?;
                 drop(uvm);
-                uvm = Uvm::resume(dir, &again, vec![], &[])?;
+                uvm = Uvm::resume(dir, &again, Ends::new())?;
             }
         }
         Ok(())
@@ -184,46 +182,33 @@ async fn disks_beyond_the_slots_are_plugged_and_unplugged(test: Test) -> Result<
 }
 
 /// A pool and a spill file for it.
-fn pool(ram: u64, spill: Option<u8>) -> OverlayPool {
-    OverlayPool {
+fn pool(ram: u64, spill: Option<&File>) -> Pool<'_> {
+    Pool {
         ram,
-        spill,
-        spill_limit: 1 << 30,
-        budget: None,
+        spill: spill.map(|file| (file, 1 << 30)),
+        seat: None,
         flush: Flush::None,
     }
 }
 
-fn figures(uvm: &Uvm) -> Result<kiln_vmm_control::OverlayFigures> {
-    match uvm.vmm().call(&Request::Stats, &[])? {
-        Reply::Stats { overlays, .. } => overlays.context("there are no overlays"),
-        other => bail!("{other:?}"),
-    }
+fn figures(uvm: &Uvm) -> Result<OverlayFigures> {
+    let figures = uvm.vmm().figures()?;
+    figures.overlays.context("there are no overlays")
 }
 
 async fn an_overlay_keeps_what_is_written_over_a_template_and_spills(test: Test) -> Result<()> {
     blocking(test, |dir| {
         const SIZE: u64 = 512 * MIB;
-        let uvm = Uvm::resume(dir, &baked()?, vec![], &[])?;
+        let uvm = Uvm::resume(dir, &baked()?, Ends::new())?;
         let template = disk(&dir.join("template"), SIZE)?;
         make_file_system(&dir.join("template"))?;
         let before = std::fs::read(dir.join("template"))?;
         let spill = disk(&dir.join("spill"), 0)?;
         std::fs::remove_file(dir.join("spill"))?;
-        let request = Request::AttachOverlay {
-            slot: None,
-            overlay: Overlay {
-                base: Some(0),
-                size: SIZE,
-                pool: Some(pool(16 * MIB, Some(1))),
-            },
-        };
-        let Reply::Slot(slot) = uvm
+        let pool = pool(16 * MIB, Some(&spill));
+        let slot = uvm
             .vmm()
-            .call(&request, &[template.as_fd(), spill.as_fd()])?
-        else {
-            bail!("no slot in the answer");
-        };
+            .attach_overlay(None, Some(&template), SIZE, Some(&pool))?;
         let name = name_of(&uvm, slot, SIZE)?;
         uvm.sh(&format!("mount -t ext4 /dev/{name} /mnt"))?;
         let sum = uvm.sh(
@@ -260,13 +245,10 @@ async fn an_overlays_content_is_saved_with_the_machine(test: Test) -> Result<()>
         for round in 0..3 {
             let spill = disk(&dir.join("spill"), 0)?;
             std::fs::remove_file(dir.join("spill"))?;
-            let overlay = End::Overlay(Overlay {
-                base: Some(0),
-                size: SIZE,
-                pool: Some(pool(8 * MIB, Some(1))),
-            });
-            let ends = vec![(slot, overlay)];
-            let uvm = Uvm::resume(dir, &saved, ends, &[base.as_fd(), spill.as_fd()])?;
+            let mut ends = Ends::new();
+            let pool = pool(8 * MIB, Some(&spill));
+            ends.overlay(slot, Some(&base), SIZE, Some(&pool));
+            let uvm = Uvm::resume(dir, &saved, ends)?;
             if round == 0 {
                 let name = name_of(&uvm, slot, SIZE)?;
                 uvm.sh(&format!("mount -t ext4 /dev/{name} /mnt"))?;
@@ -281,19 +263,14 @@ async fn an_overlays_content_is_saved_with_the_machine(test: Test) -> Result<()>
             );
             sums.push(uvm.sh(&script)?);
             ensure!(
-                uvm.vmm()
-                    .call(&save_overlay(slot), &[spill.as_fd()])
-                    .is_err(),
+                uvm.vmm().save_overlay(slot, &spill).is_err(),
                 "a running machine's overlay was saved"
             );
             // What the guest has not written back yet is in its memory, which is saved, too.
             uvm.sh(&format!("echo late > /mnt/late{round}"))?;
-            uvm.vmm().order(&Request::Pause, &[])?;
+            uvm.vmm().pause()?;
             let content = disk(&dir.join(format!("content{round}")), 0)?;
-            let answer = uvm.vmm().call(&save_overlay(slot), &[content.as_fd()])?;
-            let Reply::SavedOverlay { bytes } = answer else {
-                bail!("{answer:?}");
-            };
+            let bytes = uvm.vmm().save_overlay(slot, &content)?;
             ensure!(
                 (12_000_000..SIZE / 2).contains(&bytes),
                 "{bytes} bytes saved"
@@ -306,24 +283,13 @@ async fn an_overlays_content_is_saved_with_the_machine(test: Test) -> Result<()>
     .await
 }
 
-fn save_overlay(slot: u8) -> Request {
-    Request::SaveOverlay { slot, into: 0 }
-}
-
 async fn an_overlay_without_room_fails_the_write_and_nothing_else(test: Test) -> Result<()> {
     blocking(test, |dir| {
-        let uvm = Uvm::resume(dir, &baked()?, vec![], &[])?;
-        let request = Request::AttachOverlay {
-            slot: None,
-            overlay: Overlay {
-                base: None,
-                size: 64 * MIB,
-                pool: Some(pool(8 * MIB, None)),
-            },
-        };
-        let Reply::Slot(slot) = uvm.vmm().call(&request, &[])? else {
-            bail!("no slot in the answer");
-        };
+        let uvm = Uvm::resume(dir, &baked()?, Ends::new())?;
+        let pool = pool(8 * MIB, None);
+        let slot = uvm
+            .vmm()
+            .attach_overlay(None, None, 64 * MIB, Some(&pool))?;
         let name = name_of(&uvm, slot, 64 * MIB)?;
         uvm.sh(&format!(
             "dd if=/dev/urandom of=/tmp/r bs=1M count=4 && dd if=/tmp/r of=/dev/{name} bs=1M conv=fsync"
@@ -336,13 +302,7 @@ async fn an_overlay_without_room_fails_the_write_and_nothing_else(test: Test) ->
             "echo 3 > /proc/sys/vm/drop_caches; dd if=/dev/{name} bs=1M count=4 | cmp - /tmp/r"
         ))?;
         // More room, and it goes on.
-        uvm.vmm().order(
-            &Request::LimitOverlays {
-                ram: 64 * MIB,
-                spill_limit: 0,
-            },
-            &[],
-        )?;
+        uvm.vmm().limit_overlays(64 * MIB, 0)?;
         uvm.sh(&format!(
             "dd if=/dev/urandom of=/dev/{name} bs=1M seek=4 count=32 conv=fsync"
         ))?;

@@ -1,14 +1,13 @@
 //! The shared folder.
 
 use std::fs::File;
-use std::os::fd::AsFd;
 use std::path::Path;
 
 use anyhow::{Result, ensure};
 use kiln_e2e::harness::Case;
 use kiln_e2e::uvm::{Uvm, slots};
 use kiln_e2e::{Test, cases};
-use kiln_vmm_control::End;
+use kiln_uvm::ends::Ends;
 
 use super::{baked, blocking, folder};
 use crate::suite::same;
@@ -31,12 +30,9 @@ async fn a_folder_given_at_resume_is_the_guests_with_owners_and_later_mounts(
         // The VMM runs as nobody: what it may do here, it may do by its rights.
         std::fs::set_permissions(&shared, PermissionsExt::from_mode(0o711))?;
         let handle = File::open(&shared)?;
-        let uvm = Uvm::resume(
-            dir,
-            &baked()?,
-            vec![(slots::FS, End::Directory(0))],
-            &[handle.as_fd()],
-        )?;
+        let mut ends = Ends::new();
+        ends.directory(slots::FS, &handle);
+        let uvm = Uvm::resume(dir, &baked()?, ends)?;
         uvm.sh("mount -t virtiofs kiln /mnt")?;
         same!(uvm.sh("cat /mnt/hello")?, "from the node");
         // The guest follows links in its own tree; the node's files are out of reach.

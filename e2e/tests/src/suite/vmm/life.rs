@@ -8,7 +8,8 @@ use anyhow::{Result, ensure};
 use kiln_e2e::harness::Case;
 use kiln_e2e::uvm::{Baked, Kit, Shape, Uvm};
 use kiln_e2e::{Test, agent, cases};
-use kiln_vmm_control::{Reply, Request, exit};
+use kiln_uvm::ends::Ends;
+use kiln_uvm::exit;
 
 use super::{baked, blocking, folder};
 use crate::suite::same;
@@ -33,7 +34,7 @@ async fn an_older_kernel_boots_is_saved_and_resumed(test: Test) -> Result<()> {
         ensure!(uvm.sh("uname -r")?.starts_with("6.1."), "another kernel");
         let baked = uvm.snapshot(&dir.join("baked"), false)?;
         drop(uvm);
-        let uvm = Uvm::resume(dir, &baked, vec![], &[])?;
+        let uvm = Uvm::resume(dir, &baked, Ends::new())?;
         ensure!(uvm.sh("uname -r")?.starts_with("6.1."), "another kernel");
         uvm.run("poweroff -f").ok();
         same!(uvm.wait(END)?, exit::ENDED);
@@ -49,7 +50,7 @@ async fn the_way_a_guest_ends_is_told_apart(test: Test) -> Result<()> {
             ("reboot -f", exit::RESET),
             ("echo c > /proc/sysrq-trigger", exit::PANICKED),
         ] {
-            let uvm = Uvm::resume(dir, &baked()?, vec![], &[])?;
+            let uvm = Uvm::resume(dir, &baked()?, Ends::new())?;
             // The answer does not come; the end does.
             uvm.run(script).ok();
             let got = uvm.wait(END).map_err(|e| e.context(script))?;
@@ -74,7 +75,7 @@ async fn fifty_copies_live_side_by_side_each_itself_and_on_time(test: Test) -> R
     let (mut randoms, mut boots) = (BTreeSet::new(), BTreeSet::new());
     for i in 0..COUNT {
         let dir = folder(test.scratch(), &i.to_string())?;
-        copies.push(Uvm::resume(&dir, &baked, vec![], &[])?);
+        copies.push(Uvm::resume(&dir, &baked, Ends::new())?);
         let asked = now()?;
         let answer = agent::identify(&dir).await?;
         let answered = now()?;
@@ -90,10 +91,7 @@ async fn fifty_copies_live_side_by_side_each_itself_and_on_time(test: Test) -> R
     same!(randoms.len(), COUNT, "different random numbers");
     same!(boots.len(), COUNT, "different boot ids");
     for (i, uvm) in copies.iter().enumerate() {
-        match uvm.vmm().call(&Request::Stats, &[])? {
-            Reply::Stats { cpus: 1, .. } => {}
-            other => anyhow::bail!("copy {i}: {other:?}"),
-        }
+        same!(uvm.vmm().figures()?.cpus, 1, "of copy {i}");
     }
     drop(lease);
     Ok(())
@@ -112,7 +110,7 @@ async fn a_killed_vmm_leaves_nothing_behind(test: Test) -> Result<()> {
                 unsafe { libc::kill(pid.cast_signed(), libc::SIGKILL) }
             });
             // Too late is as good as too early.
-            let resumed = Uvm::resume_in(vmm, dir, &baked, vec![], &[]);
+            let resumed = Uvm::resume_in(vmm, dir, &baked, Ends::new());
             if let Ok(uvm) = &resumed {
                 let _ = uvm.snapshot(&dir.join("cut"), true);
             }
@@ -126,12 +124,12 @@ async fn a_killed_vmm_leaves_nothing_behind(test: Test) -> Result<()> {
         // A state file is only whole when its memory is.
         let cut = Baked::in_dir(&dir.join("cut"));
         if cut.state.exists()
-            && let Ok(uvm) = Uvm::resume(dir, &cut, vec![], &[])
+            && let Ok(uvm) = Uvm::resume(dir, &cut, Ends::new())
         {
             same!(uvm.sh("echo alive")?, "alive");
         }
         let threads = kvm_threads()?;
-        let uvm = Uvm::resume(dir, &baked, vec![], &[])?;
+        let uvm = Uvm::resume(dir, &baked, Ends::new())?;
         same!(uvm.sh("echo alive")?, "alive");
         drop(uvm);
         let deadline = Instant::now() + END;
@@ -156,12 +154,12 @@ fn kvm_threads() -> Result<usize> {
 
 async fn a_machine_goes_on_after_its_snapshot(test: Test) -> Result<()> {
     blocking(test, |dir| {
-        let uvm = Uvm::resume(dir, &baked()?, vec![], &[])?;
+        let uvm = Uvm::resume(dir, &baked()?, Ends::new())?;
         uvm.sh("echo before > /tmp/f")?;
         let saved = uvm.snapshot(&dir.join("saved"), true)?;
         uvm.sh("echo after > /tmp/f")?;
         same!(uvm.sh("cat /tmp/f")?, "after");
-        let copy = Uvm::resume(&folder(dir, "copy")?, &saved, vec![], &[])?;
+        let copy = Uvm::resume(&folder(dir, "copy")?, &saved, Ends::new())?;
         same!(copy.sh("cat /tmp/f")?, "before");
         same!(uvm.sh("cat /tmp/f")?, "after");
         Ok(())
@@ -183,7 +181,7 @@ async fn a_damaged_state_file_is_refused_by_name(test: Test) -> Result<()> {
                 memory: memory.to_owned(),
                 ..bad.clone()
             };
-            let error = match Uvm::resume(dir, &bad, vec![], &[]) {
+            let error = match Uvm::resume(dir, &bad, Ends::new()) {
                 Ok(_) => anyhow::bail!("a state file with a damaged {word} was resumed"),
                 Err(e) => format!("{e:#}"),
             };

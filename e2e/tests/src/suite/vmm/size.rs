@@ -2,11 +2,11 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, anyhow, bail, ensure};
+use anyhow::{Result, anyhow, ensure};
 use kiln_e2e::harness::Case;
 use kiln_e2e::uvm::Uvm;
 use kiln_e2e::{Test, cases};
-use kiln_vmm_control::{Reply, Request};
+use kiln_uvm::ends::Ends;
 
 use super::{baked, blocking};
 use crate::suite::same;
@@ -27,20 +27,13 @@ const LIMIT_MS: u32 = 60_000;
 const SOON: Duration = Duration::from_secs(20);
 
 /// Asks for a size; what was reached.
-fn resize(uvm: &Uvm, cpus: u8, mib: u64) -> Result<(u8, u64)> {
-    let request = Request::Resize {
-        cpus,
-        memory: mib * MIB,
-        timeout_ms: LIMIT_MS,
-    };
-    match uvm.vmm().call(&request, &[])? {
-        Reply::Stats { cpus, memory, .. } => Ok((cpus, memory / MIB)),
-        other => bail!("{other:?}"),
-    }
+fn resize(uvm: &Uvm, cpus: u32, mib: u64) -> Result<(u32, u64)> {
+    let reached = uvm.vmm().resize(cpus, mib * MIB, LIMIT_MS)?;
+    Ok((reached.cpus, reached.memory / MIB))
 }
 
 /// Brings up what is offline, as the agent does: the number of vCPUs that work.
-fn online(uvm: &Uvm) -> Result<u8> {
+fn online(uvm: &Uvm) -> Result<u32> {
     let text = uvm.sh("for c in /sys/devices/system/cpu/cpu[1-9]*; do \
            [ -e $c/online ] && [ $(cat $c/online) = 0 ] && echo 1 > $c/online; done; \
          grep -c ^processor /proc/cpuinfo")?;
@@ -49,7 +42,7 @@ fn online(uvm: &Uvm) -> Result<u8> {
 
 async fn vcpus_come_and_go_under_load_also_after_a_second_resume(test: Test) -> Result<()> {
     blocking(test, |dir| {
-        let mut uvm = Uvm::resume(dir, &baked()?, vec![], &[])?;
+        let mut uvm = Uvm::resume(dir, &baked()?, Ends::new())?;
         // Something that uses whatever CPUs there are.
         uvm.sh("for i in 1 2; do (while :; do :; done) > /dev/null 2>&1 & done")?;
         for round in 0..2 {
@@ -63,7 +56,7 @@ async fn vcpus_come_and_go_under_load_also_after_a_second_resume(test: Test) -> 
                 same!(online(&uvm)?, 2);
                 let again = uvm.snapshot(&dir.join("again"), false)?;
                 drop(uvm);
-                uvm = Uvm::resume(dir, &again, vec![], &[])?;
+                uvm = Uvm::resume(dir, &again, Ends::new())?;
                 same!(online(&uvm)?, 2);
             }
         }
@@ -74,7 +67,7 @@ async fn vcpus_come_and_go_under_load_also_after_a_second_resume(test: Test) -> 
 
 async fn memory_comes_and_goes_also_after_a_second_resume(test: Test) -> Result<()> {
     blocking(test, |dir| {
-        let mut uvm = Uvm::resume(dir, &baked()?, vec![], &[])?;
+        let mut uvm = Uvm::resume(dir, &baked()?, Ends::new())?;
         let total = |uvm: &Uvm| -> Result<u64> {
             let kib: u64 = uvm
                 .sh("awk '/MemTotal/ { print $2 }' /proc/meminfo")?
@@ -102,7 +95,7 @@ async fn memory_comes_and_goes_also_after_a_second_resume(test: Test) -> Result<
             if round == 0 {
                 let again = uvm.snapshot(&dir.join("again"), false)?;
                 drop(uvm);
-                uvm = Uvm::resume(dir, &again, vec![], &[])?;
+                uvm = Uvm::resume(dir, &again, Ends::new())?;
             }
         }
         Ok(())
@@ -112,7 +105,7 @@ async fn memory_comes_and_goes_also_after_a_second_resume(test: Test) -> Result<
 
 async fn a_size_that_can_not_be_is_refused(test: Test) -> Result<()> {
     blocking(test, |dir| {
-        let uvm = Uvm::resume(dir, &baked()?, vec![], &[])?;
+        let uvm = Uvm::resume(dir, &baked()?, Ends::new())?;
         for (cpus, mib) in [(5, 256), (0, 256), (1, 255), (1, 256 + 2049)] {
             ensure!(
                 resize(&uvm, cpus, mib).is_err(),

@@ -11,7 +11,7 @@ use anyhow::{Context, Result, anyhow, ensure};
 use kiln_e2e::harness::Case;
 use kiln_e2e::uvm::{Uvm, slots};
 use kiln_e2e::{Test, cases};
-use kiln_vmm_control::Request;
+use kiln_uvm::ends::Ends;
 use sha2::{Digest, Sha256};
 
 use super::{baked, blocking};
@@ -28,7 +28,7 @@ async fn a_hundred_streams_at_once_mix_up_nothing(test: Test) -> Result<()> {
     blocking(test, |dir| {
         const COUNT: usize = 100;
         const BYTES: usize = 200_000;
-        let uvm = Uvm::resume(dir, &baked()?, vec![], &[])?;
+        let uvm = Uvm::resume(dir, &baked()?, Ends::new())?;
         // All are open before the first is used, each to a process of the guest's.
         let mut streams = (0..COUNT)
             .map(|_| uvm.connect())
@@ -68,16 +68,11 @@ const HERE: &str = "10.99.0.1";
 async fn a_hundred_megabytes_arrive_whole_through_the_network_card(test: Test) -> Result<()> {
     blocking(test, |dir| {
         const BYTES: usize = 100 << 20;
-        let uvm = Uvm::resume(dir, &baked()?, vec![], &[])?;
+        let uvm = Uvm::resume(dir, &baked()?, Ends::new())?;
         let tap = open_tap(TAP)?;
         run(&["ip", "addr", "add", "10.99.0.1/24", "dev", TAP])?;
         run(&["ip", "link", "set", TAP, "up"])?;
-        let request = Request::SetNet {
-            slot: slots::NET,
-            taps: vec![0],
-            mac: None,
-        };
-        uvm.vmm().order(&request, &[tap.as_fd()])?;
+        uvm.vmm().connect_net(slots::NET, Some(tap.as_fd()))?;
         uvm.sh(&format!(
             "n=$(basename /sys/bus/pci/devices/0000:00:{:02x}.0/virtio*/net/*); \
              ip addr add 10.99.0.2/24 dev $n; ip link set $n up; \
@@ -123,12 +118,7 @@ async fn a_hundred_megabytes_arrive_whole_through_the_network_card(test: Test) -
         ensure!(bytes > 32 << 20, "{bytes} bytes came");
         same!(sum.split_whitespace().next(), Some(received.as_str()));
         // The cable is pulled.
-        let pulled = Request::SetNet {
-            slot: slots::NET,
-            taps: vec![],
-            mac: None,
-        };
-        uvm.vmm().order(&pulled, &[])?;
+        uvm.vmm().connect_net(slots::NET, None)?;
         uvm.sh(&format!(
             "for i in $(seq 50); do [ $(cat /sys/bus/pci/devices/0000:00:{:02x}.0/virtio*/net/*/carrier) = 0 ] && exit 0; \
              usleep 100000; done; exit 1",

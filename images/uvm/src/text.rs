@@ -1,7 +1,7 @@
 //! Texts that somebody else wrote.
 
 /// The beginning of a text, of at most so many bytes and whole characters.
-pub fn beginning(text: &str, most: usize) -> &str {
+pub(crate) fn beginning(text: &str, most: usize) -> &str {
     let mut end = most.min(text.len());
     while !text.is_char_boundary(end) {
         end -= 1;

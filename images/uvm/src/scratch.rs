@@ -1,11 +1,19 @@
-//! The disk of a μVM's writable layers, as whoever resumes one gives it: an overlay, with a file to spill to.
+//! The disk of a μVM's writable layers: an overlay over the empty file system that was baked, with a file to spill to and
+//! a seat in the node's budget of RAM.
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use crate::api::{BudgetSeat, End, FdIndex, Flush, Overlay, OverlayPool};
+use kiln_agent_api::slots;
+use kiln_overlay::{Budget, Seat};
+use kiln_vmm_control::Flush;
+
+use crate::Error;
+use crate::baked::Baked;
+use crate::ends::{Ends, Pool};
 
 /// Where spill files lie unless something else is said: on the node's disk.
 pub const DEFAULT_SPILL_DIRECTORY: &str = "/var/lib/kiln/spill";
@@ -70,38 +78,54 @@ pub fn spill_file(directory: &Path) -> Result<File, SpillError> {
     })
 }
 
-impl End {
-    /// The overlay over the scratch disk of a baked μVM, `base`, which is `size` bytes long.
-    pub fn scratch(
-        base: FdIndex,
-        size: u64,
-        spill: Option<FdIndex>,
-        budget: Option<BudgetSeat>,
-        limits: ScratchLimits,
-    ) -> End {
-        End::Overlay(Overlay {
-            base: Some(base),
-            size,
-            pool: Some(OverlayPool {
-                ram: limits.ram,
-                spill,
-                spill_limit: limits.disk,
-                budget,
-                flush: Flush::None,
-            }),
-        })
+/// Takes a place in the budget of RAM that all μVMs of a node share, for one that may take at most `limit`. Without a
+/// `total` the budget keeps the one it has, or gets half of the node's memory.
+pub fn join_budget(path: &Path, total: Option<u64>, limit: u64) -> Result<Seat, Error> {
+    let initial = total.unwrap_or_else(Budget::half_of_memory);
+    let budget = Budget::open_or_make(path, initial).map_err(Error::Budget)?;
+    if let Some(total) = total {
+        budget.set_total(total);
+    }
+    budget.join(limit).map_err(Error::Budget)
+}
+
+/// What the writable layers of one μVM lie on.
+#[derive(Debug, Clone)]
+pub struct Scratch {
+    /// How much it may take.
+    pub limits: ScratchLimits,
+    /// What flushes of it do.
+    pub flush: Flush,
+    /// Where what has no room in RAM goes.
+    pub spill: Option<Arc<File>>,
+    /// The VMM's place in the node's budget of RAM.
+    pub seat: Option<Arc<Seat>>,
+}
+
+impl Scratch {
+    /// Room for a guest that writes next to nothing, which nothing is spilled of.
+    pub fn small() -> Scratch {
+        Scratch {
+            limits: ScratchLimits {
+                disk: 0,
+                ..ScratchLimits::default()
+            },
+            flush: Flush::None,
+            spill: None,
+            seat: None,
+        }
     }
 
-    /// The same overlay with what its flushes do.
-    #[must_use]
-    pub fn flushing(mut self, flush: Flush) -> End {
-        if let End::Overlay(Overlay {
-            pool: Some(pool), ..
-        }) = &mut self
-        {
-            pool.flush = flush;
-        }
-        self
+    /// Adds the disk to the machine's ends.
+    pub(crate) fn end<'a>(&'a self, ends: &mut Ends<'a>, baked: &'a Baked) {
+        let pool = Pool {
+            ram: self.limits.ram,
+            spill: self.spill.as_deref().map(|file| (file, self.limits.disk)),
+            seat: self.seat.as_deref(),
+            flush: self.flush,
+        };
+        let (base, size) = (Some(&baked.scratch), baked.scratch_bytes);
+        ends.overlay(slots::SCRATCH, base, size, Some(&pool));
     }
 }
 

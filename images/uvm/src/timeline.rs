@@ -1,5 +1,5 @@
-//! Where the time of a pod's start goes: named steps with their beginning and length, as spans for
-//! the log and as a file for `kiln trace`.
+//! Where the time of a start goes: named steps with their beginning and length, as spans for the log and as a file for
+//! `kiln trace`.
 
 use std::future::Future;
 use std::io;
@@ -9,10 +9,45 @@ use std::time::{Duration, Instant};
 
 use kiln_agent_api::proto::Span;
 use kiln_store::private;
+use kiln_vmm_control::Step as VmmStep;
 use serde::{Deserialize, Serialize};
 use tracing::Instrument;
 
 use crate::text::beginning;
+
+/// The names of steps: where it happens, a dot, what it does.
+pub mod step {
+    /// All of a μVM's start, from the order to the guest's identity.
+    pub const LAUNCH: &str = "launch";
+    /// The VMM's process is started.
+    pub const SPAWN: &str = "host.spawn";
+    /// The μVM is picked, its files are opened, and what the host keeps for it is made.
+    pub const FILES: &str = "host.files";
+    /// A container's image is found among those that were made.
+    pub const IMAGE_FIND: &str = "host.image.find";
+    /// A container's image is made.
+    pub const IMAGE_MAKE: &str = "host.image.make";
+    /// The VMM resumes the machine.
+    pub const RESUME: &str = "vmm.resume";
+    /// Network cards after the first are plugged.
+    pub const PLUG_NET: &str = "vmm.plug-net";
+    /// The VMM is asked for the size that is wanted.
+    pub const GROW: &str = "vmm.grow";
+    /// The disks of a container's root are attached.
+    pub const PLUG_ROOT: &str = "vmm.plug-root";
+    /// The agent is connected to.
+    pub const CONNECT: &str = "guest.connect";
+    /// The guest takes its identity.
+    pub const IDENTITY: &str = "guest.identity";
+    /// The guest takes what was plugged into use.
+    pub const GROWN: &str = "guest.grow";
+    /// The guest's own files are written.
+    pub const GUEST_FILES: &str = "guest.files";
+    /// The guest makes the container.
+    pub const CREATE: &str = "guest.create";
+    /// The guest starts the container's first process.
+    pub const START: &str = "guest.start";
+}
 
 /// How much of a guest's answer is believed to be a timeline: it goes into a file, and from there to a terminal.
 const MOST_SPANS: usize = 64;
@@ -78,6 +113,17 @@ impl Timeline {
             let told = beginning(&span.name, LONGEST_NAME).replace(char::is_control, "?");
             let start = start_us.saturating_add(span.start_us);
             self.add(format!("{step}.{told}"), start, span.duration_us);
+        }
+    }
+
+    /// Adds what the VMM says it did in the step that began at `start_us`. It counts from its own start: only the
+    /// lengths of its steps can be told exactly.
+    pub(crate) fn add_vmm(&self, start_us: u64, steps: &[VmmStep]) {
+        let first = steps.first().map_or(0, |step| step.start_ns);
+        for step in steps {
+            let after = step.start_ns.saturating_sub(first) / 1000;
+            let start = start_us.saturating_add(after);
+            self.add(&*step.name, start, step.duration_ns / 1000);
         }
     }
 

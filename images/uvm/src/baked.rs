@@ -1,0 +1,77 @@
+//! The files of a baked μVM, open.
+
+use std::fs::File;
+use std::path::Path;
+
+use kiln_store::{Class, Kind, Lease};
+use kiln_vmm_control::PageRun;
+
+use crate::Error;
+
+/// How the memory file is read when its guest is resumed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Reading {
+    /// These pages are mapped before the guest runs, as it touches them first.
+    Ahead(Vec<PageRun>),
+    /// Pages are read singly as the guest needs them, so that the page cache tells afterwards which ones it did.
+    OneByOne,
+}
+
+/// The files of a baked μVM. With a lease, nobody removes them from the store meanwhile.
+#[derive(Debug)]
+pub struct Baked {
+    /// What it was baked as.
+    pub class: Class,
+    pub(crate) state: File,
+    pub(crate) memory: File,
+    pub(crate) reading: Reading,
+    /// The writable layers' disk as it was baked.
+    pub(crate) scratch: File,
+    pub(crate) scratch_bytes: u64,
+    pub(crate) lease: Option<Lease>,
+}
+
+fn length(file: &File) -> Result<u64, Error> {
+    let metadata = file.metadata();
+    Ok(metadata
+        .map_err(Error::system("look at a baked μVM"))?
+        .len())
+}
+
+impl Baked {
+    /// Opens what a lease holds.
+    pub fn open(lease: Lease) -> Result<Baked, Error> {
+        let open = |kind| lease.open(kind).map_err(Error::Baked);
+        let (state, memory) = (open(Kind::State)?, open(Kind::Memory)?);
+        let scratch = open(Kind::Scratch)?;
+        let touched = lease.touched_first(&memory).map_err(Error::Baked)?;
+        Ok(Baked {
+            class: lease.manifest().about.class.clone(),
+            state,
+            memory,
+            reading: Reading::Ahead(touched),
+            scratch_bytes: length(&scratch)?,
+            scratch,
+            lease: Some(lease),
+        })
+    }
+
+    /// Opens what lies in a directory and no store has yet, to find out which pages its guest needs.
+    pub fn in_directory(directory: &Path, class: Class) -> Result<Baked, Error> {
+        let open = |kind: Kind| {
+            let path = directory.join(kind.name());
+            File::open(&path).map_err(Error::file("open", &path))
+        };
+        let (state, memory) = (open(Kind::State)?, open(Kind::Memory)?);
+        let scratch = open(Kind::Scratch)?;
+        Ok(Baked {
+            class,
+            state,
+            memory,
+            reading: Reading::OneByOne,
+            scratch_bytes: length(&scratch)?,
+            scratch,
+            lease: None,
+        })
+    }
+}
