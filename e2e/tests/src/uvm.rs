@@ -406,7 +406,10 @@ impl Uvm {
                 Ok(uvm)
             }
             Ok(other) => Err(uvm.explain(&anyhow!("the VMM answered {other:?}"))),
-            Err(e) => Err(uvm.explain(&e.into())),
+            Err(e) => {
+                let said = uvm.explain(&anyhow!("the resume failed"));
+                Err(anyhow::Error::from(e).context(said))
+            }
         }
     }
 

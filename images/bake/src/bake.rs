@@ -11,7 +11,7 @@ use kiln_agent_api::{MIN_ENTROPY, PROTOCOL_VERSION, slots};
 use kiln_store::{
     Class, Description, Digest, Host, Kernel, Kind, Manifest, Staging, Store, WorkingSet,
 };
-use kiln_vmm_control::VmmError;
+use kiln_vmm_control::{RefusalKind, VmmError};
 use tokio::time::{sleep, timeout};
 use ttrpc::context;
 
@@ -438,10 +438,15 @@ async fn boot_and_save(
     })
 }
 
-/// The VMM writes the files, and tells its errors as text.
+/// The VMM writes the files.
 fn is_full_disk(error: &VmmError) -> bool {
-    let number = format!("(os error {})", libc::ENOSPC);
-    matches!(error, VmmError::Refused(text) if text.contains(&number))
+    matches!(
+        error,
+        VmmError::Refused {
+            kind: RefusalKind::NoSpace,
+            ..
+        }
+    )
 }
 
 fn check_hello(hello: &proto::HelloResponse, release: &str) -> Result<(), BakeError> {
@@ -685,13 +690,13 @@ mod tests {
     }
 
     #[test]
-    fn full_disk_is_known_by_the_systems_number() {
-        let text = format!(
-            "writing memory: {}",
-            io::Error::from_raw_os_error(libc::ENOSPC)
-        );
-        assert!(is_full_disk(&VmmError::Refused(text)));
-        assert!(!is_full_disk(&VmmError::Refused("no".into())));
+    fn full_disk_is_known_by_the_refusals_kind() {
+        let refused = |kind| VmmError::Refused {
+            kind,
+            why: "writing memory: No space left on device".to_owned(),
+        };
+        assert!(is_full_disk(&refused(RefusalKind::NoSpace)));
+        assert!(!is_full_disk(&refused(RefusalKind::Failed)));
         assert!(!is_full_disk(&VmmError::Gone));
     }
 

@@ -19,8 +19,8 @@ use kiln_overlay::{Budget, BudgetError, Seat};
 use kiln_store::{Class, Host, Kind, Lease, Store, private};
 use kiln_uvm::share::{self, Share};
 use kiln_vmm_control::{
-    BudgetSeat, End, Flush, Jail, PageRun, Reply, Request, ScratchLimits, Spawn, Vmm, VmmError,
-    spill_file,
+    BudgetSeat, End, Flush, Jail, PageRun, RefusalKind, Reply, Request, ScratchLimits, Spawn, Vmm,
+    VmmError, spill_file,
 };
 use tokio::sync::watch;
 
@@ -539,9 +539,11 @@ fn resume(
             &fds,
         )
         .map_err(|e| match e {
-            VmmError::Refused(why) => Error::FailedPrecondition(format!(
-                "the VMM can't resume the baked μVM ({why}); if kiln or the node's CPU has changed, \
-                 bake again: kiln bake"
+            VmmError::Refused {
+                kind: RefusalKind::Foreign | RefusalKind::Corrupt,
+                why,
+            } => Error::FailedPrecondition(format!(
+                "the VMM can't resume the baked μVM ({why}); bake it again: kiln bake"
             )),
             e => vmm_error("resume the μVM")(e),
         })?;

@@ -14,7 +14,7 @@ use kiln_agent_api::{proto, slots};
 use kiln_overlay::Seat;
 use kiln_store::Lease;
 use kiln_uvm::share::{Share, Volume};
-use kiln_vmm_control::{Reply, Request, Vmm, VmmError, exit};
+use kiln_vmm_control::{RefusalKind, Reply, Request, Vmm, VmmError, exit};
 use tokio::net::UnixStream;
 use tokio::sync::{mpsc, watch};
 
@@ -103,6 +103,17 @@ pub(super) fn vmm_error(action: &str) -> impl FnOnce(VmmError) -> Error {
     let action = action.to_owned();
     move |error| match error {
         VmmError::Gone => Error::Unavailable(format!("the VMM has ended, it can't {action}")),
+        VmmError::Refused { kind, why } => {
+            let text = format!("the VMM can't {action}: {why}");
+            match kind {
+                RefusalKind::Foreign | RefusalKind::Corrupt | RefusalKind::Busy => {
+                    Error::FailedPrecondition(text)
+                }
+                RefusalKind::NoSpace => Error::ResourceExhausted(text),
+                RefusalKind::Usage => Error::InvalidArgument(text),
+                RefusalKind::Failed => Error::failed(action, VmmError::Refused { kind, why }),
+            }
+        }
         error => Error::failed(action, error),
     }
 }
@@ -464,7 +475,7 @@ impl Uvm for RunningUvm {
         let left = self.plugged().await?;
         match shrunk {
             // Memory the guest can't move stays with it. The containers' limits hold all the same.
-            Err(error @ Error::Failed { .. }) if left.cpus <= size.cpus => {
+            Err(error @ Error::FailedPrecondition(_)) if left.cpus <= size.cpus => {
                 tracing::warn!(
                     wanted_mib = size.memory / MIB,
                     left_mib = left.memory / MIB,
@@ -554,6 +565,29 @@ mod tests {
         assert!(aborted.contains("signal 6") && aborted.ends_with("the disk is full"));
         let reset = of(Ok(ExitStatus::from_raw(exit::RESET << 8)));
         assert!(reset.contains("reset"), "{reset}");
+    }
+
+    #[test]
+    fn refusals_keep_their_kind() {
+        let of = |kind| {
+            let why = "because".to_owned();
+            vmm_error("attach a disk")(VmmError::Refused { kind, why })
+        };
+        let full = of(RefusalKind::NoSpace);
+        assert!(matches!(&full, Error::ResourceExhausted(_)), "{full:?}");
+        assert_eq!(full.to_string(), "the VMM can't attach a disk: because");
+        let wrong = of(RefusalKind::Usage);
+        assert!(matches!(wrong, Error::InvalidArgument(_)), "{wrong:?}");
+        for now in [
+            RefusalKind::Busy,
+            RefusalKind::Foreign,
+            RefusalKind::Corrupt,
+        ] {
+            let error = of(now);
+            assert!(matches!(error, Error::FailedPrecondition(_)), "{error:?}");
+        }
+        let failed = of(RefusalKind::Failed);
+        assert!(matches!(failed, Error::Failed { .. }), "{failed:?}");
     }
 
     #[test]

@@ -10,6 +10,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Mutex, PoisonError};
 
 use crate::api::{Reply, Request};
+use crate::refusal::RefusalKind;
 use crate::wire;
 
 /// Why a VMM did not do what it was asked.
@@ -31,8 +32,13 @@ pub enum VmmError {
     #[error("the VMM has ended; its log says why")]
     Gone,
     /// The VMM refused.
-    #[error("the VMM refused: {0}")]
-    Refused(String),
+    #[error("the VMM refused: {why}")]
+    Refused {
+        /// What kind of reason it has.
+        kind: RefusalKind,
+        /// The reason.
+        why: String,
+    },
     /// The VMM answered something else than was asked.
     #[error("the VMM answered out of turn; client and VMM are of different versions")]
     Protocol,
@@ -109,7 +115,7 @@ impl Vmm {
         self.pid
     }
 
-    /// Sends a request and waits for its reply. An error reply becomes [`VmmError::Refused`].
+    /// Sends a request and waits for its reply. A refusal becomes [`VmmError::Refused`].
     pub fn call(&self, request: &Request, fds: &[BorrowedFd<'_>]) -> Result<Reply, VmmError> {
         let socket = lock(&self.socket);
         let gone = |e: io::Error| match e.kind() {
@@ -118,7 +124,7 @@ impl Vmm {
         };
         wire::send(&socket, request, fds).map_err(gone)?;
         match wire::receive(&socket).map_err(gone)? {
-            Some((Reply::Error(why), _)) => Err(VmmError::Refused(why)),
+            Some((Reply::Refused { kind, why }, _)) => Err(VmmError::Refused { kind, why }),
             Some((reply, _)) => Ok(reply),
             None => Err(VmmError::Gone),
         }

@@ -8,9 +8,11 @@
 pub mod api;
 mod client;
 pub mod cpu;
+mod refusal;
 mod scratch;
 pub mod wire;
 
 pub use api::*;
 pub use client::{Jail, Spawn, Vmm, VmmError};
+pub use refusal::RefusalKind;
 pub use scratch::{DEFAULT_SPILL_DIRECTORY, ScratchLimits, SpillError, spill_file};

@@ -167,7 +167,7 @@ impl Machine {
     ) -> Result<Arc<Self>, MachineError> {
         let kvm = |call| move |source| MachineError::Kvm { call, source };
         let state = spec.state;
-        state.config.check()?;
+        state.config.check().map_err(MachineError::SavedConfig)?;
 
         let memory = host_memory.attach(seed.vm.clone())?;
         timeline.mark("vmm.memory_slots");
@@ -366,7 +366,7 @@ fn make_device(
     rings: &Rings,
 ) -> Result<Box<dyn VirtioDevice>, MachineError> {
     let slot = spec.slot;
-    let wrong = |what: &str| MachineError::Refused(format!("slot {slot}: {what}"));
+    let wrong = |what: &str| MachineError::Usage(format!("slot {slot}: {what}"));
     let device = |source: DeviceError| MachineError::Device { slot, source };
     match (&spec.kind, end) {
         (DeviceKind::Block { id, queues }, end) => {
@@ -436,7 +436,7 @@ pub(super) fn open_taps(
 ) -> Result<Vec<Box<dyn NetBackend>>, MachineError> {
     let mut taps: Vec<Box<dyn NetBackend>> = Vec::with_capacity(queues.len());
     for fd in queues {
-        let tap = Tap::new(fd).map_err(|e| MachineError::Refused(format!("slot {slot}: {e}")))?;
+        let tap = Tap::new(fd).map_err(|source| MachineError::Tap { slot, source })?;
         taps.push(Box::new(tap));
     }
     Ok(taps)
@@ -449,8 +449,8 @@ pub(super) fn open_disk(
     read_only: bool,
     rings: &Rings,
 ) -> Result<FileBackend, MachineError> {
-    let mut disk = FileBackend::new(file, read_only)
-        .map_err(|e| MachineError::Refused(format!("slot {slot}: {e}")))?;
+    let mut disk =
+        FileBackend::new(file, read_only).map_err(|source| MachineError::Disk { slot, source })?;
     disk.start(rings).map_err(|source| MachineError::Io {
         action: "preparing a disk's I/O",
         source,

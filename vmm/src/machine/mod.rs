@@ -21,7 +21,8 @@ use kvm_ioctls::Kvm;
 use crate::acpi::AcpiError;
 use crate::boot::BootError;
 use crate::cpu::CpuError;
-use crate::devices::block::Rings;
+use crate::devices::block::{FileError, Rings};
+use crate::devices::net::TapError;
 use crate::event::EventLoop;
 use crate::memory::{Memory, MemoryError};
 use crate::virtio::DeviceError;
@@ -88,9 +89,33 @@ pub enum MachineError {
     /// Saved state contradicts itself.
     #[error("the state file is damaged: {0}")]
     Damaged(&'static str),
-    /// Not possible now.
+    /// The saved configuration can't be.
+    #[error("the state file is damaged")]
+    SavedConfig(#[source] ConfigError),
+    /// A descriptor is no tap.
+    #[error("network card in slot {slot}")]
+    Tap {
+        /// Its slot.
+        slot: u8,
+        /// What is wrong with it.
+        #[source]
+        source: TapError,
+    },
+    /// A descriptor is no disk.
+    #[error("disk in slot {slot}")]
+    Disk {
+        /// Its slot.
+        slot: u8,
+        /// What is wrong with it.
+        #[source]
+        source: FileError,
+    },
+    /// Something is in use.
     #[error("{0}")]
-    Refused(String),
+    Busy(String),
+    /// The request makes no sense for this machine.
+    #[error("{0}")]
+    Usage(String),
 }
 
 /// A machine, running or paused.

@@ -27,7 +27,7 @@ impl Machine {
             let mut paused = lock(&self.paused);
             if *paused {
                 let why = "the machine is paused already".to_owned();
-                return Err(MachineError::Refused(why));
+                return Err(MachineError::Usage(why));
             }
             *paused = true;
         }
@@ -75,7 +75,7 @@ impl Paused<'_> {
         let machine = self.machine;
         let kvm = |call| move |source| MachineError::Kvm { call, source };
         if let Some(outcome) = machine.outcome() {
-            return Err(MachineError::Refused(format!(
+            return Err(MachineError::Usage(format!(
                 "the machine has ended: {outcome:?}"
             )));
         }
@@ -133,9 +133,7 @@ impl Paused<'_> {
                 action: "saving an overlay",
                 source,
             }),
-            _ => Err(MachineError::Refused(format!(
-                "slot {slot} holds no overlay"
-            ))),
+            _ => Err(MachineError::Usage(format!("slot {slot} holds no overlay"))),
         }
     }
 }

@@ -14,7 +14,7 @@ use kiln_agent_api::{PROTOCOL_VERSION, slots};
 use kiln_overlay::{Budget, Seat};
 use kiln_store::{Class, Host, Kind, Lease, Store};
 use kiln_vmm_control::{
-    BudgetSeat, End, Reply, Request, ScratchLimits, Spawn, Step, Vmm, VmmError,
+    BudgetSeat, End, RefusalKind, Reply, Request, ScratchLimits, Spawn, Step, Vmm, VmmError,
 };
 use tokio::sync::watch;
 
@@ -200,13 +200,18 @@ impl Uvm {
             _lease: lease,
         };
         let started = uvm.call(request, fds).await;
-        match started.with_context(|| {
-            format!(
-                "μVM {} cannot be resumed; if it was baked by another version of kiln, bake again \
-                 (kiln bake)",
-                uvm._lease.id().short()
-            )
-        })? {
+        let started = started.map_err(|error| {
+            let remedy = match error.downcast_ref() {
+                Some(VmmError::Refused {
+                    kind: RefusalKind::Foreign | RefusalKind::Corrupt,
+                    ..
+                }) => "; bake it again (kiln bake)",
+                _ => "",
+            };
+            let id = uvm._lease.id().short();
+            error.context(format!("μVM {id} cannot be resumed{remedy}"))
+        });
+        match started? {
             Reply::Started { steps, .. } => uvm.steps = steps,
             other => return Err(anyhow!("the VMM answered {other:?} to a resume")),
         }

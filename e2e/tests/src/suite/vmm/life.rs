@@ -8,9 +8,9 @@ use anyhow::{Result, ensure};
 use kiln_e2e::harness::Case;
 use kiln_e2e::uvm::{Baked, Kit, Shape, Uvm};
 use kiln_e2e::{Test, agent, cases};
-use kiln_vmm_control::{Reply, Request, exit};
+use kiln_vmm_control::{RefusalKind, Reply, Request, exit};
 
-use super::{baked, blocking, folder};
+use super::{baked, blocking, folder, refusal};
 use crate::suite::same;
 
 pub(super) fn cases() -> Vec<Case> {
@@ -185,8 +185,10 @@ async fn a_damaged_state_file_is_refused_by_name(test: Test) -> Result<()> {
             };
             let error = match Uvm::resume(dir, &bad, vec![], &[]) {
                 Ok(_) => anyhow::bail!("a state file with a damaged {word} was resumed"),
-                Err(e) => format!("{e:#}"),
+                Err(e) => e,
             };
+            same!(refusal(&error), Some(RefusalKind::Corrupt));
+            let error = format!("{error:#}");
             ensure!(error.contains(word), "{word:?} is not in: {error}");
             Ok(())
         };

@@ -4,6 +4,8 @@
 //! request is read, `hotplug` follows up what the guest lets go of. When the client's end of the socket
 //! closes, the process ends: a machine never outlives who is responsible for it.
 
+mod refusal;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::os::fd::{FromRawFd, OwnedFd};
@@ -13,13 +15,13 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail};
 use kiln_vmm::cpu::thread::install_kick_handler;
 use kiln_vmm::devices::block::Rings;
 use kiln_vmm::event::EventLoop;
 use kiln_vmm::machine::{
-    BootSpec, DeviceKind, DeviceSpec, HostEnd, HostEnds, Machine, MachineConfig, Observer, Paused,
-    ResumeSpec,
+    BootSpec, DeviceKind, DeviceSpec, HostEnd, HostEnds, Machine, MachineConfig, MachineError,
+    Observer, Paused, ResumeSpec,
 };
 use kiln_vmm::memory::{HostMemory, MemoryShape};
 use kiln_vmm::platform::hotplug::HotplugAction;
@@ -35,6 +37,8 @@ use crate::ends::{Fds, Overlays};
 use crate::filter::{self, Kind};
 use crate::jail::{self, Jail};
 use crate::log;
+
+pub(crate) use refusal::RequestError;
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -171,7 +175,7 @@ pub(crate) fn run(args: impl Iterator<Item = String>, mut timeline: Timeline) ->
             serve(&server, &socket)
         }
         Err(e) => {
-            wire::send(&socket, &Reply::Error(format!("{e:#}")), &[])?;
+            wire::send(&socket, &refusal::of(&e), &[])?;
             Err(e)
         }
     }
@@ -281,7 +285,7 @@ fn start(
             )?;
             (machine, header.kernel)
         }
-        _ => bail!("the first request has to be Boot or Resume"),
+        _ => return Err(RequestError::NoMachine.into()),
     };
     let devices = events.clone();
     std::thread::Builder::new()
@@ -321,7 +325,7 @@ fn serve(server: &Server, socket: &UnixStream) -> Result<i32> {
         let stop = request == Request::Stop;
         let reply = match answer(server, &mut paused, request, Fds::new(fds)) {
             Ok(reply) => reply,
-            Err(e) => Reply::Error(format!("{e:#}")),
+            Err(e) => refusal::of(&e),
         };
         wire::send(socket, &reply, &[])?;
         if stop {
@@ -341,7 +345,9 @@ fn answer<'s>(
 ) -> Result<Reply> {
     let machine = &server.machine;
     match request {
-        Request::Boot { .. } | Request::Resume { .. } => bail!("there is a machine already"),
+        Request::Boot { .. } | Request::Resume { .. } => {
+            return Err(RequestError::SecondMachine.into());
+        }
         Request::Snapshot {
             state,
             memory,
@@ -366,11 +372,13 @@ fn answer<'s>(
             read_only,
         } => {
             let file = fds.file(fd)?;
-            return attach(machine, slot, HostEnd::Disk { file, read_only }).map(Reply::Slot);
+            let slot = attach(machine, slot, HostEnd::Disk { file, read_only })?;
+            return Ok(Reply::Slot(slot));
         }
         Request::AttachOverlay { slot, overlay } => {
             let overlay = server.overlays.make(&mut fds, &overlay)?;
-            return attach(machine, slot, HostEnd::Overlay(overlay)).map(Reply::Slot);
+            let slot = attach(machine, slot, HostEnd::Overlay(overlay))?;
+            return Ok(Reply::Slot(slot));
         }
         Request::LimitOverlays { ram, spill_limit } => server.overlays.limit(ram, spill_limit)?,
         Request::DetachBlock { slot } => detach(server, slot)?,
@@ -378,15 +386,15 @@ fn answer<'s>(
             machine.set_net(slot, fds.take_all(taps)?, mac)?;
         }
         Request::SaveOverlay { slot, into } => {
-            let still = paused
-                .as_ref()
-                .context("the machine has to be paused for an overlay to be saved")?;
+            let still = paused.as_ref().ok_or(RequestError::NotPaused)?;
             let bytes = still.save_overlay(slot, &fds.file(into)?)?;
             return Ok(Reply::SavedOverlay { bytes });
         }
         Request::PlugNet { taps, mac } => {
-            let pairs = u16::try_from(taps.len())?;
-            ensure!(pairs > 0, "a plugged network card wants a tap");
+            let pairs = match u16::try_from(taps.len()) {
+                Ok(pairs @ 1..) => pairs,
+                _ => return Err(RequestError::Taps.into()),
+            };
             let end = HostEnd::Tap(fds.take_all(taps)?);
             let slot = machine.plug_device(DeviceKind::Net { pairs, mac }, Some(end))?;
             return Ok(Reply::Slot(slot));
@@ -452,7 +460,7 @@ const PLUGGED: &str = "kiln-plugged";
 const EJECT_LIMIT: Duration = Duration::from_secs(10);
 
 /// Takes a disk out of its slot, or a plugged device off the bus.
-fn detach(server: &Server, slot: u8) -> Result<()> {
+fn detach(server: &Server, slot: u8) -> Result<(), MachineError> {
     let machine = &server.machine;
     let spec = |s: &DeviceSpec| s.slot == slot;
     let plugged = machine
@@ -461,7 +469,7 @@ fn detach(server: &Server, slot: u8) -> Result<()> {
         .find(spec)
         .is_some_and(|s| matches!(s.kind, DeviceKind::Block { id, .. } if id == PLUGGED));
     if !plugged {
-        return Ok(machine.detach_block(slot)?);
+        return machine.detach_block(slot);
     }
     machine.unplug_device(slot)?;
     let deadline = Instant::now() + EJECT_LIMIT;
@@ -469,7 +477,8 @@ fn detach(server: &Server, slot: u8) -> Result<()> {
     while machine.device_specs().iter().any(spec) {
         let left = deadline.saturating_duration_since(Instant::now());
         if left.is_zero() {
-            bail!("the guest has not let go of slot {slot} in {EJECT_LIMIT:?}");
+            let why = format!("the guest has not let go of slot {slot} in {EJECT_LIMIT:?}");
+            return Err(MachineError::Busy(why));
         }
         pending = server
             .watcher
@@ -480,7 +489,7 @@ fn detach(server: &Server, slot: u8) -> Result<()> {
     Ok(())
 }
 
-fn attach(machine: &Machine, slot: Option<u8>, disk: HostEnd) -> Result<u8> {
+fn attach(machine: &Machine, slot: Option<u8>, disk: HostEnd) -> Result<u8, MachineError> {
     let empty = || {
         let specs = machine.device_specs();
         specs
@@ -498,7 +507,7 @@ fn attach(machine: &Machine, slot: Option<u8>, disk: HostEnd) -> Result<u8> {
                 id: PLUGGED.to_owned(),
                 queues: 1,
             };
-            Ok(machine.plug_device(kind, Some(disk))?)
+            machine.plug_device(kind, Some(disk))
         }
     }
 }
@@ -510,7 +519,7 @@ const SHRINK_PATIENCE: Duration = Duration::from_secs(20);
 const ASK_AGAIN: Duration = Duration::from_secs(2);
 
 /// Asks the guest for a size and waits until it has followed, or has given back what memory it can.
-fn resize(server: &Server, cpus: u8, memory: u64, timeout: Duration) -> Result<()> {
+fn resize(server: &Server, cpus: u8, memory: u64, timeout: Duration) -> Result<(), MachineError> {
     let (machine, watcher) = (&server.machine, &server.watcher);
     let deadline = Instant::now() + timeout;
     let before: BTreeSet<u8> = machine.present_cpus().into_iter().collect();
@@ -534,7 +543,9 @@ fn resize(server: &Server, cpus: u8, memory: u64, timeout: Duration) -> Result<(
     let mut asked = Instant::now();
     loop {
         if let Some((cpu, status)) = pending.refused.first_key_value() {
-            bail!("the guest refused to change vCPU {cpu} (ACPI status {status:#x})");
+            return Err(MachineError::Busy(format!(
+                "the guest refused to change vCPU {cpu} (ACPI status {status:#x})"
+            )));
         }
         let plugged = machine.plugged();
         if pending.cpus.is_empty() && plugged.plugged == plugged.requested {
@@ -558,12 +569,10 @@ fn resize(server: &Server, cpus: u8, memory: u64, timeout: Duration) -> Result<(
         }
         let left = deadline.saturating_duration_since(Instant::now());
         if left.is_zero() {
-            bail!(
+            return Err(MachineError::Busy(format!(
                 "the guest did not follow in {timeout:?}: vCPUs {:?} are open, {} of {} bytes are plugged",
-                pending.cpus,
-                plugged.plugged,
-                plugged.requested
-            );
+                pending.cpus, plugged.plugged, plugged.requested
+            )));
         }
         // Memory reports without this lock, so a report may come just before the wait: look again soon.
         let step = left.min(Duration::from_millis(20));
