@@ -140,7 +140,7 @@ pub(crate) fn run(args: impl Iterator<Item = String>, mut timeline: Timeline) ->
     let events = EventLoop::new()?;
     let rings = Rings::new(RINGS);
     timeline.mark("vmm.process");
-    let Some((mut request, fds)) = wire::receive::<Request>(&socket)? else {
+    let Some((mut request, fds)) = wire::receive::<Request>(&socket, wire::MAX_FDS)? else {
         return Ok(exit::ENDED);
     };
     timeline.skip();
@@ -321,7 +321,7 @@ fn start(
 
 fn serve(server: &Server, socket: &UnixStream) -> Result<i32> {
     let mut paused = None;
-    while let Some((request, fds)) = wire::receive::<Request>(socket)? {
+    while let Some((request, fds)) = wire::receive::<Request>(socket, wire::MAX_FDS)? {
         let stop = request == Request::Stop;
         let reply = match answer(server, &mut paused, request, Fds::new(fds)) {
             Ok(reply) => reply,
