@@ -2,13 +2,13 @@
 
 use std::time::Duration;
 
+use kiln_agent_api::RefusalKind;
 use kiln_agent_api::client::{ConnectError, Vsock};
 use kiln_agent_api::proto::{self, AgentClient};
 use kiln_agent_api::stream::{Header, Status};
 use kiln_vmm_control::Flush;
 use tokio::net::UnixStream;
 use tokio::sync::mpsc;
-use ttrpc::Code;
 use ttrpc::context::{Context, with_duration};
 
 use super::{GuestEvent, PodSetup};
@@ -49,25 +49,28 @@ fn context() -> Context {
     with_duration(CALL_TIMEOUT)
 }
 
-/// What the agent says becomes what containerd is told, code for code.
+/// What the agent says becomes what containerd is told, kind for kind.
 fn refused(what: impl Into<String>) -> impl FnOnce(ttrpc::Error) -> Error {
     let what = what.into();
-    move |error| match error {
-        ttrpc::Error::RpcStatus(status) => {
-            let text = cut(status.message());
-            match status.code() {
-                Code::NOT_FOUND => Error::NotFound(what),
-                Code::ALREADY_EXISTS => Error::AlreadyExists(what),
-                Code::INVALID_ARGUMENT => Error::InvalidArgument(format!("{what}: {text}")),
-                Code::FAILED_PRECONDITION => Error::FailedPrecondition(format!("{what}: {text}")),
-                Code::UNIMPLEMENTED => Error::Unimplemented(format!("{what}: {text}")),
-                Code::RESOURCE_EXHAUSTED => Error::ResourceExhausted(format!("{what}: {text}")),
-                _ => Error::failed(format!("the guest could not {what}"), text),
+    move |error| {
+        let Some(refusal) = kiln_agent_api::refusal(&error) else {
+            let why = cut(&error.to_string());
+            return Error::Unavailable(format!("the guest is gone ({what}: {why})"));
+        };
+        let text = cut(&refusal.text);
+        match refusal.kind {
+            RefusalKind::REFUSAL_NOT_FOUND => Error::NotFound(what),
+            RefusalKind::REFUSAL_ALREADY_EXISTS => Error::AlreadyExists(what),
+            RefusalKind::REFUSAL_USAGE => Error::InvalidArgument(format!("{what}: {text}")),
+            RefusalKind::REFUSAL_STATE => Error::FailedPrecondition(format!("{what}: {text}")),
+            RefusalKind::REFUSAL_UNKNOWN_CALL => Error::Unimplemented(format!("{what}: {text}")),
+            RefusalKind::REFUSAL_NO_SPACE => Error::ResourceExhausted(format!("{what}: {text}")),
+            RefusalKind::REFUSAL_TIMEOUT
+            | RefusalKind::REFUSAL_PROGRAM_NOT_FOUND
+            | RefusalKind::REFUSAL_PROGRAM_NOT_EXECUTABLE
+            | RefusalKind::REFUSAL_FAILED => {
+                Error::failed(format!("the guest could not {what}"), text)
             }
-        }
-        other => {
-            let why = cut(&other.to_string());
-            Error::Unavailable(format!("the guest is gone ({what}: {why})"))
         }
     }
 }
@@ -413,23 +416,34 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_the_agent_refuses_keeps_its_code() {
-        let error = |code| ttrpc::Error::RpcStatus(ttrpc::get_status(code, "because"));
-        assert!(matches!(
-            refused("x")(error(Code::NOT_FOUND)),
-            Error::NotFound(_)
-        ));
-        let precondition = refused("x")(error(Code::FAILED_PRECONDITION));
-        assert!(matches!(precondition, Error::FailedPrecondition(_)));
-        let internal = refused("mount it")(error(Code::INTERNAL));
-        assert_eq!(internal.chain(), "the guest could not mount it: because");
+    fn what_the_agent_refuses_keeps_its_kind() {
+        let of = |kind| {
+            let text = "because".to_owned();
+            refused("mount it")(kiln_agent_api::Refusal { kind, text }.into())
+        };
+        let absent = of(RefusalKind::REFUSAL_NOT_FOUND);
+        assert!(matches!(absent, Error::NotFound(_)), "{absent:?}");
+        let state = of(RefusalKind::REFUSAL_STATE);
+        assert!(matches!(state, Error::FailedPrecondition(_)), "{state:?}");
+        let full = of(RefusalKind::REFUSAL_NO_SPACE);
+        assert!(matches!(full, Error::ResourceExhausted(_)), "{full:?}");
+        for kind in [
+            RefusalKind::REFUSAL_FAILED,
+            RefusalKind::REFUSAL_PROGRAM_NOT_FOUND,
+        ] {
+            let chain = of(kind).chain();
+            assert_eq!(chain, "the guest could not mount it: because");
+        }
     }
 
     #[test]
     fn long_texts_of_the_guest_are_cut_between_characters() {
         let long = "ü".repeat(LONGEST_TEXT);
-        let status = ttrpc::get_status(Code::INTERNAL, format!("x{long}"));
-        let error = refused("mount it")(ttrpc::Error::RpcStatus(status));
+        let refusal = kiln_agent_api::Refusal {
+            kind: RefusalKind::REFUSAL_FAILED,
+            text: format!("x{long}"),
+        };
+        let error = refused("mount it")(refusal.into());
         let text = error.chain();
         assert!(
             text.len() < LONGEST_TEXT + 64 && text.ends_with("ü…"),

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, anyhow};
 use kiln_agent_api::client::{ConnectError, Vsock};
 use kiln_agent_api::proto::{self, AgentClient};
 use kiln_agent_api::stream::{Header, Kind, TOKEN_LEN};
-use kiln_agent_api::{GUEST_FILES, GUEST_LAYERS, GUEST_STATE_DIR, slots};
+use kiln_agent_api::{GUEST_FILES, GUEST_LAYERS, GUEST_STATE_DIR, RefusalKind, slots};
 use kiln_uvm::share::guest_mount_point;
 use kiln_vmm_control::ScratchLimits;
 use tokio::net::UnixStream;
@@ -48,29 +48,23 @@ pub(crate) struct NotStarted {
 }
 
 fn refused(what: &'static str) -> impl FnOnce(ttrpc::Error) -> anyhow::Error {
-    move |error| match error {
-        ttrpc::Error::RpcStatus(status) => anyhow!("the guest cannot {what}: {}", status.message()),
-        other => anyhow!("the guest is gone ({what}: {other})"),
+    move |error| match kiln_agent_api::refusal(&error) {
+        Some(refusal) => anyhow!("the guest cannot {what}: {}", refusal.text),
+        None => anyhow!("the guest is gone ({what}: {error})"),
     }
 }
 
 fn not_started(error: ttrpc::Error) -> anyhow::Error {
-    let ttrpc::Error::RpcStatus(status) = &error else {
-        return refused("start the command")(error);
+    let refusal = kiln_agent_api::refusal(&error);
+    let exit_code = |kind| match kind {
+        RefusalKind::REFUSAL_PROGRAM_NOT_FOUND => Some(127),
+        RefusalKind::REFUSAL_PROGRAM_NOT_EXECUTABLE => Some(126),
+        _ => None,
     };
-    let text = status.message();
-    let code = if text.contains("not found") || text.contains("no such file or directory") {
-        127
-    } else if text.contains("ermission denied") || text.contains("exec format error") {
-        126
-    } else {
-        return refused("start the command")(error);
-    };
-    NotStarted {
-        text: text.to_owned(),
-        code,
+    match refusal.and_then(|refusal| Some((exit_code(refusal.kind)?, refusal.text))) {
+        Some((code, text)) => NotStarted { text, code }.into(),
+        None => refused("start the command")(error),
     }
-    .into()
 }
 
 fn deadline() -> Deadline {
@@ -329,4 +323,24 @@ pub(crate) fn mounts(image_bytes: u64, share: bool) -> Vec<proto::Mount> {
         )
     });
     mounts
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use kiln_agent_api::Refusal;
+
+    #[test]
+    fn command_that_can_not_run_has_an_exit_code_of_its_own() {
+        let code = |kind| {
+            // The text says something else.
+            let text = "not found: permission denied".to_owned();
+            let error = not_started(Refusal { kind, text }.into());
+            error.downcast_ref().map(|error: &NotStarted| error.code)
+        };
+        assert_eq!(code(RefusalKind::REFUSAL_PROGRAM_NOT_FOUND), Some(127));
+        assert_eq!(code(RefusalKind::REFUSAL_PROGRAM_NOT_EXECUTABLE), Some(126));
+        assert_eq!(code(RefusalKind::REFUSAL_NOT_FOUND), None);
+        assert_eq!(code(RefusalKind::REFUSAL_FAILED), None);
+    }
 }
