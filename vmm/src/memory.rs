@@ -259,7 +259,7 @@ impl Mapping {
 }
 
 /// Sizes that define a machine's memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MemoryShape {
     /// Base RAM in bytes.
     pub ram: u64,

@@ -10,7 +10,6 @@ mod exits;
 mod hotplug;
 mod ops;
 mod save;
-mod state;
 
 use std::collections::BTreeMap;
 use std::io;
@@ -33,7 +32,6 @@ pub use config::{ConfigError, DeviceKind, DeviceSpec, MachineConfig};
 pub use exits::{Board, Observer};
 pub use ops::Stats;
 pub use save::Paused;
-pub use state::MachineState;
 
 /// Runs first on every new vCPU thread; the jail's filter.
 pub type EnterVcpu = Arc<dyn Fn() -> io::Result<()> + Send + Sync>;

@@ -5,11 +5,18 @@ use std::fs::File;
 use kvm_bindings::kvm_irqchip;
 
 use super::exits::lock;
-use super::state::{IRQCHIPS, MachineState};
 use super::{Machine, MachineError};
 use crate::cpu::VcpuState;
 use crate::devices::block::{Block, Content};
 use crate::event::Stillness;
+use crate::snapshot::{ConfigState, MachineState};
+
+/// Interrupt controllers that are saved, by KVM's chip id.
+const IRQCHIPS: [u32; 3] = [
+    kvm_bindings::KVM_IRQCHIP_PIC_MASTER,
+    kvm_bindings::KVM_IRQCHIP_PIC_SLAVE,
+    kvm_bindings::KVM_IRQCHIP_IOAPIC,
+];
 
 /// A machine that stands still: no vCPU runs and no device works, so its memory can be read. It goes on when this is dropped.
 #[derive(Debug)]
@@ -105,11 +112,11 @@ impl Paused<'_> {
         config.devices.sort_by_key(|d| d.slot);
         let saved: Result<Vec<_>, _> = devices.values().map(|d| d.save()).collect();
         Ok(MachineState {
-            config,
+            config: ConfigState::from(&config),
             clock,
             irqchips,
             vcpus,
-            hotplug: lock(&machine.board.hotplug).clone(),
+            hotplug: lock(&machine.board.hotplug).save(),
             serial: machine.board.console.as_ref().map(|c| lock(c).save()),
             devices: saved?,
             holes: Vec::new(),

@@ -259,7 +259,8 @@ fn start(
             let memory = fds.file(memory)?;
             snapshot::check_memory_file(&header, &memory)?;
             timeline.mark("vmm.state");
-            let host_memory = HostMemory::from_file(state.config.memory, &memory, &state.holes)?;
+            let host_memory =
+                HostMemory::from_file(state.config.memory.into(), &memory, &state.holes)?;
             if one_by_one {
                 host_memory.read_singly()?;
             }

@@ -15,10 +15,9 @@
 
 use kiln_vmm_control::cpu::WORDS;
 
+use super::{Labels, MachineState};
 use crate::cpu::Fingerprint;
-use crate::machine::MachineState;
-
-use super::Labels;
+use crate::memory::MemoryShape;
 
 /// Goes up with every change of the layout of header, body or the guest's address map.
 pub const FORMAT_VERSION: u32 = 2;
@@ -139,7 +138,7 @@ fn text_field(text: &str, len: usize) -> &[u8] {
 impl Header {
     /// The header of a state about to be written.
     pub(super) fn describe(state: &MachineState, labels: &Labels, body: &[u8]) -> Self {
-        let shape = state.config.memory;
+        let shape = MemoryShape::from(state.config.memory);
         Self {
             body_len: body.len() as u64,
             body_crc: crc32fast::hash(body),
