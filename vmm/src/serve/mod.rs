@@ -23,7 +23,7 @@ use kiln_vmm::machine::{
     BootSpec, DeviceKind, DeviceSpec, HostEnd, HostEnds, Machine, MachineConfig, MachineError,
     Observer, Paused, ResumeSpec,
 };
-use kiln_vmm::memory::{HostMemory, MemoryShape};
+use kiln_vmm::memory::{FileSource, HostMemory, MemoryShape};
 use kiln_vmm::platform::hotplug::HotplugAction;
 use kiln_vmm::platform::power::Outcome;
 use kiln_vmm::snapshot::{self, Labels};
@@ -259,11 +259,12 @@ fn start(
             let memory = fds.file(memory)?;
             snapshot::check_memory_file(&header, &memory)?;
             timeline.mark("vmm.state");
-            let host_memory =
-                HostMemory::from_file(state.config.memory.into(), &memory, &state.holes)?;
-            if one_by_one {
-                host_memory.read_singly()?;
-            }
+            let source = FileSource {
+                file: &memory,
+                holes: &state.holes,
+                singly: one_by_one,
+            };
+            let host_memory = HostMemory::from_file(state.config.memory.into(), &source)?;
             timeline.mark("vmm.map");
             let spec = ResumeSpec {
                 state,

@@ -100,6 +100,7 @@ fn kind(error: &(dyn Error + 'static)) -> Option<RefusalKind> {
     if let Some(error) = error.downcast_ref() {
         return match error {
             MemoryError::Size { .. } => Some(Usage),
+            MemoryError::Damaged(_) => Some(Corrupt),
             MemoryError::Map { .. } | MemoryError::Regions(_) | MemoryError::Slot { .. } => None,
         };
     }
