@@ -2,13 +2,14 @@
 //!
 //! [`Machine::boot`] and [`Machine::resume`] are two functions on purpose: resuming reads top to bottom with
 //! no branches for booting. What happens to a running machine is in `ops`, hot-plug in `hotplug`,
-//! and what needs one that stands still in `save`.
+//! what the guest is waited for in `resize`, and what needs a machine that stands still in `save`.
 
 mod build;
 mod config;
 mod exits;
 mod hotplug;
 mod ops;
+mod resize;
 mod save;
 
 use std::collections::BTreeMap;
@@ -31,6 +32,7 @@ pub use build::{BootSpec, HostEnd, HostEnds, ResumeSpec};
 pub use config::{ConfigError, DeviceKind, DeviceSpec, MachineConfig};
 pub use exits::{Board, Observer};
 pub use ops::Stats;
+pub use resize::Answers;
 pub use save::Paused;
 
 /// Runs first on every new vCPU thread; the jail's filter.

@@ -6,22 +6,21 @@
 
 mod refusal;
 
-use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::mpsc::{Sender, channel};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
 use kiln_vmm::cpu::thread::install_kick_handler;
 use kiln_vmm::devices::block::Rings;
 use kiln_vmm::event::EventLoop;
 use kiln_vmm::machine::{
-    BootSpec, DeviceKind, DeviceSpec, HostEnd, HostEnds, Machine, MachineConfig, MachineError,
-    Observer, Paused, ResumeSpec,
+    Answers, BootSpec, DeviceKind, HostEnd, HostEnds, Machine, MachineConfig, Observer, Paused,
+    ResumeSpec,
 };
 use kiln_vmm::memory::{FileSource, HostMemory, MemoryShape};
 use kiln_vmm::platform::hotplug::HotplugAction;
@@ -40,23 +39,10 @@ use crate::log;
 
 pub(crate) use refusal::RequestError;
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// What the guest still owes an answer to.
-#[derive(Debug, Default)]
-struct Pending {
-    /// vCPUs asked to come or go.
-    cpus: BTreeSet<u8>,
-    /// vCPUs the guest refused, with ACPI's status.
-    refused: BTreeMap<u8, u32>,
-}
-
+/// Who hears what happens in the machine.
 #[derive(Debug)]
 struct Watcher {
-    pending: Mutex<Pending>,
-    changed: Condvar,
+    answers: Arc<Answers>,
     follow: Mutex<Sender<HotplugAction>>,
 }
 
@@ -81,31 +67,16 @@ impl Observer for Watcher {
     }
 
     fn hotplug(&self, action: HotplugAction) {
-        // ACPI 6.4 table 6.x: an insertion or ejection that is under way reports these first.
-        const IN_PROGRESS: [u32; 2] = [0x80, 0x84];
-        {
-            let mut pending = lock(&self.pending);
-            match action {
-                HotplugAction::EjectCpu(i) | HotplugAction::CpuStatus(i, 0) => {
-                    pending.cpus.remove(&i);
-                }
-                HotplugAction::CpuStatus(i, status)
-                    if !IN_PROGRESS.contains(&status) && pending.cpus.remove(&i) =>
-                {
-                    pending.refused.insert(i, status);
-                }
-                _ => {}
-            }
-        }
-        self.changed.notify_all();
+        self.answers.hear(action);
         // The receiver lives as long as the process.
-        let _ = lock(&self.follow).send(action);
+        let follow = self.follow.lock().unwrap_or_else(PoisonError::into_inner);
+        let _ = follow.send(action);
     }
 }
 
 struct Server {
     machine: Arc<Machine>,
-    watcher: Arc<Watcher>,
+    answers: Arc<Answers>,
     kernel: String,
     overlays: Overlays,
 }
@@ -214,9 +185,9 @@ fn start(
     timeline: &mut Timeline,
 ) -> Result<Server> {
     let (sender, receiver) = channel();
+    let answers = Arc::new(Answers::default());
     let watcher = Arc::new(Watcher {
-        pending: Mutex::default(),
-        changed: Condvar::new(),
+        answers: answers.clone(),
         follow: Mutex::new(sender),
     });
     let enter: kiln_vmm::machine::EnterVcpu = Arc::new(|| filter::install(Kind::Vcpu));
@@ -300,7 +271,7 @@ fn start(
         })?;
     machine.start();
     timeline.mark("vmm.run");
-    let (follow, told) = (machine.clone(), watcher.clone());
+    let (follow, told) = (machine.clone(), answers.clone());
     std::thread::Builder::new()
         .name("hotplug".to_owned())
         .spawn(move || {
@@ -308,14 +279,12 @@ fn start(
                 if let Err(e) = follow.followed(action) {
                     tracing::warn!("can't follow up {action:?}: {e}");
                 }
-                // Under the lock, so that nobody has looked and not begun to wait.
-                let _pending = lock(&told.pending);
-                told.changed.notify_all();
+                told.wake();
             }
         })?;
     Ok(Server {
         machine,
-        watcher,
+        answers,
         kernel,
         overlays,
     })
@@ -374,16 +343,16 @@ fn answer<'s>(
             read_only,
         } => {
             let file = fds.file(fd)?;
-            let slot = attach(machine, slot, HostEnd::Disk { file, read_only })?;
+            let slot = machine.attach_disk(slot, HostEnd::Disk { file, read_only })?;
             return Ok(Reply::Slot(slot));
         }
         Request::AttachOverlay { slot, overlay } => {
             let overlay = server.overlays.make(&mut fds, &overlay)?;
-            let slot = attach(machine, slot, HostEnd::Overlay(overlay))?;
+            let slot = machine.attach_disk(slot, HostEnd::Overlay(overlay))?;
             return Ok(Reply::Slot(slot));
         }
         Request::LimitOverlays { ram, spill_limit } => server.overlays.limit(ram, spill_limit)?,
-        Request::DetachBlock { slot } => detach(server, slot)?,
+        Request::DetachBlock { slot } => machine.detach_disk(&server.answers, slot)?,
         Request::SetNet { slot, taps, mac } => {
             machine.set_net(slot, fds.take_all(taps)?, mac)?;
         }
@@ -406,12 +375,8 @@ fn answer<'s>(
             memory,
             timeout_ms,
         } => {
-            resize(
-                server,
-                cpus,
-                memory,
-                Duration::from_millis(timeout_ms.into()),
-            )?;
+            let timeout = Duration::from_millis(timeout_ms.into());
+            machine.resize(&server.answers, cpus, memory, timeout)?;
             return Ok(stats(server));
         }
         Request::Stats => return Ok(stats(server)),
@@ -454,135 +419,6 @@ fn save(
         data_pages: written.data_pages,
         zero_pages: written.zero_pages,
     })
-}
-
-/// Serial of disks that came by PCI hot-plug; their slots go with them.
-const PLUGGED: &str = "kiln-plugged";
-/// How long a guest may take to let go of a device.
-const EJECT_LIMIT: Duration = Duration::from_secs(10);
-
-/// Takes a disk out of its slot, or a plugged device off the bus.
-fn detach(server: &Server, slot: u8) -> Result<(), MachineError> {
-    let machine = &server.machine;
-    let spec = |s: &DeviceSpec| s.slot == slot;
-    let plugged = machine
-        .device_specs()
-        .into_iter()
-        .find(spec)
-        .is_some_and(|s| matches!(s.kind, DeviceKind::Block { id, .. } if id == PLUGGED));
-    if !plugged {
-        return machine.detach_block(slot);
-    }
-    machine.unplug_device(slot)?;
-    let deadline = Instant::now() + EJECT_LIMIT;
-    let mut pending = lock(&server.watcher.pending);
-    while machine.device_specs().iter().any(spec) {
-        let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            let why = format!("the guest has not let go of slot {slot} in {EJECT_LIMIT:?}");
-            return Err(MachineError::Busy(why));
-        }
-        pending = server
-            .watcher
-            .changed
-            .wait_timeout(pending, left)
-            .map_or_else(|e| e.into_inner().0, |(guard, _)| guard);
-    }
-    Ok(())
-}
-
-fn attach(machine: &Machine, slot: Option<u8>, disk: HostEnd) -> Result<u8, MachineError> {
-    let empty = || {
-        let specs = machine.device_specs();
-        specs
-            .iter()
-            .map(|s| s.slot)
-            .find(|s| machine.disk_attached(*s) == Some(false))
-    };
-    match slot.or_else(empty) {
-        Some(slot) => {
-            machine.attach_block(slot, disk)?;
-            Ok(slot)
-        }
-        None => {
-            let kind = DeviceKind::Block {
-                id: PLUGGED.to_owned(),
-                queues: 1,
-            };
-            machine.plug_device(kind, Some(disk))
-        }
-    }
-}
-
-/// A guest that has given nothing back for so long, though it was asked again and again, keeps what it has.
-const SHRINK_PATIENCE: Duration = Duration::from_secs(20);
-/// How often it is asked again. By itself, Linux' driver waits most of a minute after a block that was busy, which a page
-/// under I/O is enough for.
-const ASK_AGAIN: Duration = Duration::from_secs(2);
-
-/// Asks the guest for a size and waits until it has followed, or has given back what memory it can.
-fn resize(server: &Server, cpus: u8, memory: u64, timeout: Duration) -> Result<(), MachineError> {
-    let (machine, watcher) = (&server.machine, &server.watcher);
-    let deadline = Instant::now() + timeout;
-    let before: BTreeSet<u8> = machine.present_cpus().into_iter().collect();
-    {
-        // Held while asking: the guest's answer waits for the list of what was asked.
-        let mut pending = lock(&watcher.pending);
-        pending.refused.clear();
-        pending.cpus = machine.planned_cpus(cpus, &before);
-        machine.request_cpus(cpus)?;
-    }
-    machine.observe_memory({
-        let watcher = watcher.clone();
-        move || watcher.changed.notify_all()
-    });
-    machine.request_memory(memory)?;
-    if timeout.is_zero() {
-        return Ok(());
-    }
-    let mut pending = lock(&watcher.pending);
-    let mut last = (machine.plugged().plugged, Instant::now());
-    let mut asked = Instant::now();
-    loop {
-        if let Some((cpu, status)) = pending.refused.first_key_value() {
-            return Err(MachineError::Busy(format!(
-                "the guest refused to change vCPU {cpu} (ACPI status {status:#x})"
-            )));
-        }
-        let plugged = machine.plugged();
-        if pending.cpus.is_empty() && plugged.plugged == plugged.requested {
-            return Ok(());
-        }
-        if plugged.plugged != last.0 {
-            last = (plugged.plugged, Instant::now());
-            asked = last.1;
-        } else if plugged.plugged > plugged.requested && asked.elapsed() >= ASK_AGAIN {
-            machine.remind_of_memory();
-            asked = Instant::now();
-        }
-        let stuck = last.1.elapsed() >= SHRINK_PATIENCE || Instant::now() >= deadline;
-        if pending.cpus.is_empty() && plugged.plugged > plugged.requested && stuck {
-            tracing::info!(
-                plugged = plugged.plugged,
-                requested = plugged.requested,
-                "the guest keeps memory that it can't free now"
-            );
-            return Ok(());
-        }
-        let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return Err(MachineError::Busy(format!(
-                "the guest did not follow in {timeout:?}: vCPUs {:?} are open, {} of {} bytes are plugged",
-                pending.cpus, plugged.plugged, plugged.requested
-            )));
-        }
-        // Memory reports without this lock, so a report may come just before the wait: look again soon.
-        let step = left.min(Duration::from_millis(20));
-        pending = watcher
-            .changed
-            .wait_timeout(pending, step)
-            .map_or_else(|e| e.into_inner().0, |(guard, _)| guard);
-    }
 }
 
 fn stats(server: &Server) -> Reply {
