@@ -6,6 +6,7 @@
 
 use std::fmt::Write as _;
 
+use kiln_uvm::RefusalKind;
 use kiln_uvm::guest::GuestError;
 use kiln_uvm::share::ShareError;
 use ttrpc::{Code, get_status};
@@ -106,17 +107,21 @@ impl From<ShareError> for Error {
 }
 
 impl From<GuestError> for Error {
-    /// What the agent says becomes what containerd is told, code for code.
+    /// What the agent says becomes what containerd is told, kind for kind.
     fn from(error: GuestError) -> Self {
+        use kiln_agent_api::RefusalKind as Kind;
         match error {
-            GuestError::Refused { what, code, text } => match code {
-                Code::NOT_FOUND => Self::NotFound(what),
-                Code::ALREADY_EXISTS => Self::AlreadyExists(what),
-                Code::INVALID_ARGUMENT => Self::InvalidArgument(format!("{what}: {text}")),
-                Code::FAILED_PRECONDITION => Self::FailedPrecondition(format!("{what}: {text}")),
-                Code::UNIMPLEMENTED => Self::Unimplemented(format!("{what}: {text}")),
-                Code::RESOURCE_EXHAUSTED => Self::ResourceExhausted(format!("{what}: {text}")),
-                _ => Self::failed(format!("the guest could not {what}"), text),
+            GuestError::Refused { what, kind, text } => match kind {
+                Kind::REFUSAL_NOT_FOUND => Self::NotFound(what),
+                Kind::REFUSAL_ALREADY_EXISTS => Self::AlreadyExists(what),
+                Kind::REFUSAL_USAGE => Self::InvalidArgument(format!("{what}: {text}")),
+                Kind::REFUSAL_STATE => Self::FailedPrecondition(format!("{what}: {text}")),
+                Kind::REFUSAL_UNKNOWN_CALL => Self::Unimplemented(format!("{what}: {text}")),
+                Kind::REFUSAL_NO_SPACE => Self::ResourceExhausted(format!("{what}: {text}")),
+                Kind::REFUSAL_TIMEOUT
+                | Kind::REFUSAL_PROGRAM_NOT_FOUND
+                | Kind::REFUSAL_PROGRAM_NOT_EXECUTABLE
+                | Kind::REFUSAL_FAILED => Self::failed(format!("the guest could not {what}"), text),
             },
             GuestError::NoStream => Self::NotFound("the process's stream".into()),
             gone => Self::Unavailable(chain(&gone)),
@@ -127,11 +132,21 @@ impl From<GuestError> for Error {
 impl From<kiln_uvm::Error> for Error {
     fn from(error: kiln_uvm::Error) -> Self {
         use kiln_uvm::Error as Uvm;
+        let text = || chain(&error);
+        match (&error, error.refusal()) {
+            (Uvm::Guest(_), _) => {}
+            (Uvm::Pick(_) | Uvm::NotResumable { .. }, _) => return Self::FailedPrecondition(text()),
+            (Uvm::NoSlot(_) | Uvm::NotGrown(_), _) => return Self::ResourceExhausted(text()),
+            (gone, _) if gone.is_gone() => return Self::Unavailable(text()),
+            (_, Some(RefusalKind::Foreign | RefusalKind::Corrupt | RefusalKind::Busy)) => {
+                return Self::FailedPrecondition(text());
+            }
+            (_, Some(RefusalKind::NoSpace)) => return Self::ResourceExhausted(text()),
+            (_, Some(RefusalKind::Usage)) => return Self::InvalidArgument(text()),
+            (_, Some(RefusalKind::Failed) | None) => {}
+        }
         match error {
             Uvm::Guest(error) => error.into(),
-            Uvm::Pick(_) | Uvm::NotResumable { .. } => Self::FailedPrecondition(chain(&error)),
-            Uvm::NoSlot(_) | Uvm::NotGrown(_) => Self::ResourceExhausted(chain(&error)),
-            gone if gone.is_gone() => Self::Unavailable(chain(&gone)),
             other => Self::failed("run the pod's μVM", other),
         }
     }

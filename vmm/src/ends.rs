@@ -5,7 +5,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use kiln_overlay::{
     Caching, DiskFile, FileBase, FlushPolicy, Membership, Overlay, Pool, PoolConfig, Watch,
 };
@@ -15,6 +15,7 @@ use kiln_vmm_control::api::{self, End, OverlayFigures};
 use kiln_vmm_fs::Prepared;
 
 use crate::filter::{self, Kind};
+use crate::serve::RequestError;
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -32,7 +33,7 @@ impl Fds {
         self.0
             .get_mut(usize::from(index))
             .and_then(Option::take)
-            .with_context(|| format!("descriptor {index} did not come with the request"))
+            .ok_or_else(|| RequestError::Descriptor(index).into())
     }
 
     pub(crate) fn take_all(&mut self, indexes: Vec<u8>) -> Result<Vec<OwnedFd>> {
@@ -71,7 +72,7 @@ impl Fds {
                 End::Overlay(overlay) => HostEnd::Overlay(overlays.make(self, &overlay)?),
                 End::Directory(fd) => {
                     let folder = self.take(fd)?;
-                    let prepared = prepared.take().context("there can be one folder only")?;
+                    let prepared = prepared.take().ok_or(RequestError::SecondFolder)?;
                     let (server, left) = FsServer::start(move |events| {
                         let made = prepared.enter(folder, &[events])?;
                         filter::install(Kind::Files)?;
@@ -105,8 +106,8 @@ impl Overlays {
                 pool: pool(fds, spec)?,
                 disks: Vec::new(),
             }),
-            (None, None) => bail!("the first overlay has to bring the pool"),
-            (Some(_), Some(_)) => bail!("there is a pool already; use LimitOverlays to change it"),
+            (None, None) => return Err(RequestError::NoPool.into()),
+            (Some(_), Some(_)) => return Err(RequestError::SecondPool.into()),
         };
         let base = match spec.base {
             Some(fd) => {
@@ -124,7 +125,7 @@ impl Overlays {
     pub(crate) fn limit(&self, ram: u64, spill: u64) -> Result<()> {
         lock(&self.0)
             .as_ref()
-            .context("there is no overlay")?
+            .ok_or(RequestError::NoOverlay)?
             .pool
             .set_limits(ram, spill);
         Ok(())

@@ -351,7 +351,10 @@ impl Uvm {
                 uvm.steps = steps;
                 Ok(uvm)
             }
-            Err(e) => Err(uvm.explain(&e.into())),
+            Err(e) => {
+                let said = uvm.explain(&anyhow!("the resume failed"));
+                Err(anyhow::Error::from(e).context(said))
+            }
         }
     }
 

@@ -2,7 +2,7 @@
 //!
 //! Owned here: the protobuf package `kiln.agent.v1` (`proto/agent.proto`, the reference for every
 //! call), the numbers both sides must agree on, the devices of a baked μVM by slot ([`slots`]), the
-//! header that opens a stdio stream ([`stream`]), and the host's way in through the VMM's vsock socket ([`client`]). Nothing here knows of KVM,
+//! header that opens a stdio stream ([`stream`]), what kind of reason a refusal has ([`Refusal`]), and the host's way in through the VMM's vsock socket ([`client`]). Nothing here knows of KVM,
 //! containerd or the agent's inside.
 //!
 //! ```no_run
@@ -16,8 +16,11 @@
 //! ```
 
 pub mod client;
+mod refusal;
 pub mod slots;
 pub mod stream;
+
+pub use refusal::{Refusal, RefusalKind, refusal};
 
 /// Messages and services as generated; use [`proto`].
 #[doc(hidden)]

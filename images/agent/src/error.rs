@@ -1,20 +1,20 @@
-//! Everything that can go wrong in a call, and the ttrpc code it becomes. The only place that knows
-//! both.
+//! Everything that can go wrong in a call, and the kind of refusal it becomes. The only place that
+//! knows both.
 
+use std::error::Error;
 use std::io;
 
-use thiserror::Error;
-use ttrpc::Code;
+use kiln_agent_api::{Refusal, RefusalKind};
 
 use crate::container::cgroup::CgroupError;
 use crate::container::spec::SpecError;
-use crate::helper::HelperError;
+use crate::helper::{FaultKind, HelperError};
 use crate::network::NetworkError;
 use crate::resources::ResourceError;
 use crate::storage::StorageError;
 
 /// Why a call failed.
-#[derive(Debug, Error)]
+#[derive(Debug, thiserror::Error)]
 pub(crate) enum AgentError {
     /// Before SetIdentity.
     #[error("the μVM has no identity yet; call SetIdentity first")]
@@ -63,25 +63,50 @@ pub(crate) enum AgentError {
 }
 
 impl AgentError {
-    fn code(&self) -> Code {
+    fn kind(&self) -> RefusalKind {
         match self {
-            Self::GateShut | Self::State(_) => Code::FAILED_PRECONDITION,
-            Self::Invalid(_) | Self::Spec(_) => Code::INVALID_ARGUMENT,
-            Self::Storage(StorageError::Path(_)) => Code::INVALID_ARGUMENT,
-            Self::Network(NetworkError::Parse { .. }) => Code::INVALID_ARGUMENT,
-            Self::NotFound(_) | Self::Network(NetworkError::NoInterface(..)) => Code::NOT_FOUND,
-            Self::Exists(_) => Code::ALREADY_EXISTS,
+            Self::GateShut | Self::State(_) => RefusalKind::REFUSAL_STATE,
+            Self::Invalid(_) | Self::Spec(_) => RefusalKind::REFUSAL_USAGE,
+            Self::Storage(StorageError::Path(_)) => RefusalKind::REFUSAL_USAGE,
+            Self::Network(NetworkError::Parse { .. }) => RefusalKind::REFUSAL_USAGE,
+            Self::NotFound(_) | Self::Network(NetworkError::NoInterface(..)) => {
+                RefusalKind::REFUSAL_NOT_FOUND
+            }
+            Self::Exists(_) => RefusalKind::REFUSAL_ALREADY_EXISTS,
             Self::Cgroup(CgroupError::Timeout { .. })
             | Self::Resource(ResourceError::Timeout { .. })
-            | Self::Storage(StorageError::NoDevice { .. }) => Code::DEADLINE_EXCEEDED,
-            _ => Code::INTERNAL,
+            | Self::Storage(StorageError::NoDevice { .. }) => RefusalKind::REFUSAL_TIMEOUT,
+            Self::Helper(HelperError::Failed(fault)) => match fault.kind {
+                FaultKind::NoProgram => RefusalKind::REFUSAL_PROGRAM_NOT_FOUND,
+                FaultKind::NotExecutable => RefusalKind::REFUSAL_PROGRAM_NOT_EXECUTABLE,
+                FaultKind::Other => RefusalKind::REFUSAL_FAILED,
+            },
+            other if is_full(other) => RefusalKind::REFUSAL_NO_SPACE,
+            _ => RefusalKind::REFUSAL_FAILED,
         }
     }
 }
 
+/// Whether a file system that was written to has no room.
+fn is_full(error: &AgentError) -> bool {
+    let mut cause: Option<&(dyn Error + 'static)> = Some(error);
+    while let Some(error) = cause {
+        let kind = error.downcast_ref().map(io::Error::kind);
+        if let Some(io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded) = kind {
+            return true;
+        }
+        cause = error.source();
+    }
+    false
+}
+
 impl From<AgentError> for ttrpc::Error {
     fn from(error: AgentError) -> Self {
-        ttrpc::Error::RpcStatus(ttrpc::get_status(error.code(), error.to_string()))
+        let refusal = Refusal {
+            kind: error.kind(),
+            text: error.to_string(),
+        };
+        refusal.into()
     }
 }
 
@@ -97,5 +122,58 @@ impl<T, E: Into<io::Error>> Action<T> for Result<T, E> {
             action: action.to_owned(),
             source: error.into(),
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn kind(error: impl Into<AgentError>) -> RefusalKind {
+        let error: ttrpc::Error = error.into().into();
+        let refusal = kiln_agent_api::refusal(&error).expect("a refusal");
+        assert!(!refusal.text.is_empty());
+        refusal.kind
+    }
+
+    #[test]
+    fn full_file_system_is_no_space_whoever_met_it() {
+        let full = || io::Error::from_raw_os_error(libc::ENOSPC);
+        let file = StorageError::File {
+            action: "write",
+            path: "/run/kiln/etc/hosts".to_owned(),
+            source: full(),
+        };
+        assert_eq!(kind(file), RefusalKind::REFUSAL_NO_SPACE);
+        let bundle = Err::<(), _>(full()).action("make the bundle");
+        let bundle = bundle.expect_err("full");
+        assert_eq!(kind(bundle), RefusalKind::REFUSAL_NO_SPACE);
+        let quota = io::Error::from_raw_os_error(libc::EDQUOT);
+        assert_eq!(
+            kind(StorageError::Events(quota)),
+            RefusalKind::REFUSAL_NO_SPACE
+        );
+        let denied = io::Error::from_raw_os_error(libc::EACCES);
+        let denied = Err::<(), _>(denied).action("write config.json");
+        let denied = denied.expect_err("denied");
+        assert_eq!(kind(denied), RefusalKind::REFUSAL_FAILED);
+    }
+
+    #[test]
+    fn program_that_can_not_run_is_told_from_other_failures() {
+        let of = |kind| {
+            let text = "because".to_owned();
+            HelperError::from(crate::helper::Fault { kind, text })
+        };
+        assert_eq!(
+            kind(of(FaultKind::NoProgram)),
+            RefusalKind::REFUSAL_PROGRAM_NOT_FOUND
+        );
+        assert_eq!(
+            kind(of(FaultKind::NotExecutable)),
+            RefusalKind::REFUSAL_PROGRAM_NOT_EXECUTABLE
+        );
+        assert_eq!(kind(of(FaultKind::Other)), RefusalKind::REFUSAL_FAILED);
+        assert_eq!(kind(HelperError::Died), RefusalKind::REFUSAL_FAILED);
     }
 }

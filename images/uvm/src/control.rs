@@ -5,7 +5,8 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use kiln_vmm_control::{
-    MachineSpec, OverlayFigures, PageRun, Reply, Request, Step as VmmStep, Vmm, VmmError,
+    MachineSpec, OverlayFigures, PageRun, RefusalKind, Reply, Request, Step as VmmStep, Vmm,
+    VmmError,
 };
 
 use crate::Error;
@@ -123,9 +124,13 @@ impl Control {
         let resumed = self.ask("resume the guest", &request, &fds, started);
         resumed.map_err(|error| match error {
             Error::Vmm {
-                source: VmmError::Refused(why),
+                source:
+                    VmmError::Refused {
+                        kind: kind @ (RefusalKind::Foreign | RefusalKind::Corrupt),
+                        why,
+                    },
                 ..
-            } => Error::NotResumable { why },
+            } => Error::NotResumable { kind, why },
             error => error,
         })
     }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use kiln_overlay::BudgetError;
 use kiln_store::private::PrivateError;
-use kiln_vmm_control::VmmError;
+use kiln_vmm_control::{RefusalKind, VmmError};
 
 use crate::end::End;
 use crate::guest::GuestError;
@@ -26,11 +26,11 @@ pub enum Error {
     /// The VMM's process cannot be started.
     #[error("cannot start the VMM; `vmm` in kiln's configuration, or --vmm, names it")]
     Spawn(#[source] VmmError),
-    /// The VMM does not take what was baked.
-    #[error(
-        "the VMM cannot resume the baked μVM ({why}); if kiln or the node's CPU has changed, bake again: kiln bake"
-    )]
+    /// The VMM does not take what was baked: it is damaged, or was baked for something else.
+    #[error("the VMM cannot resume the baked μVM ({why}); bake it again: kiln bake")]
     NotResumable {
+        /// What kind of reason it has.
+        kind: RefusalKind,
         /// Its reason.
         why: String,
     },
@@ -118,10 +118,21 @@ impl Error {
         move |source| Error::System { action, source }
     }
 
+    /// What kind of reason the VMM had, if it refused.
+    pub fn refusal(&self) -> Option<RefusalKind> {
+        match self {
+            Error::Vmm {
+                source: VmmError::Refused { kind, .. },
+                ..
+            }
+            | Error::NotResumable { kind, .. } => Some(*kind),
+            _ => None,
+        }
+    }
+
     /// Whether the VMM had no room on a disk for what it was to write.
     pub fn is_full_disk(&self) -> bool {
-        let number = format!("(os error {})", libc::ENOSPC);
-        matches!(self, Error::Vmm { source: VmmError::Refused(text), .. } if text.contains(&number))
+        self.refusal() == Some(RefusalKind::NoSpace)
     }
 
     /// Whether the VMM, or the guest's agent, could not be talked to: it has ended, or is about to.

@@ -4,13 +4,12 @@ use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use async_trait::async_trait;
-use kiln_agent_api::MIN_ENTROPY;
 use kiln_agent_api::client::{ConnectError, Vsock};
 use kiln_agent_api::proto::{self, AgentClient};
 use kiln_agent_api::stream::{Header, Status};
+use kiln_agent_api::{MIN_ENTROPY, RefusalKind};
 use tokio::net::UnixStream;
 use tokio::sync::mpsc;
-use ttrpc::Code;
 use ttrpc::context::{Context, with_duration};
 
 use crate::text::beginning;
@@ -37,8 +36,8 @@ pub enum GuestError {
     Refused {
         /// What it was to do.
         what: String,
-        /// The agent's code.
-        code: Code,
+        /// What kind of reason it has.
+        kind: RefusalKind,
         /// Its reason, cut to a length that somebody wants to read.
         text: String,
     },
@@ -161,15 +160,15 @@ fn limit() -> Context {
 
 fn refused(what: impl Into<String>) -> impl FnOnce(ttrpc::Error) -> GuestError {
     let what = what.into();
-    move |error| match error {
-        ttrpc::Error::RpcStatus(status) => GuestError::Refused {
+    move |error| match kiln_agent_api::refusal(&error) {
+        Some(refusal) => GuestError::Refused {
             what,
-            code: status.code(),
-            text: cut(status.message()),
+            kind: refusal.kind,
+            text: cut(&refusal.text),
         },
-        other => GuestError::Gone {
+        None => GuestError::Gone {
             what,
-            why: cut(&other.to_string()),
+            why: cut(&error.to_string()),
         },
     }
 }
@@ -488,16 +487,18 @@ impl Guest for Agent {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use kiln_agent_api::Refusal;
 
     #[test]
-    fn what_the_agent_refuses_keeps_its_code() {
-        let status = ttrpc::get_status(Code::NOT_FOUND, "because");
-        match refused("mount it")(ttrpc::Error::RpcStatus(status)) {
-            GuestError::Refused { what, code, text } => {
-                assert_eq!(
-                    (&*what, code, &*text),
-                    ("mount it", Code::NOT_FOUND, "because")
-                );
+    fn what_the_agent_refuses_keeps_its_kind() {
+        let refusal = Refusal {
+            kind: RefusalKind::REFUSAL_NOT_FOUND,
+            text: "because".to_owned(),
+        };
+        match refused("mount it")(refusal.into()) {
+            GuestError::Refused { what, kind, text } => {
+                assert_eq!((&*what, &*text), ("mount it", "because"));
+                assert_eq!(kind, RefusalKind::REFUSAL_NOT_FOUND);
             }
             other => panic!("{other:?}"),
         }
@@ -506,8 +507,11 @@ mod tests {
     #[test]
     fn long_texts_of_the_guest_are_cut_between_characters() {
         let long = "ü".repeat(LONGEST_TEXT);
-        let status = ttrpc::get_status(Code::INTERNAL, format!("x{long}"));
-        let text = refused("mount it")(ttrpc::Error::RpcStatus(status)).to_string();
+        let refusal = Refusal {
+            kind: RefusalKind::REFUSAL_FAILED,
+            text: format!("x{long}"),
+        };
+        let text = refused("mount it")(refusal.into()).to_string();
         assert!(
             text.len() < LONGEST_TEXT + 64 && text.ends_with("ü…"),
             "{}",

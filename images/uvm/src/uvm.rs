@@ -5,6 +5,7 @@ use std::io::{Seek, SeekFrom};
 
 use kiln_agent_api::proto;
 use kiln_store::{Class, Lease};
+use kiln_vmm_control::RefusalKind;
 use tokio::sync::watch;
 
 use crate::Error;
@@ -181,7 +182,7 @@ impl Uvm {
         let left = self.plugged().await?;
         match shrunk {
             // The containers' limits hold all the same.
-            Err(error) if !error.is_gone() && left.cpus <= size.cpus => {
+            Err(error) if error.refusal() == Some(RefusalKind::Busy) && left.cpus <= size.cpus => {
                 tracing::warn!(
                     wanted_mib = size.memory / MIB,
                     left_mib = left.memory / MIB,

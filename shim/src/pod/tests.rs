@@ -63,7 +63,7 @@ impl Scripted {
             Error::Unavailable(_) => gone(),
             error => GuestError::Refused {
                 what: name.to_owned(),
-                code: ttrpc::Code::INTERNAL,
+                kind: kiln_agent_api::RefusalKind::REFUSAL_FAILED,
                 text: error.chain(),
             },
         })

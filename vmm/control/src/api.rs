@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::refusal::RefusalKind;
+
 /// Index of a descriptor in the frame it came with.
 pub type FdIndex = u8;
 
@@ -372,6 +374,11 @@ pub enum Reply {
         /// Overlays, if there are any.
         overlays: Option<OverlayFigures>,
     },
-    /// Not done, and why: the whole chain of causes.
-    Error(String),
+    /// Not done.
+    Refused {
+        /// What kind of reason there is.
+        kind: RefusalKind,
+        /// The whole chain of causes.
+        why: String,
+    },
 }

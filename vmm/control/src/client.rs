@@ -10,6 +10,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Mutex, PoisonError};
 
 use crate::api::{Reply, Request};
+use crate::refusal::RefusalKind;
 use crate::wire;
 
 /// Why a VMM did not do what it was asked.
@@ -31,8 +32,13 @@ pub enum VmmError {
     #[error("the VMM has ended; its log says why")]
     Gone,
     /// The VMM refused.
-    #[error("the VMM refused: {0}")]
-    Refused(String),
+    #[error("the VMM refused: {why}")]
+    Refused {
+        /// What kind of reason it has.
+        kind: RefusalKind,
+        /// The reason.
+        why: String,
+    },
     /// The VMM answered something else than was asked.
     #[error("the VMM answered out of turn; client and VMM are of different versions")]
     Protocol,
@@ -72,6 +78,25 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// One request and its reply.
+fn exchange(
+    socket: &UnixStream,
+    request: &Request,
+    fds: &[BorrowedFd<'_>],
+    most_back: usize,
+) -> Result<(Reply, Vec<OwnedFd>), VmmError> {
+    let gone = |e: io::Error| match e.kind() {
+        io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => VmmError::Gone,
+        _ => VmmError::Socket(e),
+    };
+    wire::send(socket, request, fds).map_err(gone)?;
+    match wire::receive(socket, most_back).map_err(gone)? {
+        Some((Reply::Refused { kind, why }, _)) => Err(VmmError::Refused { kind, why }),
+        Some(answer) => Ok(answer),
+        None => Err(VmmError::Gone),
+    }
+}
+
 impl Vmm {
     /// Starts a VMM. It makes its VM at once and waits for its first request: start one ahead of time and
     /// KVM's grace period is over when the pod comes.
@@ -109,19 +134,21 @@ impl Vmm {
         self.pid
     }
 
-    /// Sends a request and waits for its reply. An error reply becomes [`VmmError::Refused`].
+    /// Sends a request and waits for its reply, which has no descriptors. A refusal becomes [`VmmError::Refused`].
     pub fn call(&self, request: &Request, fds: &[BorrowedFd<'_>]) -> Result<Reply, VmmError> {
-        let socket = lock(&self.socket);
-        let gone = |e: io::Error| match e.kind() {
-            io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => VmmError::Gone,
-            _ => VmmError::Socket(e),
-        };
-        wire::send(&socket, request, fds).map_err(gone)?;
-        match wire::receive(&socket).map_err(gone)? {
-            Some((Reply::Error(why), _)) => Err(VmmError::Refused(why)),
-            Some((reply, _)) => Ok(reply),
-            None => Err(VmmError::Gone),
-        }
+        let (reply, _) = self.call_with_fds(request, fds, 0)?;
+        Ok(reply)
+    }
+
+    /// The same for a reply that may have so many descriptors. With more it fails, and none of them is kept: a VMM that
+    /// its guest has broken can't have the client hold what it likes.
+    pub fn call_with_fds(
+        &self,
+        request: &Request,
+        fds: &[BorrowedFd<'_>],
+        most_back: usize,
+    ) -> Result<(Reply, Vec<OwnedFd>), VmmError> {
+        exchange(&lock(&self.socket), request, fds, most_back)
     }
 
     /// For requests that are answered by `Done`.
@@ -203,5 +230,60 @@ impl Vmm {
 impl Drop for Vmm {
     fn drop(&mut self) {
         self.kill();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Read;
+
+    /// What the client gets of a VMM that answers with `sent` descriptors.
+    fn answer(reply: Reply, sent: usize, most: usize) -> Result<(Reply, Vec<OwnedFd>), VmmError> {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let file = tempfile::tempfile().unwrap();
+        std::os::unix::fs::FileExt::write_all_at(&file, b"of the VMM", 0).unwrap();
+        // A reply is shorter than a socket's buffer, so it can be there before the request.
+        wire::send(&theirs, &reply, &vec![file.as_fd(); sent]).unwrap();
+        let answer = exchange(&ours, &Request::Stats, &[], most);
+        let asked = wire::receive::<Request>(&theirs, 0).unwrap().unwrap();
+        assert_eq!(asked.0, Request::Stats);
+        answer
+    }
+
+    #[test]
+    fn descriptors_come_back_with_a_reply() {
+        let (reply, fds) = answer(Reply::Slot(3), 2, 2).unwrap();
+        assert_eq!((reply, fds.len()), (Reply::Slot(3), 2));
+        let mut text = String::new();
+        for fd in fds {
+            let mut file = File::from(fd);
+            std::io::Seek::rewind(&mut file).unwrap();
+            text.clear();
+            file.read_to_string(&mut text).unwrap();
+        }
+        assert_eq!(text, "of the VMM");
+    }
+
+    #[test]
+    fn reply_with_more_descriptors_than_were_asked_for_is_refused() {
+        for (sent, most) in [(1, 0), (3, 2)] {
+            let answer = answer(Reply::Done, sent, most);
+            assert!(matches!(answer, Err(VmmError::Socket(_))), "{answer:?}");
+        }
+    }
+
+    #[test]
+    fn refusal_keeps_its_kind() {
+        let refused = Reply::Refused {
+            kind: RefusalKind::Busy,
+            why: "there is a disk in this slot already".to_owned(),
+        };
+        let error = answer(refused, 0, 0).unwrap_err();
+        let VmmError::Refused { kind, why } = error else {
+            panic!("{error:?}");
+        };
+        assert_eq!(kind, RefusalKind::Busy);
+        assert_eq!(why, "there is a disk in this slot already");
     }
 }

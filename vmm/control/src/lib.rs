@@ -8,7 +8,9 @@
 pub mod api;
 mod client;
 pub mod cpu;
+mod refusal;
 pub mod wire;
 
 pub use api::*;
 pub use client::{Jail, Spawn, Vmm, VmmError};
+pub use refusal::RefusalKind;

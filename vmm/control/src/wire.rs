@@ -83,12 +83,14 @@ fn send_with_fds(socket: &UnixStream, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> i
     }
 }
 
-/// Receives one message; `None` when the other end has closed.
+/// Receives one message with at most so many descriptors; `None` when the other end has closed. Of a message with
+/// more, the kernel makes no descriptors of this process beyond them, and it is refused.
 pub fn receive<T: DeserializeOwned>(
     mut socket: &UnixStream,
+    most_fds: usize,
 ) -> io::Result<Option<(T, Vec<OwnedFd>)>> {
     let mut len = [0; 4];
-    let (n, fds) = receive_with_fds(socket, &mut len)?;
+    let (n, fds) = receive_with_fds(socket, &mut len, most_fds)?;
     if n == 0 {
         return Ok(None);
     }
@@ -103,7 +105,11 @@ pub fn receive<T: DeserializeOwned>(
     Ok(Some((message, fds)))
 }
 
-fn receive_with_fds(socket: &UnixStream, bytes: &mut [u8]) -> io::Result<(usize, Vec<OwnedFd>)> {
+fn receive_with_fds(
+    socket: &UnixStream,
+    bytes: &mut [u8],
+    most: usize,
+) -> io::Result<(usize, Vec<OwnedFd>)> {
     let mut control: ControlBuffer = [0; 40];
     let mut iov = libc::iovec {
         iov_base: bytes.as_mut_ptr().cast(),
@@ -113,8 +119,13 @@ fn receive_with_fds(socket: &UnixStream, bytes: &mut [u8]) -> io::Result<(usize,
     let mut header: libc::msghdr = unsafe { std::mem::zeroed() };
     header.msg_iov = &raw mut iov;
     header.msg_iovlen = 1;
-    header.msg_control = control.as_mut_ptr().cast();
-    header.msg_controllen = size_of::<ControlBuffer>();
+    if let most @ 1.. = most.min(MAX_FDS) {
+        header.msg_control = control.as_mut_ptr().cast();
+        let payload = most * size_of::<RawFd>();
+        // SAFETY: plain arithmetic on a length of at most MAX_FDS descriptors. Not CMSG_SPACE, whose padding has room
+        // for one more.
+        header.msg_controllen = unsafe { libc::CMSG_LEN(payload as u32) } as usize;
+    }
     let n = loop {
         // SAFETY: the header points to live buffers of the lengths it says.
         let n =
@@ -161,7 +172,7 @@ mod tests {
         send(&a, &"hello".to_owned(), &[w.as_fd(), w.as_fd()]).unwrap();
         send(&a, &"bye".to_owned(), &[]).unwrap();
         drop(w);
-        let (text, fds): (String, _) = receive(&b).unwrap().unwrap();
+        let (text, fds): (String, _) = receive(&b, 2).unwrap().unwrap();
         assert_eq!((text.as_str(), fds.len()), ("hello", 2));
         std::fs::File::from(fds.into_iter().next().unwrap())
             .write_all(b"x")
@@ -169,15 +180,29 @@ mod tests {
         let mut got = Vec::new();
         r.read_to_end(&mut got).unwrap();
         assert_eq!(got, b"x");
-        assert_eq!(receive::<String>(&b).unwrap().unwrap().0, "bye");
+        assert_eq!(receive::<String>(&b, 2).unwrap().unwrap().0, "bye");
         drop(a);
-        assert!(receive::<String>(&b).unwrap().is_none());
+        assert!(receive::<String>(&b, 2).unwrap().is_none());
+    }
+
+    #[test]
+    fn more_descriptors_than_are_wanted_are_refused_and_closed() {
+        for (sent, most) in [(1, 0), (2, 1), (MAX_FDS, 3), (MAX_FDS, MAX_FDS - 1)] {
+            let (a, b) = UnixStream::pair().unwrap();
+            let (mut r, w) = io::pipe().unwrap();
+            send(&a, &"hello".to_owned(), &vec![w.as_fd(); sent]).unwrap();
+            drop(w);
+            let error = receive::<String>(&b, most).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::InvalidData, "{sent}, {most}");
+            // Only without a writer left does the pipe end.
+            assert_eq!(r.read(&mut [0]).unwrap(), 0, "{sent}, {most}");
+        }
     }
 
     #[test]
     fn a_length_that_cannot_be_is_refused() {
         let (mut a, b) = UnixStream::pair().unwrap();
         a.write_all(&u32::MAX.to_le_bytes()).unwrap();
-        assert!(receive::<String>(&b).is_err());
+        assert!(receive::<String>(&b, 0).is_err());
     }
 }

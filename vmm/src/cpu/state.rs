@@ -21,6 +21,17 @@ pub enum CpuError {
         #[source]
         source: kvm_ioctls::Error,
     },
+    /// KVM refused a part of a saved vCPU.
+    #[error("{call} failed for what was saved of vCPU {index}")]
+    Restore {
+        /// The call.
+        call: &'static str,
+        /// The vCPU.
+        index: u8,
+        /// KVM's answer.
+        #[source]
+        source: kvm_ioctls::Error,
+    },
     /// KVM took some model-specific registers, but not this one.
     #[error("KVM refused MSR {msr:#x} of vCPU {index}; the snapshot is from another kind of host")]
     Msr {
@@ -140,7 +151,7 @@ impl VcpuState {
     pub fn restore(&self, fd: &VcpuFd) -> Result<(), CpuError> {
         let index = self.index;
         let kvm = |call| {
-            move |source| CpuError::Kvm {
+            move |source| CpuError::Restore {
                 call,
                 index,
                 source,

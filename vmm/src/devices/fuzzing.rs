@@ -14,8 +14,8 @@ use super::rng::Rng;
 use super::testing::{BUFFERS_BASE, Bench, Desc};
 use super::vsock::Vsock;
 use crate::cpu::Fingerprint;
-use crate::machine::MachineState;
 use crate::memory::{HotplugRegion, MemoryShape};
+use crate::snapshot::MachineState;
 use crate::snapshot::{self, HEADER_LEN, Header};
 use crate::virtio::{DeviceState, VirtioDevice};
 
@@ -261,8 +261,8 @@ pub fn file(data: &[u8]) {
         hotplug: 0,
         usable: 0,
     };
-    let shape =
-        postcard::from_bytes::<MachineState>(body).map_or(nothing, |state| state.config.memory);
+    let shape = postcard::from_bytes::<MachineState>(body)
+        .map_or(nothing, |state| state.config.memory.into());
     let header = Header {
         body_len: body.len() as u64,
         body_crc: crc32fast::hash(body),

@@ -7,7 +7,7 @@
 mod ends;
 #[path = "../log.rs"]
 mod log;
-#[path = "../serve.rs"]
+#[path = "../serve/mod.rs"]
 mod serve;
 
 mod attacks;

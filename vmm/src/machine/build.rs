@@ -12,7 +12,6 @@ use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
 
 use super::config::{DeviceKind, DeviceSpec, MachineConfig};
 use super::exits::{Board, Observer, lock};
-use super::state::MachineState;
 use super::{Enter, EnterVcpu, Machine, MachineError};
 use crate::acpi::{self, AcpiConfig, Event};
 use crate::boot::{self, BootFiles};
@@ -30,8 +29,9 @@ use crate::map_ahead::map_ahead;
 use crate::memory::{HostMemory, Memory};
 use crate::pci::PciRoot;
 use crate::pci::msix::KvmMsi;
-use crate::platform::hotplug::HotplugState;
+use crate::platform::hotplug::HotplugRegisters;
 use crate::platform::serial::Console;
+use crate::snapshot::MachineState;
 use crate::timeline::Timeline;
 use crate::virtio::pci::{KvmDoorbells, TransportEnv, VirtioPci};
 use crate::virtio::{DeviceError, VirtioDevice};
@@ -124,7 +124,7 @@ impl Machine {
         let console = config
             .serial
             .then(|| Mutex::new(Console::new(seed.vm.clone(), spec.console.take())));
-        let hotplug = HotplugState::new(config.boot_cpus);
+        let hotplug = HotplugRegisters::new(config.boot_cpus);
         let board = board(&seed, console, hotplug, observer);
         let supported = seed
             .kvm
@@ -167,7 +167,8 @@ impl Machine {
     ) -> Result<Arc<Self>, MachineError> {
         let kvm = |call| move |source| MachineError::Kvm { call, source };
         let state = spec.state;
-        state.config.check()?;
+        let config = MachineConfig::from(state.config);
+        config.check().map_err(MachineError::SavedConfig)?;
 
         let memory = host_memory.attach(seed.vm.clone())?;
         timeline.mark("vmm.memory_slots");
@@ -182,8 +183,13 @@ impl Machine {
             )),
             None => None,
         };
-        let board = board(&seed, console, state.hotplug, observer);
-        let machine = Self::assemble(seed, events, board, memory, state.config, enter, spec.rings);
+        let board = board(
+            &seed,
+            console,
+            HotplugRegisters::restore(&state.hotplug),
+            observer,
+        );
+        let machine = Self::assemble(seed, events, board, memory, config, enter, spec.rings);
         timeline.mark("vmm.irqchip");
 
         // The clock before the vCPUs: their kvmclock MSRs publish it to the guest.
@@ -345,7 +351,7 @@ impl Machine {
 fn board(
     seed: &VmSeed,
     console: Option<Mutex<Console>>,
-    hotplug: HotplugState,
+    hotplug: HotplugRegisters,
     observer: Arc<dyn Observer>,
 ) -> Arc<Board> {
     Arc::new(Board {
@@ -366,7 +372,7 @@ fn make_device(
     rings: &Rings,
 ) -> Result<Box<dyn VirtioDevice>, MachineError> {
     let slot = spec.slot;
-    let wrong = |what: &str| MachineError::Refused(format!("slot {slot}: {what}"));
+    let wrong = |what: &str| MachineError::Usage(format!("slot {slot}: {what}"));
     let device = |source: DeviceError| MachineError::Device { slot, source };
     match (&spec.kind, end) {
         (DeviceKind::Block { id, queues }, end) => {
@@ -436,7 +442,7 @@ pub(super) fn open_taps(
 ) -> Result<Vec<Box<dyn NetBackend>>, MachineError> {
     let mut taps: Vec<Box<dyn NetBackend>> = Vec::with_capacity(queues.len());
     for fd in queues {
-        let tap = Tap::new(fd).map_err(|e| MachineError::Refused(format!("slot {slot}: {e}")))?;
+        let tap = Tap::new(fd).map_err(|source| MachineError::Tap { slot, source })?;
         taps.push(Box::new(tap));
     }
     Ok(taps)
@@ -449,8 +455,8 @@ pub(super) fn open_disk(
     read_only: bool,
     rings: &Rings,
 ) -> Result<FileBackend, MachineError> {
-    let mut disk = FileBackend::new(file, read_only)
-        .map_err(|e| MachineError::Refused(format!("slot {slot}: {e}")))?;
+    let mut disk =
+        FileBackend::new(file, read_only).map_err(|source| MachineError::Disk { slot, source })?;
     disk.start(rings).map_err(|source| MachineError::Io {
         action: "preparing a disk's I/O",
         source,

@@ -1,15 +1,12 @@
 //! What a machine consists of.
 
-use serde::{Deserialize, Serialize};
-
-// As clients name them. They are part of the saved state: the golden file's test says when they change.
 pub use kiln_vmm_control::api::{DeviceKind, DeviceSpec};
 
 use crate::layout;
 use crate::memory::MemoryShape;
 
-/// A machine's fixed parts; saved with it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// A machine's fixed parts.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MachineConfig {
     /// vCPUs at boot.
     pub boot_cpus: u8,

@@ -8,7 +8,7 @@ use crate::acpi::Event;
 use crate::cpu::thread::{ExitHandler, VcpuEnd, Vcpus};
 use crate::layout;
 use crate::pci::PciRoot;
-use crate::platform::hotplug::{HotplugAction, HotplugState};
+use crate::platform::hotplug::{HotplugAction, HotplugRegisters};
 use crate::platform::power::{self, Outcome};
 use crate::platform::serial::Console;
 
@@ -30,7 +30,7 @@ pub trait Observer: Send + Sync + std::fmt::Debug {
 pub struct Board {
     pub(crate) vm: Arc<VmFd>,
     pub(crate) pci: PciRoot,
-    pub(crate) hotplug: Mutex<HotplugState>,
+    pub(crate) hotplug: Mutex<HotplugRegisters>,
     pub(crate) console: Option<Mutex<Console>>,
     pub(crate) vcpus: Arc<Vcpus>,
     pub(crate) outcome: OnceLock<Outcome>,
@@ -69,7 +69,7 @@ impl Board {
     }
 
     /// Changes the hot-plug registers and tells the guest to look.
-    pub fn hotplug_event(&self, change: impl FnOnce(&mut HotplugState)) {
+    pub fn hotplug_event(&self, change: impl FnOnce(&mut HotplugRegisters)) {
         change(&mut lock(&self.hotplug));
         self.raise_event_irq();
     }

@@ -16,7 +16,7 @@ impl Machine {
     pub fn request_cpus(&self, count: u8) -> Result<(), MachineError> {
         let max = lock(&self.config).max_cpus;
         if count == 0 || count > max {
-            return Err(MachineError::Refused(format!(
+            return Err(MachineError::Usage(format!(
                 "{count} vCPUs: this machine takes 1 to {max}"
             )));
         }

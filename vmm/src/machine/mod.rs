@@ -2,15 +2,15 @@
 //!
 //! [`Machine::boot`] and [`Machine::resume`] are two functions on purpose: resuming reads top to bottom with
 //! no branches for booting. What happens to a running machine is in `ops`, hot-plug in `hotplug`,
-//! and what needs one that stands still in `save`.
+//! what the guest is waited for in `resize`, and what needs a machine that stands still in `save`.
 
 mod build;
 mod config;
 mod exits;
 mod hotplug;
 mod ops;
+mod resize;
 mod save;
-mod state;
 
 use std::collections::BTreeMap;
 use std::io;
@@ -21,7 +21,8 @@ use kvm_ioctls::Kvm;
 use crate::acpi::AcpiError;
 use crate::boot::BootError;
 use crate::cpu::CpuError;
-use crate::devices::block::Rings;
+use crate::devices::block::{FileError, Rings};
+use crate::devices::net::TapError;
 use crate::event::EventLoop;
 use crate::memory::{Memory, MemoryError};
 use crate::virtio::DeviceError;
@@ -31,8 +32,8 @@ pub use build::{BootSpec, HostEnd, HostEnds, ResumeSpec};
 pub use config::{ConfigError, DeviceKind, DeviceSpec, MachineConfig};
 pub use exits::{Board, Observer};
 pub use ops::Stats;
+pub use resize::Answers;
 pub use save::Paused;
-pub use state::MachineState;
 
 /// Runs first on every new vCPU thread; the jail's filter.
 pub type EnterVcpu = Arc<dyn Fn() -> io::Result<()> + Send + Sync>;
@@ -88,9 +89,33 @@ pub enum MachineError {
     /// Saved state contradicts itself.
     #[error("the state file is damaged: {0}")]
     Damaged(&'static str),
-    /// Not possible now.
+    /// The saved configuration can't be.
+    #[error("the state file is damaged")]
+    SavedConfig(#[source] ConfigError),
+    /// A descriptor is no tap.
+    #[error("network card in slot {slot}")]
+    Tap {
+        /// Its slot.
+        slot: u8,
+        /// What is wrong with it.
+        #[source]
+        source: TapError,
+    },
+    /// A descriptor is no disk.
+    #[error("disk in slot {slot}")]
+    Disk {
+        /// Its slot.
+        slot: u8,
+        /// What is wrong with it.
+        #[source]
+        source: FileError,
+    },
+    /// Something is in use.
     #[error("{0}")]
-    Refused(String),
+    Busy(String),
+    /// The request makes no sense for this machine.
+    #[error("{0}")]
+    Usage(String),
 }
 
 /// A machine, running or paused.

@@ -49,7 +49,7 @@ impl Machine {
         lock(&self.devices)
             .get(&slot)
             .cloned()
-            .ok_or_else(|| MachineError::Refused(format!("there is no device in slot {slot}")))
+            .ok_or_else(|| MachineError::Usage(format!("there is no device in slot {slot}")))
     }
 
     /// Puts a disk into an empty block slot.
@@ -60,14 +60,14 @@ impl Machine {
             }
             HostEnd::Overlay(overlay) => Box::new(OverlayBackend::new(overlay)),
             _ => {
-                return Err(MachineError::Refused(
+                return Err(MachineError::Usage(
                     "a disk wants a file or an overlay".to_owned(),
                 ));
             }
         };
         match self.device(slot)?.with(|b: &mut Block| b.attach(backend)) {
             Some(result) => result.map_err(|source| MachineError::Device { slot, source }),
-            None => Err(MachineError::Refused(format!(
+            None => Err(MachineError::Usage(format!(
                 "slot {slot} does not take disks"
             ))),
         }
@@ -79,7 +79,7 @@ impl Machine {
             Some(result) => result
                 .map(drop)
                 .map_err(|source| MachineError::Device { slot, source }),
-            None => Err(MachineError::Refused(format!("slot {slot} holds no disk"))),
+            None => Err(MachineError::Usage(format!("slot {slot} holds no disk"))),
         }
     }
 
@@ -105,7 +105,7 @@ impl Machine {
         };
         match self.device(slot)?.with(change) {
             Some(result) => result.map_err(|source| MachineError::Device { slot, source }),
-            None => Err(MachineError::Refused(format!(
+            None => Err(MachineError::Usage(format!(
                 "slot {slot} is no network card"
             ))),
         }
@@ -125,7 +125,7 @@ impl Machine {
     pub fn request_memory(&self, total: u64) -> Result<(), MachineError> {
         let ram = self.memory.shape().ram;
         let Some(plugged) = total.checked_sub(ram) else {
-            return Err(MachineError::Refused(format!(
+            return Err(MachineError::Usage(format!(
                 "{total} bytes are less than the {ram} this machine was baked with"
             )));
         };
@@ -135,7 +135,7 @@ impl Machine {
         }) {
             Some(result) => result,
             None if plugged == 0 => Ok(()),
-            None => Err(MachineError::Refused(
+            None => Err(MachineError::Usage(
                 "this machine has no memory hot-plug".to_owned(),
             )),
         }
@@ -168,7 +168,7 @@ impl Machine {
         let taken: Vec<u8> = lock(&self.devices).keys().copied().collect();
         let slot = (1..layout::PCI_SLOTS)
             .find(|s| !taken.contains(s))
-            .ok_or_else(|| MachineError::Refused("all PCI slots are taken".to_owned()))?;
+            .ok_or_else(|| MachineError::Busy("all PCI slots are taken".to_owned()))?;
         let spec = DeviceSpec { slot, kind };
         let device = self.make_device(&spec, end)?;
         self.add_device(slot, device);

@@ -5,11 +5,18 @@ use std::fs::File;
 use kvm_bindings::kvm_irqchip;
 
 use super::exits::lock;
-use super::state::{IRQCHIPS, MachineState};
 use super::{Machine, MachineError};
 use crate::cpu::VcpuState;
 use crate::devices::block::{Block, Content};
 use crate::event::Stillness;
+use crate::snapshot::{ConfigState, MachineState};
+
+/// Interrupt controllers that are saved, by KVM's chip id.
+const IRQCHIPS: [u32; 3] = [
+    kvm_bindings::KVM_IRQCHIP_PIC_MASTER,
+    kvm_bindings::KVM_IRQCHIP_PIC_SLAVE,
+    kvm_bindings::KVM_IRQCHIP_IOAPIC,
+];
 
 /// A machine that stands still: no vCPU runs and no device works, so its memory can be read. It goes on when this is dropped.
 #[derive(Debug)]
@@ -27,7 +34,7 @@ impl Machine {
             let mut paused = lock(&self.paused);
             if *paused {
                 let why = "the machine is paused already".to_owned();
-                return Err(MachineError::Refused(why));
+                return Err(MachineError::Usage(why));
             }
             *paused = true;
         }
@@ -75,7 +82,7 @@ impl Paused<'_> {
         let machine = self.machine;
         let kvm = |call| move |source| MachineError::Kvm { call, source };
         if let Some(outcome) = machine.outcome() {
-            return Err(MachineError::Refused(format!(
+            return Err(MachineError::Usage(format!(
                 "the machine has ended: {outcome:?}"
             )));
         }
@@ -105,11 +112,11 @@ impl Paused<'_> {
         config.devices.sort_by_key(|d| d.slot);
         let saved: Result<Vec<_>, _> = devices.values().map(|d| d.save()).collect();
         Ok(MachineState {
-            config,
+            config: ConfigState::from(&config),
             clock,
             irqchips,
             vcpus,
-            hotplug: lock(&machine.board.hotplug).clone(),
+            hotplug: lock(&machine.board.hotplug).save(),
             serial: machine.board.console.as_ref().map(|c| lock(c).save()),
             devices: saved?,
             holes: Vec::new(),
@@ -133,9 +140,7 @@ impl Paused<'_> {
                 action: "saving an overlay",
                 source,
             }),
-            _ => Err(MachineError::Refused(format!(
-                "slot {slot} holds no overlay"
-            ))),
+            _ => Err(MachineError::Usage(format!("slot {slot} holds no overlay"))),
         }
     }
 }

@@ -2,14 +2,13 @@
 //!
 //! All values come from the guest: selectors out of range select nothing.
 
-use serde::{Deserialize, Serialize};
-
 use crate::acpi::Event;
 use crate::layout;
+use crate::snapshot::HotplugState;
 
-/// Pending events and controllers' registers. Plain data: this is the saved state too.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct HotplugState {
+/// Pending events and controllers' registers.
+#[derive(Debug, Default)]
+pub struct HotplugRegisters {
     events: u32,
     cpu_selector: u32,
     /// One bit per vCPU.
@@ -31,7 +30,7 @@ pub enum HotplugAction {
     EjectSlots(u32),
 }
 
-impl HotplugState {
+impl HotplugRegisters {
     /// Registers of a machine that boots with this many vCPUs.
     pub fn new(boot_cpus: u8) -> Self {
         let present = if boot_cpus >= 64 {
@@ -42,6 +41,32 @@ impl HotplugState {
         Self {
             cpus_present: present,
             ..Default::default()
+        }
+    }
+
+    /// The registers as they go into a state file.
+    pub fn save(&self) -> HotplugState {
+        HotplugState {
+            events: self.events,
+            cpu_selector: self.cpu_selector,
+            cpus_present: self.cpus_present,
+            cpus_inserting: self.cpus_inserting,
+            cpus_removing: self.cpus_removing,
+            pci_up: self.pci_up,
+            pci_down: self.pci_down,
+        }
+    }
+
+    /// Registers as they were saved.
+    pub fn restore(state: &HotplugState) -> Self {
+        Self {
+            events: state.events,
+            cpu_selector: state.cpu_selector,
+            cpus_present: state.cpus_present,
+            cpus_inserting: state.cpus_inserting,
+            cpus_removing: state.cpus_removing,
+            pci_up: state.pci_up,
+            pci_down: state.pci_down,
         }
     }
 
@@ -163,7 +188,7 @@ mod tests {
 
     #[test]
     fn cpu_goes_through_insert_clear_and_eject() {
-        let mut h = HotplugState::new(1);
+        let mut h = HotplugRegisters::new(1);
         h.insert_cpu(2);
         assert_eq!(h.read_events(), Event::Cpus as u32);
         assert_eq!(h.read_events(), 0);
@@ -179,8 +204,23 @@ mod tests {
     }
 
     #[test]
+    fn what_is_pending_is_pending_after_a_resume() {
+        let mut h = HotplugRegisters::new(2);
+        h.insert_cpu(3);
+        h.remove_cpu(1);
+        h.insert_slot(4);
+        h.remove_slot(5);
+        h.write_cpu(0, 3);
+        let mut back = HotplugRegisters::restore(&h.save());
+        assert_eq!(back.save(), h.save());
+        assert_eq!(back.read_cpu(4), 0b011);
+        assert_eq!(back.read_events(), Event::Cpus as u32 | Event::Pci as u32);
+        assert_eq!((back.read_pci(0), back.read_pci(4)), (1 << 4, 1 << 5));
+    }
+
+    #[test]
     fn wild_selectors_and_the_boot_processor_eject_nothing() {
-        let mut h = HotplugState::new(64);
+        let mut h = HotplugRegisters::new(64);
         for selector in [64, u32::MAX, 0] {
             h.write_cpu(0, selector);
             assert_eq!(h.write_cpu(4, 8), None);

@@ -15,10 +15,9 @@
 
 use kiln_vmm_control::cpu::WORDS;
 
+use super::{Labels, MachineState};
 use crate::cpu::Fingerprint;
-use crate::machine::MachineState;
-
-use super::Labels;
+use crate::memory::MemoryShape;
 
 /// Goes up with every change of the layout of header, body or the guest's address map.
 pub const FORMAT_VERSION: u32 = 2;
@@ -53,14 +52,24 @@ pub enum HeaderError {
         /// Who wrote it.
         kiln: String,
     },
-    /// A field differs from what it must be.
+    /// A field that belongs to what is behind it differs from that.
     #[error("{field}: {found}, expected {expected}; bake again")]
-    Field {
+    Damaged {
         /// The field.
         field: &'static str,
         /// What it says.
         found: u64,
         /// What it must say.
+        expected: u64,
+    },
+    /// A field, undamaged, says what this build does not know.
+    #[error("{field}: {found}, this build reads {expected}; bake again")]
+    Unknown {
+        /// The field.
+        field: &'static str,
+        /// What it says.
+        found: u64,
+        /// What this build knows.
         expected: u64,
     },
     /// Another processor.
@@ -129,7 +138,7 @@ fn text_field(text: &str, len: usize) -> &[u8] {
 impl Header {
     /// The header of a state about to be written.
     pub(super) fn describe(state: &MachineState, labels: &Labels, body: &[u8]) -> Self {
-        let shape = state.config.memory;
+        let shape = MemoryShape::from(state.config.memory);
         Self {
             body_len: body.len() as u64,
             body_crc: crc32fast::hash(body),
@@ -184,33 +193,30 @@ impl Header {
         }
         let mut blank = array::<HEADER_LEN>(head, 0);
         put(&mut blank, 36, &[0; 4]);
-        let same = |field, found: u64, expected: u64| {
-            if found == expected {
-                Ok(())
-            } else {
-                Err(HeaderError::Field {
-                    field,
-                    found,
-                    expected,
-                })
-            }
+        let whole = |field, found: u64, expected: u64| match found == expected {
+            true => Ok(()),
+            false => Err(HeaderError::Damaged {
+                field,
+                found,
+                expected,
+            }),
         };
-        same(
-            "header length",
-            u64::from(u32_at(head, 12)),
-            HEADER_LEN as u64,
-        )?;
-        same(
+        let known = |field, at, expected: u32| match u32_at(head, at) {
+            found if found == expected => Ok(()),
+            found => Err(HeaderError::Unknown {
+                field,
+                found: found.into(),
+                expected: expected.into(),
+            }),
+        };
+        whole(
             "header checksum",
             u64::from(u32_at(head, 36)),
             u64::from(crc32fast::hash(&blank)),
         )?;
-        same(
-            "architecture",
-            u64::from(u32_at(head, 16)),
-            u64::from(ARCH_X86_64),
-        )?;
-        same("flags", u64::from(u32_at(head, 20)), 0)?;
+        known("header length", 12, HEADER_LEN as u32)?;
+        known("architecture", 16, ARCH_X86_64)?;
+        known("flags", 20, 0)?;
         let mut cpu = [0; WORDS];
         for (i, word) in cpu.iter_mut().enumerate() {
             *word = u32_at(head, 256 + 4 * i);
@@ -227,8 +233,8 @@ impl Header {
             cpu: Fingerprint(cpu),
             tsc_khz: u32_at(head, 384),
         };
-        same("body length", body.len() as u64, header.body_len)?;
-        same(
+        whole("body length", body.len() as u64, header.body_len)?;
+        whole(
             "body checksum",
             u64::from(crc32fast::hash(body)),
             u64::from(header.body_crc),

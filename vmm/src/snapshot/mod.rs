@@ -1,20 +1,22 @@
 //! Snapshots: a state file and a memory file.
 //!
 //! The state file is a fixed header (`header`) that needs no codec, then one postcard-encoded
-//! [`MachineState`](crate::machine::MachineState). The memory file is guest memory at its own offsets, sparse
+//! [`MachineState`]. The memory file is guest memory at its own offsets, sparse
 //! where pages are zero (`memory`). Everything read here may be damaged or foreign and is refused by name.
 
 mod header;
 mod memory;
+mod state;
 
 use std::fs::File;
 use std::io::{self, Read, Write};
 
 use crate::cpu::Fingerprint;
-use crate::machine::MachineState;
+use crate::memory::MemoryShape;
 
 pub use header::{FORMAT_VERSION, HEADER_LEN, Header, HeaderError};
 pub use memory::{MemoryStats, write_memory};
+pub use state::{ConfigState, DeviceEntry, HotplugState, KindState, MachineState, MemoryState};
 
 /// Why a snapshot can't be read or written.
 #[derive(Debug, thiserror::Error)]
@@ -83,7 +85,7 @@ pub fn decode(bytes: &[u8]) -> Result<(Header, MachineState), SnapshotError> {
             rest.len()
         )));
     }
-    let shape = state.config.memory;
+    let shape = MemoryShape::from(state.config.memory);
     if (shape.ram, shape.hotplug, shape.file_len())
         != (header.ram, header.hotplug, header.memory_file)
     {

@@ -1,37 +1,41 @@
 use super::*;
 use crate::machine::{DeviceKind, DeviceSpec, MachineConfig};
 use crate::memory::MemoryShape;
-use crate::platform::hotplug::HotplugState;
+use crate::platform::hotplug::HotplugRegisters;
+
+fn config() -> MachineConfig {
+    let kinds = [
+        DeviceKind::Vsock { cid: 3 },
+        DeviceKind::Block {
+            id: "slot0".to_owned(),
+            queues: 1,
+        },
+    ];
+    MachineConfig {
+        boot_cpus: 1,
+        max_cpus: 4,
+        memory: MemoryShape {
+            ram: 256 << 20,
+            hotplug: 1 << 30,
+            usable: 4 << 20,
+        },
+        serial: false,
+        devices: specs(kinds),
+    }
+}
+
+fn specs(kinds: impl IntoIterator<Item = DeviceKind>) -> Vec<DeviceSpec> {
+    let spec = |(slot, kind)| DeviceSpec { slot, kind };
+    (1..).zip(kinds).map(spec).collect()
+}
 
 fn state() -> MachineState {
     MachineState {
-        config: MachineConfig {
-            boot_cpus: 1,
-            max_cpus: 4,
-            memory: MemoryShape {
-                ram: 256 << 20,
-                hotplug: 1 << 30,
-                usable: 4 << 20,
-            },
-            serial: false,
-            devices: vec![
-                DeviceSpec {
-                    slot: 1,
-                    kind: DeviceKind::Vsock { cid: 3 },
-                },
-                DeviceSpec {
-                    slot: 2,
-                    kind: DeviceKind::Block {
-                        id: "slot0".to_owned(),
-                        queues: 1,
-                    },
-                },
-            ],
-        },
+        config: ConfigState::from(&config()),
         clock: Default::default(),
         irqchips: Vec::new(),
         vcpus: Vec::new(),
-        hotplug: HotplugState::new(1),
+        hotplug: HotplugRegisters::new(1).save(),
         serial: None,
         devices: Vec::new(),
         holes: vec![(2 << 20, 64 << 20)],
@@ -52,7 +56,47 @@ fn state_file_reads_back() {
     assert_eq!(header.kernel, "6.12.0-cloud");
     assert_eq!(header.digest, [7; 32]);
     assert_eq!(header.memory_file, (256 << 20) + (4 << 20));
-    assert_eq!(back.config, state().config);
+    assert_eq!(MachineConfig::from(back.config), config());
+}
+
+#[test]
+fn every_kind_of_device_is_the_same_after_a_resume_and_has_its_number() {
+    let kinds = [
+        DeviceKind::Block {
+            id: "b".to_owned(),
+            queues: 2,
+        },
+        DeviceKind::Net {
+            pairs: 3,
+            mac: [4; 6],
+        },
+        DeviceKind::Vsock { cid: 5 },
+        DeviceKind::Rng,
+        DeviceKind::Mem,
+        DeviceKind::Fs {
+            tag: "f".to_owned(),
+        },
+    ];
+    let all = MachineConfig {
+        devices: specs(kinds),
+        ..config()
+    };
+    let saved = ConfigState::from(&all);
+    let bytes: Vec<Vec<u8>> = saved
+        .devices
+        .iter()
+        .map(|entry| postcard::to_stdvec(&entry.kind).unwrap())
+        .collect();
+    let expected: [&[u8]; 6] = [
+        &[0, 1, b'b', 2],
+        &[1, 3, 4, 4, 4, 4, 4, 4],
+        &[2, 5],
+        &[3],
+        &[4],
+        &[5, 1, b'f'],
+    ];
+    assert_eq!(bytes, expected);
+    assert_eq!(MachineConfig::from(saved), all);
 }
 
 #[test]

@@ -48,7 +48,10 @@ pub enum DeviceError {
     State(#[from] StateError),
     /// The device can't do this now; the text says what has to happen first.
     #[error("{0}")]
-    Refused(String),
+    Busy(String),
+    /// The device can't do this at all.
+    #[error("{0}")]
+    Usage(String),
 }
 
 /// Everything a device gets when its driver says DRIVER_OK, and again after a restore.

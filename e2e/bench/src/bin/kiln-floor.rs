@@ -6,7 +6,7 @@
 use std::fs::File;
 
 use anyhow::{Context, Result, bail, ensure};
-use kiln_vmm::memory::HostMemory;
+use kiln_vmm::memory::{FileSource, HostMemory};
 use kiln_vmm::snapshot;
 use kiln_vmm::vm::VmSeed;
 use kvm_bindings::{kvm_clock_data, kvm_mp_state, kvm_vcpu_events};
@@ -47,7 +47,12 @@ fn main() -> Result<()> {
     let bytes = snapshot::read_file(&mut state)?;
     let (_, state) = snapshot::decode(&bytes)?;
     steps.end("state");
-    let memory = HostMemory::from_file(state.config.memory, &memory, &state.holes)?;
+    let source = FileSource {
+        file: &memory,
+        holes: &state.holes,
+        singly: false,
+    };
+    let memory = HostMemory::from_file(state.config.memory.into(), &source)?;
     steps.end("map");
     let seed = VmSeed::create(None)?;
     steps.end("create VM");

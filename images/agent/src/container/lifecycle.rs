@@ -16,7 +16,7 @@ use super::process::{Process, resize, size, wanted};
 use super::spec::{Guest, adapt, adapt_process, home_in};
 use super::{Container, Containers, Event, Mutable, Phase, checked_id, read_in_root};
 use crate::error::{Action, AgentError};
-use crate::helper::{CreateJob, ExecJob};
+use crate::helper::{CreateJob, ExecJob, Fault, HelperError};
 use crate::reaper::Exit;
 use crate::spans::Spans;
 use crate::stdio::Stdio;
@@ -299,12 +299,12 @@ impl Containers {
             .join("notify.sock");
         // libcontainer's first process waits for a connection that ends.
         drop(UnixStream::connect(&socket).action("reach the container's first process")?);
-        let mut error = String::new();
-        read_to_end(started, &mut error)
+        let mut told = Vec::new();
+        read_to_end(started, &mut told)
             .await
             .action("learn how the start went")?;
-        if !error.is_empty() {
-            return Err(crate::helper::HelperError::Failed(error).into());
+        if let Some(fault) = Fault::told(&told) {
+            return Err(HelperError::from(fault).into());
         }
         let mut mutable = container.lock();
         if mutable.phase == Phase::Created {
@@ -632,20 +632,17 @@ pub(crate) fn set_sysctl(name: &str, value: &str) -> Result<()> {
 }
 
 /// Reads from a pipe until its last writer is gone.
-async fn read_to_end(pipe: OwnedFd, text: &mut String) -> std::io::Result<()> {
+async fn read_to_end(pipe: OwnedFd, bytes: &mut Vec<u8>) -> std::io::Result<()> {
     sys::set_nonblocking(&pipe)?;
     let pipe = sys::watch(pipe)?;
-    let mut bytes = Vec::new();
     let mut buffer = [0; 1024];
     loop {
         let mut ready = pipe.readable().await?;
         match ready.try_io(|pipe| Ok(nix::unistd::read(pipe, &mut buffer)?)) {
-            Ok(Ok(0)) => break,
+            Ok(Ok(0)) => return Ok(()),
             Ok(Ok(length)) => bytes.extend_from_slice(&buffer[..length]),
             Ok(Err(error)) => return Err(error),
             Err(_would_block) => {}
         }
     }
-    text.push_str(&String::from_utf8_lossy(&bytes));
-    Ok(())
 }

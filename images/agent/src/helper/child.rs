@@ -1,7 +1,7 @@
 //! What may only be done in a fresh, single-threaded child.
 
 use std::io;
-use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::OwnedFd;
 
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, kill, sigprocmask};
@@ -40,15 +40,6 @@ pub(super) fn reset_signals() -> io::Result<()> {
     }
     sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None)?;
     Ok(())
-}
-
-/// Writes a line to a descriptor known by number, as well as possible.
-pub(super) fn tell(fd: RawFd, text: &str) {
-    // SAFETY: the descriptor was inherited over the fork that made this process and nothing in it
-    // closes it; it is borrowed for one write.
-    let fd = unsafe { BorrowedFd::borrow_raw(fd) };
-    // There is nobody to tell about a failure.
-    let _told = nix::unistd::write(fd, text.as_bytes());
 }
 
 /// Makes a PID namespace whose first process does nothing but collect children.

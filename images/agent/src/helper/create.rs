@@ -1,14 +1,19 @@
 //! Makes a container with libcontainer.
 
+use std::fs::File;
+use std::io::Read;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 
 use anyhow::{Context, bail};
 use libcontainer::container::builder::ContainerBuilder;
 use libcontainer::syscall::syscall::SyscallType;
+use nix::fcntl::OFlag;
+use nix::unistd::pipe2;
 
+use super::fault::Fault;
 use super::program::Program;
-use super::{CreateJob, Made};
+use super::{CreateJob, MAX_REPLY, Made};
 use crate::sys;
 
 /// Runs in a worker.
@@ -17,9 +22,13 @@ pub(super) fn run(job: &CreateJob, fds: Vec<OwnedFd>) -> anyhow::Result<Made> {
     let Some(status) = fds.next() else {
         bail!("the job lacks its status pipe")
     };
+    // Not waited for: the process that it is told by may live on.
+    let (told, validation) =
+        pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK).context("make the pipe of the validation")?;
     let mut builder = ContainerBuilder::new(job.name.clone(), SyscallType::default())
         .with_root_path(&job.state)?
         .with_executor(Program {
+            validation: validation.as_raw_fd(),
             status: status.as_raw_fd(),
         });
     let console = if job.terminal {
@@ -42,7 +51,7 @@ pub(super) fn run(job: &CreateJob, fds: Vec<OwnedFd>) -> anyhow::Result<Made> {
         .with_systemd(false)
         .with_detach(true)
         .build()
-        .map_err(|error| cause(&error.to_string()))?;
+        .map_err(|error| validated(told).unwrap_or_else(|| cause(&error.to_string())))?;
     let Some(pid) = container.pid() else {
         bail!("libcontainer made a container without a process")
     };
@@ -54,6 +63,13 @@ pub(super) fn run(job: &CreateJob, fds: Vec<OwnedFd>) -> anyhow::Result<Made> {
         pid: pid.as_raw(),
         terminal,
     })
+}
+
+/// What the first process found wrong with its program, if that is why there is no container.
+fn validated(told: OwnedFd) -> Option<anyhow::Error> {
+    let mut bytes = vec![0; MAX_REPLY];
+    let length = File::from(told).read(&mut bytes).ok()?;
+    Some(Fault::told(bytes.get(..length)?)?.into())
 }
 
 /// What the first process said of itself, if it was that which failed, else all of `error`.

@@ -11,7 +11,7 @@ use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 
-use anyhow::{Context, anyhow, bail};
+use anyhow::{Context, bail};
 use libcontainer::capabilities;
 use libcontainer::seccomp;
 use libcontainer::syscall::syscall::create_syscall;
@@ -20,6 +20,7 @@ use nix::sched::{CloneFlags, setns};
 use nix::sys::stat::{Mode, umask};
 use nix::unistd::{ForkResult, Gid, Uid, dup2_stderr, dup2_stdin, dup2_stdout, fork, pipe2};
 
+use super::fault::Fault;
 use super::{ExecJob, Made, child, program};
 use crate::sys;
 
@@ -53,18 +54,18 @@ pub(super) fn run(job: &ExecJob, fds: Vec<OwnedFd>) -> anyhow::Result<Made> {
                 Ok(never) => match never {},
                 Err(error) => error,
             };
-            child::tell(status_in_child.as_raw_fd(), &format!("{error:#}"));
+            Fault::of(&error).tell(status_in_child.as_raw_fd());
             child::leave(127);
         }
         ForkResult::Parent { child } => {
             drop(status_in_child);
             drop(terminals_in_child);
-            let mut error = String::new();
+            let mut told = Vec::new();
             File::from(status)
-                .read_to_string(&mut error)
+                .read_to_end(&mut told)
                 .context("read the new process's status")?;
-            if !error.is_empty() {
-                return Err(anyhow!(error));
+            if let Some(fault) = Fault::told(&told) {
+                return Err(fault.into());
             }
             let terminal = terminal.then(|| receive_terminal(&terminals)).transpose()?;
             Ok(Made {
@@ -150,7 +151,7 @@ fn become_process(
             .with_context(|| format!("chdir to cwd ({:?})", process.cwd().display()))?;
     }
     filter(no_new_privileges)?;
-    program::execute(process).map_err(|error| anyhow!(error))
+    Ok(program::execute(process)?)
 }
 
 /// Makes a terminal in the container's own devpts, the standard streams' and the session's, and

@@ -18,6 +18,7 @@
 mod child;
 mod create;
 mod exec;
+mod fault;
 mod log;
 mod program;
 mod server;
@@ -34,6 +35,7 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+pub(crate) use self::fault::{Fault, FaultKind};
 pub(crate) use self::server::serve;
 use crate::sys;
 
@@ -90,7 +92,7 @@ pub(crate) struct ExecJob {
 #[derive(Debug, Serialize, Deserialize)]
 struct Reply {
     /// The new process.
-    result: Result<i32, String>,
+    result: Result<i32, Fault>,
     /// What was logged on the way, if it failed.
     log: String,
 }
@@ -107,8 +109,8 @@ pub(crate) enum HelperError {
     )]
     Died,
     /// The worker says why.
-    #[error("{0}")]
-    Failed(String),
+    #[error(transparent)]
+    Failed(#[from] Fault),
 }
 
 /// A process that a worker has made.
@@ -178,20 +180,19 @@ impl Helper {
             return Err(HelperError::Died);
         }
         let reply: Reply = serde_json::from_slice(&buffer[..length])
-            .map_err(|error| HelperError::Failed(format!("unreadable reply: {error}")))?;
+            .map_err(|error| Fault::other(format!("unreadable reply: {error}")))?;
         match reply.result {
             Ok(pid) => Ok(Made {
                 pid,
                 terminal: fds.pop(),
             }),
-            // Most of what is logged is the error again, once for each layer it went through.
-            Err(error) if reply.log.is_empty() || reply.log.contains(&error) => {
-                Err(HelperError::Failed(error))
+            Err(mut fault) => {
+                // Most of what is logged is the error again, once for each layer it went through.
+                if !reply.log.is_empty() && !reply.log.contains(&fault.text) {
+                    fault.text = format!("{} ({})", fault.text, reply.log.trim_end());
+                }
+                Err(fault.into())
             }
-            Err(error) => Err(HelperError::Failed(format!(
-                "{error} ({})",
-                reply.log.trim_end()
-            ))),
         }
     }
 

@@ -12,23 +12,25 @@ use std::path::{Path, PathBuf};
 use libcontainer::oci_spec::runtime::{Process, Spec};
 use libcontainer::workload::{Executor, ExecutorError, ExecutorValidationError};
 
-use super::child;
+use super::fault::{Fault, FaultKind};
 
 /// The search path of a process that has none.
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// Where `process`'s program is, from inside the container.
-pub(super) fn find(process: &Process) -> Result<PathBuf, String> {
+pub(super) fn find(process: &Process) -> Result<PathBuf, Fault> {
     let name = process
         .args()
         .as_ref()
         .and_then(|args| args.first())
         .filter(|name| !name.is_empty())
-        .ok_or("the process has no arguments, so there is nothing to run")?;
+        .ok_or_else(|| {
+            Fault::other("the process has no arguments, so there is nothing to run".to_owned())
+        })?;
     if name.contains('/') {
         return match executable(Path::new(name)) {
             Ok(()) => Ok(PathBuf::from(name)),
-            Err(error) => Err(format!("exec: {name:?}: {}", reason(name, &error))),
+            Err(error) => Err(unusable(name, &error)),
         };
     }
     let path = process
@@ -50,19 +52,31 @@ pub(super) fn find(process: &Process) -> Result<PathBuf, String> {
         }
     }
     match refused {
-        Some(error) => Err(format!("exec: {name:?}: {}", reason(name, &error))),
-        None => Err(format!(
-            "exec: {name:?}: executable file not found in $PATH"
-        )),
+        Some(error) => Err(unusable(name, &error)),
+        None => Err(Fault {
+            kind: FaultKind::NoProgram,
+            text: format!("exec: {name:?}: executable file not found in $PATH"),
+        }),
     }
 }
 
-fn reason(name: &str, error: &io::Error) -> String {
-    match error.kind() {
-        io::ErrorKind::NotFound => format!("stat {name}: no such file or directory"),
-        io::ErrorKind::PermissionDenied => "permission denied".to_owned(),
-        io::ErrorKind::IsADirectory => "is a directory".to_owned(),
-        _ => error.to_string(),
+/// What is wrong with the file that `name` leads to.
+fn unusable(name: &str, error: &io::Error) -> Fault {
+    let (kind, reason) = match error.kind() {
+        io::ErrorKind::NotFound => (
+            FaultKind::NoProgram,
+            format!("stat {name}: no such file or directory"),
+        ),
+        io::ErrorKind::PermissionDenied => {
+            (FaultKind::NotExecutable, "permission denied".to_owned())
+        }
+        io::ErrorKind::IsADirectory => (FaultKind::NotExecutable, "is a directory".to_owned()),
+        io::ErrorKind::NotADirectory => (FaultKind::NotExecutable, error.to_string()),
+        _ => (FaultKind::Other, error.to_string()),
+    };
+    Fault {
+        kind,
+        text: format!("exec: {name:?}: {reason}"),
     }
 }
 
@@ -82,33 +96,40 @@ fn executable(path: &Path) -> io::Result<()> {
 }
 
 /// Replaces this process by `process`'s program; returns only if that fails.
-pub(super) fn execute(process: &Process) -> Result<std::convert::Infallible, String> {
+pub(super) fn execute(process: &Process) -> Result<std::convert::Infallible, Fault> {
     let program = find(process)?;
-    let strings = |list: &Option<Vec<String>>| -> Result<Vec<CString>, String> {
-        list.iter()
-            .flatten()
-            .map(|text| {
-                CString::new(text.as_str())
-                    .map_err(|_| format!("{text:?} contains a NUL byte, which no program can get"))
+    let strings = |list: &Option<Vec<String>>| -> Result<Vec<CString>, Fault> {
+        let string = |text: &String| {
+            CString::new(text.as_str()).map_err(|_| {
+                Fault::other(format!(
+                    "{text:?} contains a NUL byte, which no program can get"
+                ))
             })
-            .collect()
+        };
+        list.iter().flatten().map(string).collect()
     };
-    let path = crate::sys::c_path(&program).map_err(|error| error.to_string())?;
+    let path = crate::sys::c_path(&program).map_err(|error| Fault::other(error.to_string()))?;
     let arguments = strings(process.args())?;
     let environment = strings(process.env())?;
     let error = nix::unistd::execve(&path, &arguments, &environment).unwrap_err();
-    let text = match error {
-        nix::Error::ENOENT => "no such file or directory".to_owned(),
-        nix::Error::EACCES => "permission denied".to_owned(),
-        nix::Error::ENOEXEC => "exec format error".to_owned(),
-        other => other.desc().to_owned(),
+    let (kind, reason) = match error {
+        nix::Error::ENOENT => (FaultKind::NoProgram, "no such file or directory"),
+        nix::Error::EACCES => (FaultKind::NotExecutable, "permission denied"),
+        nix::Error::ENOEXEC => (FaultKind::NotExecutable, "exec format error"),
+        other => (FaultKind::Other, other.desc()),
     };
-    Err(format!("exec {}: {text}", program.display()))
+    Err(Fault {
+        kind,
+        text: format!("exec {}: {reason}", program.display()),
+    })
 }
 
-/// libcontainer's last step, with an answer to whoever starts the container.
+/// libcontainer's last steps, with an answer to whoever makes and starts the container: of libcontainer itself one gets
+/// no more than a text.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Program {
+    /// Where to tell of a program that can't be run.
+    pub(super) validation: RawFd,
     /// Where to tell of a failing `exec`; closes when it succeeds.
     pub(super) status: RawFd,
 }
@@ -119,8 +140,8 @@ impl Executor for Program {
         match execute(process) {
             Ok(never) => match never {},
             Err(error) => {
-                child::tell(self.status, &error);
-                Err(ExecutorError::Other(error))
+                error.tell(self.status);
+                Err(ExecutorError::Other(error.text))
             }
         }
     }
@@ -128,9 +149,10 @@ impl Executor for Program {
     fn validate(&self, spec: &Spec) -> Result<(), ExecutorValidationError> {
         let no_process = || ExecutorValidationError::ArgValidationError("no process".to_owned());
         let process = spec.process().as_ref().ok_or_else(no_process)?;
-        find(process)
-            .map(drop)
-            .map_err(ExecutorValidationError::ArgValidationError)
+        find(process).map(drop).map_err(|error| {
+            error.tell(self.validation);
+            ExecutorValidationError::ArgValidationError(error.text)
+        })
     }
 
     fn setup_envs(
@@ -169,21 +191,42 @@ mod tests {
 
     #[test]
     fn errors_read_as_users_know_them() {
-        let error = |args: &[&str], env: &[&str]| find(&process(args, env)).expect_err("not found");
-        assert_eq!(
-            error(&["nope"], &["PATH=/bin"]),
-            r#"exec: "nope": executable file not found in $PATH"#
-        );
-        assert_eq!(
-            error(&["/no"], &[]),
-            r#"exec: "/no": stat /no: no such file or directory"#
-        );
-        assert_eq!(
-            error(&["/etc/passwd"], &[]),
-            r#"exec: "/etc/passwd": permission denied"#
-        );
-        assert_eq!(error(&["/bin"], &[]), r#"exec: "/bin": is a directory"#);
-        assert!(error(&[], &[]).contains("no arguments"));
+        use FaultKind::{NoProgram, NotExecutable, Other};
+
+        let absent = r#"exec: "nope": executable file not found in $PATH"#;
+        let nowhere = r#"exec: "/no": stat /no: no such file or directory"#;
+        let plain = r#"exec: "/etc/passwd": permission denied"#;
+        let folder = r#"exec: "/bin": is a directory"#;
+        let below = r#"exec: "/etc/passwd/x": Not a directory (os error 20)"#;
+        let nothing = "the process has no arguments, so there is nothing to run";
+        let cases: [(&[&str], _, _); 6] = [
+            (&["nope"], NoProgram, absent),
+            (&["/no"], NoProgram, nowhere),
+            (&["/etc/passwd"], NotExecutable, plain),
+            (&["/bin"], NotExecutable, folder),
+            (&["/etc/passwd/x"], NotExecutable, below),
+            (&[], Other, nothing),
+        ];
+        for (args, kind, text) in cases {
+            let text = text.to_owned();
+            assert_eq!(
+                find(&process(args, &["PATH=/bin"])),
+                Err(Fault { kind, text })
+            );
+        }
+    }
+
+    #[test]
+    fn program_without_a_format_can_not_be_executed() {
+        use std::os::unix::fs::PermissionsExt;
+        let file = tempfile::NamedTempFile::new().expect("file");
+        std::fs::write(file.path(), b"no program").expect("write");
+        std::fs::set_permissions(file.path(), std::fs::Permissions::from_mode(0o755))
+            .expect("mode");
+        // execve wants that nobody has it open for writing.
+        let path = file.into_temp_path();
+        let fault = execute(&process(&[path.to_str().expect("path")], &[])).expect_err("no format");
+        assert_eq!(fault.kind, FaultKind::NotExecutable);
     }
 
     #[test]

@@ -8,6 +8,7 @@ use anyhow::{Context, anyhow};
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
 use nix::unistd::{ForkResult, dup2_stdin, fork};
 
+use super::fault::Fault;
 use super::{Job, Made, Reply, child, create, exec, log};
 use crate::sys;
 
@@ -59,7 +60,7 @@ fn work(mut fds: Vec<OwnedFd>) -> ! {
         ),
         Err(error) => (
             Reply {
-                result: Err(format!("{error:#}")),
+                result: Err(Fault::of(&error)),
                 log: log::text(),
             },
             None,

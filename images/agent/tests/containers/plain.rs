@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use kiln_agent_api::proto;
 use kiln_agent_api::stream::Kind;
+use kiln_agent_api::{Refusal, RefusalKind};
 use protobuf::EnumOrUnknown;
 use serde_json::json;
 use ttrpc::context::Context;
@@ -12,24 +13,14 @@ use ttrpc::context::Context;
 use crate::inside::status;
 use crate::world::{World, process};
 
-fn code(error: &ttrpc::Error) -> ttrpc::Code {
-    match error {
-        ttrpc::Error::RpcStatus(status) => status.code(),
-        _ => ttrpc::Code::UNKNOWN,
-    }
-}
-
-fn message(error: &ttrpc::Error) -> String {
-    match error {
-        ttrpc::Error::RpcStatus(status) => status.message().to_owned(),
-        other => other.to_string(),
-    }
+fn refusal(error: &ttrpc::Error) -> Refusal {
+    kiln_agent_api::refusal(error).expect("a refusal")
 }
 
 pub(crate) async fn nothing_runs_before_the_identity(world: Arc<World>) {
     assert_eq!(
-        code(&world.before_identity),
-        ttrpc::Code::FAILED_PRECONDITION
+        refusal(&world.before_identity).kind,
+        RefusalKind::REFUSAL_STATE
     );
     assert!(world.before_identity.to_string().contains("SetIdentity"));
     assert_eq!(world.identity.generation, "test-1");
@@ -72,7 +63,7 @@ pub(crate) async fn exit_codes_and_signals_come_through(world: Arc<World>) {
         world.kill(&id, signal).await.expect("kill");
         assert_eq!(world.wait(&id, "").await.exit_code, expected);
         let error = world.kill(&id, signal).await.expect_err("it is gone");
-        assert_eq!(code(&error), ttrpc::Code::NOT_FOUND);
+        assert_eq!(refusal(&error).kind, RefusalKind::REFUSAL_NOT_FOUND);
         world.delete(&id).await;
     }
 }
@@ -264,7 +255,7 @@ pub(crate) async fn a_program_that_is_missing_is_named(world: Arc<World>) {
             let mut spec = world.spec(&[]);
             spec["process"]["args"] = args;
             let id = world.new_id("missing");
-            message(
+            refusal(
                 &world
                     .try_start(world.request(&id, spec))
                     .await
@@ -273,28 +264,44 @@ pub(crate) async fn a_program_that_is_missing_is_named(world: Arc<World>) {
         }
     };
     let error = start(json!(["nope"])).await;
+    assert_eq!(error.kind, RefusalKind::REFUSAL_PROGRAM_NOT_FOUND);
     assert!(
-        error.contains(r#"exec: "nope": executable file not found in $PATH"#),
-        "{error}"
+        error
+            .text
+            .contains(r#"exec: "nope": executable file not found in $PATH"#),
+        "{error:?}"
     );
     let error = start(json!(["/bin/nope"])).await;
-    assert!(error.contains("no such file or directory"), "{error}");
+    assert_eq!(error.kind, RefusalKind::REFUSAL_PROGRAM_NOT_FOUND);
+    assert!(
+        error.text.contains("no such file or directory"),
+        "{error:?}"
+    );
     let error = start(json!(["/etc/plain"])).await;
-    assert!(error.contains("permission denied"), "{error}");
+    assert_eq!(error.kind, RefusalKind::REFUSAL_PROGRAM_NOT_EXECUTABLE);
+    assert!(error.text.contains("permission denied"), "{error:?}");
 
     let id = world.new_id("missing");
     world.start(&id, world.spec(&["sleep"])).await;
     let mut missing = process(&[]);
     missing["args"] = json!(["nope"]);
-    let error = message(&world.exec(&id, "x", missing).await.expect_err("no program"));
+    let error = refusal(&world.exec(&id, "x", missing).await.expect_err("no program"));
+    assert_eq!(error.kind, RefusalKind::REFUSAL_PROGRAM_NOT_FOUND);
     assert!(
-        error.contains(r#"exec: "nope": executable file not found in $PATH"#),
-        "{error}"
+        error
+            .text
+            .contains(r#"exec: "nope": executable file not found in $PATH"#),
+        "{error:?}"
     );
+    let mut plain = process(&[]);
+    plain["args"] = json!(["/etc/plain"]);
+    let error = refusal(&world.exec(&id, "x", plain).await.expect_err("no program"));
+    assert_eq!(error.kind, RefusalKind::REFUSAL_PROGRAM_NOT_EXECUTABLE);
     let mut nowhere = process(&["exit", "0"]);
     nowhere["cwd"] = json!("/nowhere");
-    let error = message(&world.exec(&id, "x", nowhere).await.expect_err("no folder"));
-    assert!(error.contains("/nowhere"), "{error}");
+    let error = refusal(&world.exec(&id, "x", nowhere).await.expect_err("no folder"));
+    assert_eq!(error.kind, RefusalKind::REFUSAL_FAILED);
+    assert!(error.text.contains("/nowhere"), "{error:?}");
     world.delete(&id).await;
 }
 
@@ -427,7 +434,7 @@ pub(crate) async fn a_deleted_container_leaves_nothing(world: Arc<World>) {
         .expect("exec");
     world.delete(&id).await;
     let error = world.kill(&id, libc::SIGKILL).await.expect_err("gone");
-    assert_eq!(code(&error), ttrpc::Code::NOT_FOUND);
+    assert_eq!(refusal(&error).kind, RefusalKind::REFUSAL_NOT_FOUND);
     let list = world
         .agent
         .list_containers(Context::default(), &Default::default())
@@ -447,8 +454,8 @@ pub(crate) async fn a_deleted_container_leaves_nothing(world: Arc<World>) {
         .try_start(world.request(&id, world.spec(&["sleep"])))
         .await;
     assert_eq!(
-        code(&twice.expect_err("twice")),
-        ttrpc::Code::ALREADY_EXISTS
+        refusal(&twice.expect_err("twice")).kind,
+        RefusalKind::REFUSAL_ALREADY_EXISTS
     );
     world.delete(&id).await;
 }
@@ -611,5 +618,5 @@ pub(crate) async fn the_network_becomes_the_pods(world: Arc<World>) {
         .configure_network(Context::default(), &wrong)
         .await
         .expect_err("wrong");
-    assert_eq!(code(&error), ttrpc::Code::INVALID_ARGUMENT);
+    assert_eq!(refusal(&error).kind, RefusalKind::REFUSAL_USAGE);
 }

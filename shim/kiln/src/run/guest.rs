@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use kiln_agent_api::stream::{Header, Kind, TOKEN_LEN};
-use kiln_agent_api::{GUEST_FILES, proto};
+use kiln_agent_api::{GUEST_FILES, RefusalKind, proto};
 use kiln_uvm::disks::GuestDisk;
 use kiln_uvm::guest::{Guest, GuestError};
 use kiln_uvm::root;
@@ -31,21 +31,19 @@ pub(crate) struct NotStarted {
 }
 
 fn not_started(error: GuestError) -> anyhow::Error {
-    let GuestError::Refused { text, .. } = &error else {
-        return error.into();
-    };
-    let code = if text.contains("not found") || text.contains("no such file or directory") {
-        127
-    } else if text.contains("ermission denied") || text.contains("exec format error") {
-        126
-    } else {
-        return error.into();
-    };
-    NotStarted {
-        text: text.to_owned(),
-        code,
+    match error {
+        GuestError::Refused {
+            kind: RefusalKind::REFUSAL_PROGRAM_NOT_FOUND,
+            text,
+            ..
+        } => NotStarted { text, code: 127 }.into(),
+        GuestError::Refused {
+            kind: RefusalKind::REFUSAL_PROGRAM_NOT_EXECUTABLE,
+            text,
+            ..
+        } => NotStarted { text, code: 126 }.into(),
+        other => other.into(),
     }
-    .into()
 }
 
 /// The files that are bound over the image's.
@@ -134,5 +132,27 @@ impl Process {
             token: self.token.to_vec(),
             ..Default::default()
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn command_that_can_not_run_has_an_exit_code_of_its_own() {
+        let code = |kind| {
+            let error = not_started(GuestError::Refused {
+                what: "start it".to_owned(),
+                kind,
+                // The text says something else.
+                text: "not found: permission denied".to_owned(),
+            });
+            error.downcast_ref().map(|error: &NotStarted| error.code)
+        };
+        assert_eq!(code(RefusalKind::REFUSAL_PROGRAM_NOT_FOUND), Some(127));
+        assert_eq!(code(RefusalKind::REFUSAL_PROGRAM_NOT_EXECUTABLE), Some(126));
+        assert_eq!(code(RefusalKind::REFUSAL_NOT_FOUND), None);
+        assert_eq!(code(RefusalKind::REFUSAL_FAILED), None);
     }
 }

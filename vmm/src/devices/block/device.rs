@@ -136,12 +136,12 @@ impl Block {
     /// before the device is activated and needs no interrupt, if the capacity is as it was saved.
     pub fn attach(&mut self, backend: Box<dyn BlockBackend>) -> Result<(), DeviceError> {
         if self.backend.is_some() {
-            return Err(DeviceError::Refused(
+            return Err(DeviceError::Busy(
                 "there is a disk in this slot already; detach it first".to_owned(),
             ));
         }
         if self.read_only && !backend.read_only() {
-            return Err(DeviceError::Refused(
+            return Err(DeviceError::Usage(
                 "this disk is announced as read-only; attach it read-only".to_owned(),
             ));
         }
@@ -154,7 +154,7 @@ impl Block {
     /// guest asks of the slot from now on fails; it should have closed the disk before.
     pub fn detach(&mut self) -> Result<Box<dyn BlockBackend>, DeviceError> {
         if self.backend.is_none() {
-            return Err(DeviceError::Refused(
+            return Err(DeviceError::Usage(
                 "there is no disk in this slot".to_owned(),
             ));
         }
@@ -163,7 +163,7 @@ impl Block {
             active.completions = None;
         }
         let Some(backend) = self.backend.take() else {
-            return Err(DeviceError::Refused(
+            return Err(DeviceError::Usage(
                 "there is no disk in this slot".to_owned(),
             ));
         };

@@ -442,17 +442,14 @@ fn a_slot_becomes_a_disk_and_a_slot_again() {
         let again = FileBackend::new(file(512), false).unwrap();
         assert!(matches!(
             bench.device.attach(Box::new(again)),
-            Err(DeviceError::Refused(_))
+            Err(DeviceError::Busy(_))
         ));
         bench.device.detach().unwrap();
         assert_eq!(bench.sink.config_count(), 2 * round + 2);
         assert_eq!(sectors(&bench), 0);
         assert_eq!(request(&mut bench, IN, 15, &[], &[(DATA, 512)]).0, IOERR);
     }
-    assert!(matches!(
-        bench.device.detach(),
-        Err(DeviceError::Refused(_))
-    ));
+    assert!(matches!(bench.device.detach(), Err(DeviceError::Usage(_))));
 }
 
 #[test]
@@ -501,7 +498,7 @@ fn a_read_only_disk_refuses_to_change() {
     let writable = FileBackend::new(file(512), false).unwrap();
     assert!(matches!(
         device.attach(Box::new(writable)),
-        Err(DeviceError::Refused(_))
+        Err(DeviceError::Usage(_))
     ));
 }
 

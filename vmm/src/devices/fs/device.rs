@@ -100,7 +100,7 @@ impl Fs {
     /// Gives the device its server.
     pub fn attach(&mut self, server: FsServer) -> Result<(), DeviceError> {
         if self.server.is_some() {
-            return Err(DeviceError::Refused(
+            return Err(DeviceError::Busy(
                 "the device has a file server already".to_owned(),
             ));
         }
@@ -358,7 +358,7 @@ impl VirtioDevice for Fs {
 
     fn save(&self) -> Result<DeviceState, DeviceError> {
         if self.session {
-            return Err(DeviceError::Refused(
+            return Err(DeviceError::Busy(
                 "the guest has mounted the shared folder, whose open files can't be saved; unmount \
                  it first"
                     .to_owned(),

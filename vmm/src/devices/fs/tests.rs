@@ -82,7 +82,7 @@ fn a_device_without_a_server_can_not_be_mounted_and_gets_one_later() {
     bench.device.attach(server(&dir)).unwrap();
     assert!(matches!(
         bench.device.attach(server(&dir)),
-        Err(DeviceError::Refused(_))
+        Err(DeviceError::Busy(_))
     ));
     assert_eq!(mount(&mut bench), 0);
     assert_eq!(ask(&mut bench, 1, 1, b"file\0").0, 0);
@@ -96,7 +96,7 @@ fn a_mounted_device_refuses_to_be_saved() {
     bench.device.attach(server(&dir)).unwrap();
     assert_eq!(mount(&mut bench), 0);
     bench.device.pause().unwrap();
-    assert!(matches!(bench.device.save(), Err(DeviceError::Refused(_))));
+    assert!(matches!(bench.device.save(), Err(DeviceError::Busy(_))));
     bench.device.reset();
     bench.device.save().unwrap();
 }

@@ -158,14 +158,14 @@ impl Mem {
     pub fn request(&mut self, bytes: u64) -> Result<(), DeviceError> {
         let block = self.region.block_size();
         if bytes > self.region.len() {
-            return Err(DeviceError::Refused(format!(
+            return Err(DeviceError::Usage(format!(
                 "{bytes} bytes of hot-plugged memory are more than the {} this machine was made \
                  for; bake it with more",
                 self.region.len()
             )));
         }
         if !bytes.is_multiple_of(block) {
-            return Err(DeviceError::Refused(format!(
+            return Err(DeviceError::Usage(format!(
                 "{bytes} bytes of hot-plugged memory are not a multiple of {block}; round them"
             )));
         }

@@ -238,7 +238,7 @@ fn sizes_that_cannot_be_are_refused() {
     for bytes in [REGION + BLOCK, 1, BLOCK + 4096, u64::MAX] {
         assert!(matches!(
             bench.device.request(bytes),
-            Err(DeviceError::Refused(_))
+            Err(DeviceError::Usage(_))
         ));
     }
     assert_eq!(bench.sink.config_count(), 0);

@@ -134,12 +134,12 @@ impl Net {
     /// was set down.
     pub fn attach(&mut self, backends: Vec<Box<dyn NetBackend>>) -> Result<(), DeviceError> {
         if !self.backends.is_empty() {
-            return Err(DeviceError::Refused(
+            return Err(DeviceError::Busy(
                 "the card has a tap already; detach it first".to_owned(),
             ));
         }
         if backends.is_empty() || backends.len() > usize::from(self.pairs) {
-            return Err(DeviceError::Refused(format!(
+            return Err(DeviceError::Usage(format!(
                 "{} tap queues for a card with {} queue pairs; pass between 1 and as many",
                 backends.len(),
                 self.pairs
@@ -160,7 +160,7 @@ impl Net {
     /// Pulls the cable out. The link goes down; what the guest sends is lost.
     pub fn detach(&mut self) -> Result<Vec<Box<dyn NetBackend>>, DeviceError> {
         if self.backends.is_empty() {
-            return Err(DeviceError::Refused("the card has no tap".to_owned()));
+            return Err(DeviceError::Usage("the card has no tap".to_owned()));
         }
         let backends = self.disconnect();
         self.update_link();

@@ -261,18 +261,15 @@ fn the_link_follows_the_cable_and_the_wish() {
     let (backend, ..) = wire();
     assert!(matches!(
         bench.device.attach(vec![backend]),
-        Err(DeviceError::Refused(_))
+        Err(DeviceError::Busy(_))
     ));
     bench.device.detach().unwrap();
     assert_eq!((status(&bench), bench.sink.config_count()), (0, 4));
-    assert!(matches!(
-        bench.device.detach(),
-        Err(DeviceError::Refused(_))
-    ));
+    assert!(matches!(bench.device.detach(), Err(DeviceError::Usage(_))));
     let two = vec![wire().0, wire().0];
     assert!(matches!(
         bench.device.attach(two),
-        Err(DeviceError::Refused(_))
+        Err(DeviceError::Usage(_))
     ));
 }
 

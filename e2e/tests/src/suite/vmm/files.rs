@@ -3,13 +3,14 @@
 use std::fs::File;
 use std::path::Path;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use kiln_e2e::harness::Case;
 use kiln_e2e::uvm::{Uvm, slots};
 use kiln_e2e::{Test, cases};
+use kiln_uvm::RefusalKind;
 use kiln_uvm::ends::Ends;
 
-use super::{baked, blocking, folder};
+use super::{baked, blocking, folder, refusal};
 use crate::suite::same;
 
 pub(super) fn cases() -> Vec<Case> {
@@ -73,7 +74,8 @@ async fn a_folder_given_at_resume_is_the_guests_with_owners_and_later_mounts(
         unmounted?;
         // Mounted, it can't be saved, and says so; unmounted, it can.
         let refused = uvm.snapshot(&dir.join("again"), true);
-        ensure!(refused.is_err(), "a mounted folder was saved");
+        let error = refused.err().context("a mounted folder was saved")?;
+        same!(refusal(&error), Some(RefusalKind::Busy));
         uvm.sh("umount /mnt")?;
         uvm.snapshot(&dir.join("again"), true)?;
         uvm.sh("mount -t virtiofs kiln /mnt && cat /mnt/hello")?;

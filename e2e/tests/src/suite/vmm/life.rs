@@ -9,9 +9,9 @@ use kiln_e2e::harness::Case;
 use kiln_e2e::uvm::{Baked, Kit, Shape, Uvm};
 use kiln_e2e::{Test, agent, cases};
 use kiln_uvm::ends::Ends;
-use kiln_uvm::exit;
+use kiln_uvm::{RefusalKind, exit};
 
-use super::{baked, blocking, folder};
+use super::{baked, blocking, folder, refusal};
 use crate::suite::same;
 
 pub(super) fn cases() -> Vec<Case> {
@@ -183,8 +183,10 @@ async fn a_damaged_state_file_is_refused_by_name(test: Test) -> Result<()> {
             };
             let error = match Uvm::resume(dir, &bad, Ends::new()) {
                 Ok(_) => anyhow::bail!("a state file with a damaged {word} was resumed"),
-                Err(e) => format!("{e:#}"),
+                Err(e) => e,
             };
+            same!(refusal(&error), Some(RefusalKind::Corrupt));
+            let error = format!("{error:#}");
             ensure!(error.contains(word), "{word:?} is not in: {error}");
             Ok(())
         };

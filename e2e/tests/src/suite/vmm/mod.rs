@@ -13,6 +13,7 @@ use anyhow::{Context, Result};
 use kiln_e2e::Test;
 use kiln_e2e::harness::Case;
 use kiln_e2e::uvm::{Baked, Kit, Shape, Uvm};
+use kiln_uvm::RefusalKind;
 
 pub(crate) fn cases() -> Vec<Case> {
     let all = [
@@ -52,6 +53,11 @@ async fn blocking(
     body: impl FnOnce(&Path) -> Result<()> + Send + 'static,
 ) -> Result<()> {
     tokio::task::spawn_blocking(move || body(test.scratch())).await?
+}
+
+/// The kind of the VMM's refusal, if the error is one.
+fn refusal(error: &anyhow::Error) -> Option<RefusalKind> {
+    error.downcast_ref::<kiln_uvm::Error>()?.refusal()
 }
 
 fn folder(parent: &Path, name: &str) -> Result<PathBuf> {

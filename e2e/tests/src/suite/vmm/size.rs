@@ -2,13 +2,14 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, anyhow, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use kiln_e2e::harness::Case;
 use kiln_e2e::uvm::Uvm;
 use kiln_e2e::{Test, cases};
+use kiln_uvm::RefusalKind;
 use kiln_uvm::ends::Ends;
 
-use super::{baked, blocking};
+use super::{baked, blocking, refusal};
 use crate::suite::same;
 
 pub(super) fn cases() -> Vec<Case> {
@@ -107,10 +108,9 @@ async fn a_size_that_can_not_be_is_refused(test: Test) -> Result<()> {
     blocking(test, |dir| {
         let uvm = Uvm::resume(dir, &baked()?, Ends::new())?;
         for (cpus, mib) in [(5, 256), (0, 256), (1, 255), (1, 256 + 2049)] {
-            ensure!(
-                resize(&uvm, cpus, mib).is_err(),
-                "{cpus} vCPUs and {mib} MiB were taken"
-            );
+            let taken = || format!("{cpus} vCPUs and {mib} MiB were taken");
+            let error = resize(&uvm, cpus, mib).err().with_context(taken)?;
+            same!(refusal(&error), Some(RefusalKind::Usage));
         }
         same!(uvm.sh("echo alive")?, "alive");
         Ok(())

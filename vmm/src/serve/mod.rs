@@ -4,24 +4,25 @@
 //! request is read, `hotplug` follows up what the guest lets go of. When the client's end of the socket
 //! closes, the process ends: a machine never outlives who is responsible for it.
 
-use std::collections::{BTreeMap, BTreeSet};
+mod refusal;
+
 use std::fs::File;
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::mpsc::{Sender, channel};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail};
 use kiln_vmm::cpu::thread::install_kick_handler;
 use kiln_vmm::devices::block::Rings;
 use kiln_vmm::event::EventLoop;
 use kiln_vmm::machine::{
-    BootSpec, DeviceKind, DeviceSpec, HostEnd, HostEnds, Machine, MachineConfig, Observer, Paused,
+    Answers, BootSpec, DeviceKind, HostEnd, HostEnds, Machine, MachineConfig, Observer, Paused,
     ResumeSpec,
 };
-use kiln_vmm::memory::{HostMemory, MemoryShape};
+use kiln_vmm::memory::{FileSource, HostMemory, MemoryShape};
 use kiln_vmm::platform::hotplug::HotplugAction;
 use kiln_vmm::platform::power::Outcome;
 use kiln_vmm::snapshot::{self, Labels};
@@ -36,23 +37,12 @@ use crate::filter::{self, Kind};
 use crate::jail::{self, Jail};
 use crate::log;
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
+pub(crate) use refusal::RequestError;
 
-/// What the guest still owes an answer to.
-#[derive(Debug, Default)]
-struct Pending {
-    /// vCPUs asked to come or go.
-    cpus: BTreeSet<u8>,
-    /// vCPUs the guest refused, with ACPI's status.
-    refused: BTreeMap<u8, u32>,
-}
-
+/// Who hears what happens in the machine.
 #[derive(Debug)]
 struct Watcher {
-    pending: Mutex<Pending>,
-    changed: Condvar,
+    answers: Arc<Answers>,
     follow: Mutex<Sender<HotplugAction>>,
 }
 
@@ -77,31 +67,16 @@ impl Observer for Watcher {
     }
 
     fn hotplug(&self, action: HotplugAction) {
-        // ACPI 6.4 table 6.x: an insertion or ejection that is under way reports these first.
-        const IN_PROGRESS: [u32; 2] = [0x80, 0x84];
-        {
-            let mut pending = lock(&self.pending);
-            match action {
-                HotplugAction::EjectCpu(i) | HotplugAction::CpuStatus(i, 0) => {
-                    pending.cpus.remove(&i);
-                }
-                HotplugAction::CpuStatus(i, status)
-                    if !IN_PROGRESS.contains(&status) && pending.cpus.remove(&i) =>
-                {
-                    pending.refused.insert(i, status);
-                }
-                _ => {}
-            }
-        }
-        self.changed.notify_all();
+        self.answers.hear(action);
         // The receiver lives as long as the process.
-        let _ = lock(&self.follow).send(action);
+        let follow = self.follow.lock().unwrap_or_else(PoisonError::into_inner);
+        let _ = follow.send(action);
     }
 }
 
 struct Server {
     machine: Arc<Machine>,
-    watcher: Arc<Watcher>,
+    answers: Arc<Answers>,
     kernel: String,
     overlays: Overlays,
 }
@@ -136,7 +111,7 @@ pub(crate) fn run(args: impl Iterator<Item = String>, mut timeline: Timeline) ->
     let events = EventLoop::new()?;
     let rings = Rings::new(RINGS);
     timeline.mark("vmm.process");
-    let Some((mut request, fds)) = wire::receive::<Request>(&socket)? else {
+    let Some((mut request, fds)) = wire::receive::<Request>(&socket, wire::MAX_FDS)? else {
         return Ok(exit::ENDED);
     };
     timeline.skip();
@@ -171,7 +146,7 @@ pub(crate) fn run(args: impl Iterator<Item = String>, mut timeline: Timeline) ->
             serve(&server, &socket)
         }
         Err(e) => {
-            wire::send(&socket, &Reply::Error(format!("{e:#}")), &[])?;
+            wire::send(&socket, &refusal::of(&e), &[])?;
             Err(e)
         }
     }
@@ -210,9 +185,9 @@ fn start(
     timeline: &mut Timeline,
 ) -> Result<Server> {
     let (sender, receiver) = channel();
+    let answers = Arc::new(Answers::default());
     let watcher = Arc::new(Watcher {
-        pending: Mutex::default(),
-        changed: Condvar::new(),
+        answers: answers.clone(),
         follow: Mutex::new(sender),
     });
     let enter: kiln_vmm::machine::EnterVcpu = Arc::new(|| filter::install(Kind::Vcpu));
@@ -255,10 +230,12 @@ fn start(
             let memory = fds.file(memory)?;
             snapshot::check_memory_file(&header, &memory)?;
             timeline.mark("vmm.state");
-            let host_memory = HostMemory::from_file(state.config.memory, &memory, &state.holes)?;
-            if one_by_one {
-                host_memory.read_singly()?;
-            }
+            let source = FileSource {
+                file: &memory,
+                holes: &state.holes,
+                singly: one_by_one,
+            };
+            let host_memory = HostMemory::from_file(state.config.memory.into(), &source)?;
             timeline.mark("vmm.map");
             let spec = ResumeSpec {
                 state,
@@ -281,7 +258,7 @@ fn start(
             )?;
             (machine, header.kernel)
         }
-        _ => bail!("the first request has to be Boot or Resume"),
+        _ => return Err(RequestError::NoMachine.into()),
     };
     let devices = events.clone();
     std::thread::Builder::new()
@@ -294,7 +271,7 @@ fn start(
         })?;
     machine.start();
     timeline.mark("vmm.run");
-    let (follow, told) = (machine.clone(), watcher.clone());
+    let (follow, told) = (machine.clone(), answers.clone());
     std::thread::Builder::new()
         .name("hotplug".to_owned())
         .spawn(move || {
@@ -302,14 +279,12 @@ fn start(
                 if let Err(e) = follow.followed(action) {
                     tracing::warn!("can't follow up {action:?}: {e}");
                 }
-                // Under the lock, so that nobody has looked and not begun to wait.
-                let _pending = lock(&told.pending);
-                told.changed.notify_all();
+                told.wake();
             }
         })?;
     Ok(Server {
         machine,
-        watcher,
+        answers,
         kernel,
         overlays,
     })
@@ -317,11 +292,11 @@ fn start(
 
 fn serve(server: &Server, socket: &UnixStream) -> Result<i32> {
     let mut paused = None;
-    while let Some((request, fds)) = wire::receive::<Request>(socket)? {
+    while let Some((request, fds)) = wire::receive::<Request>(socket, wire::MAX_FDS)? {
         let stop = request == Request::Stop;
         let reply = match answer(server, &mut paused, request, Fds::new(fds)) {
             Ok(reply) => reply,
-            Err(e) => Reply::Error(format!("{e:#}")),
+            Err(e) => refusal::of(&e),
         };
         wire::send(socket, &reply, &[])?;
         if stop {
@@ -341,7 +316,9 @@ fn answer<'s>(
 ) -> Result<Reply> {
     let machine = &server.machine;
     match request {
-        Request::Boot { .. } | Request::Resume { .. } => bail!("there is a machine already"),
+        Request::Boot { .. } | Request::Resume { .. } => {
+            return Err(RequestError::SecondMachine.into());
+        }
         Request::Snapshot {
             state,
             memory,
@@ -366,27 +343,29 @@ fn answer<'s>(
             read_only,
         } => {
             let file = fds.file(fd)?;
-            return attach(machine, slot, HostEnd::Disk { file, read_only }).map(Reply::Slot);
+            let slot = machine.attach_disk(slot, HostEnd::Disk { file, read_only })?;
+            return Ok(Reply::Slot(slot));
         }
         Request::AttachOverlay { slot, overlay } => {
             let overlay = server.overlays.make(&mut fds, &overlay)?;
-            return attach(machine, slot, HostEnd::Overlay(overlay)).map(Reply::Slot);
+            let slot = machine.attach_disk(slot, HostEnd::Overlay(overlay))?;
+            return Ok(Reply::Slot(slot));
         }
         Request::LimitOverlays { ram, spill_limit } => server.overlays.limit(ram, spill_limit)?,
-        Request::DetachBlock { slot } => detach(server, slot)?,
+        Request::DetachBlock { slot } => machine.detach_disk(&server.answers, slot)?,
         Request::SetNet { slot, taps, mac } => {
             machine.set_net(slot, fds.take_all(taps)?, mac)?;
         }
         Request::SaveOverlay { slot, into } => {
-            let still = paused
-                .as_ref()
-                .context("the machine has to be paused for an overlay to be saved")?;
+            let still = paused.as_ref().ok_or(RequestError::NotPaused)?;
             let bytes = still.save_overlay(slot, &fds.file(into)?)?;
             return Ok(Reply::SavedOverlay { bytes });
         }
         Request::PlugNet { taps, mac } => {
-            let pairs = u16::try_from(taps.len())?;
-            ensure!(pairs > 0, "a plugged network card wants a tap");
+            let pairs = match u16::try_from(taps.len()) {
+                Ok(pairs @ 1..) => pairs,
+                _ => return Err(RequestError::Taps.into()),
+            };
             let end = HostEnd::Tap(fds.take_all(taps)?);
             let slot = machine.plug_device(DeviceKind::Net { pairs, mac }, Some(end))?;
             return Ok(Reply::Slot(slot));
@@ -396,12 +375,8 @@ fn answer<'s>(
             memory,
             timeout_ms,
         } => {
-            resize(
-                server,
-                cpus,
-                memory,
-                Duration::from_millis(timeout_ms.into()),
-            )?;
+            let timeout = Duration::from_millis(timeout_ms.into());
+            machine.resize(&server.answers, cpus, memory, timeout)?;
             return Ok(stats(server));
         }
         Request::Stats => return Ok(stats(server)),
@@ -444,134 +419,6 @@ fn save(
         data_pages: written.data_pages,
         zero_pages: written.zero_pages,
     })
-}
-
-/// Serial of disks that came by PCI hot-plug; their slots go with them.
-const PLUGGED: &str = "kiln-plugged";
-/// How long a guest may take to let go of a device.
-const EJECT_LIMIT: Duration = Duration::from_secs(10);
-
-/// Takes a disk out of its slot, or a plugged device off the bus.
-fn detach(server: &Server, slot: u8) -> Result<()> {
-    let machine = &server.machine;
-    let spec = |s: &DeviceSpec| s.slot == slot;
-    let plugged = machine
-        .device_specs()
-        .into_iter()
-        .find(spec)
-        .is_some_and(|s| matches!(s.kind, DeviceKind::Block { id, .. } if id == PLUGGED));
-    if !plugged {
-        return Ok(machine.detach_block(slot)?);
-    }
-    machine.unplug_device(slot)?;
-    let deadline = Instant::now() + EJECT_LIMIT;
-    let mut pending = lock(&server.watcher.pending);
-    while machine.device_specs().iter().any(spec) {
-        let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            bail!("the guest has not let go of slot {slot} in {EJECT_LIMIT:?}");
-        }
-        pending = server
-            .watcher
-            .changed
-            .wait_timeout(pending, left)
-            .map_or_else(|e| e.into_inner().0, |(guard, _)| guard);
-    }
-    Ok(())
-}
-
-fn attach(machine: &Machine, slot: Option<u8>, disk: HostEnd) -> Result<u8> {
-    let empty = || {
-        let specs = machine.device_specs();
-        specs
-            .iter()
-            .map(|s| s.slot)
-            .find(|s| machine.disk_attached(*s) == Some(false))
-    };
-    match slot.or_else(empty) {
-        Some(slot) => {
-            machine.attach_block(slot, disk)?;
-            Ok(slot)
-        }
-        None => {
-            let kind = DeviceKind::Block {
-                id: PLUGGED.to_owned(),
-                queues: 1,
-            };
-            Ok(machine.plug_device(kind, Some(disk))?)
-        }
-    }
-}
-
-/// A guest that has given nothing back for so long, though it was asked again and again, keeps what it has.
-const SHRINK_PATIENCE: Duration = Duration::from_secs(20);
-/// How often it is asked again. By itself, Linux' driver waits most of a minute after a block that was busy, which a page
-/// under I/O is enough for.
-const ASK_AGAIN: Duration = Duration::from_secs(2);
-
-/// Asks the guest for a size and waits until it has followed, or has given back what memory it can.
-fn resize(server: &Server, cpus: u8, memory: u64, timeout: Duration) -> Result<()> {
-    let (machine, watcher) = (&server.machine, &server.watcher);
-    let deadline = Instant::now() + timeout;
-    let before: BTreeSet<u8> = machine.present_cpus().into_iter().collect();
-    {
-        // Held while asking: the guest's answer waits for the list of what was asked.
-        let mut pending = lock(&watcher.pending);
-        pending.refused.clear();
-        pending.cpus = machine.planned_cpus(cpus, &before);
-        machine.request_cpus(cpus)?;
-    }
-    machine.observe_memory({
-        let watcher = watcher.clone();
-        move || watcher.changed.notify_all()
-    });
-    machine.request_memory(memory)?;
-    if timeout.is_zero() {
-        return Ok(());
-    }
-    let mut pending = lock(&watcher.pending);
-    let mut last = (machine.plugged().plugged, Instant::now());
-    let mut asked = Instant::now();
-    loop {
-        if let Some((cpu, status)) = pending.refused.first_key_value() {
-            bail!("the guest refused to change vCPU {cpu} (ACPI status {status:#x})");
-        }
-        let plugged = machine.plugged();
-        if pending.cpus.is_empty() && plugged.plugged == plugged.requested {
-            return Ok(());
-        }
-        if plugged.plugged != last.0 {
-            last = (plugged.plugged, Instant::now());
-            asked = last.1;
-        } else if plugged.plugged > plugged.requested && asked.elapsed() >= ASK_AGAIN {
-            machine.remind_of_memory();
-            asked = Instant::now();
-        }
-        let stuck = last.1.elapsed() >= SHRINK_PATIENCE || Instant::now() >= deadline;
-        if pending.cpus.is_empty() && plugged.plugged > plugged.requested && stuck {
-            tracing::info!(
-                plugged = plugged.plugged,
-                requested = plugged.requested,
-                "the guest keeps memory that it can't free now"
-            );
-            return Ok(());
-        }
-        let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            bail!(
-                "the guest did not follow in {timeout:?}: vCPUs {:?} are open, {} of {} bytes are plugged",
-                pending.cpus,
-                plugged.plugged,
-                plugged.requested
-            );
-        }
-        // Memory reports without this lock, so a report may come just before the wait: look again soon.
-        let step = left.min(Duration::from_millis(20));
-        pending = watcher
-            .changed
-            .wait_timeout(pending, step)
-            .map_or_else(|e| e.into_inner().0, |(guard, _)| guard);
-    }
 }
 
 fn stats(server: &Server) -> Reply {
