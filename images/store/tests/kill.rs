@@ -174,13 +174,13 @@ fn lease_of_a_killed_process_holds_nothing() {
         .spawn()
         .unwrap();
     drop(lease);
-    assert!(matches!(store.remove(id), Err(Error::InUse(_))));
+    assert!(matches!(store.remove(id), Err(Error::InUse { .. })));
     holder.kill().unwrap();
     holder.wait().unwrap();
     // A process that another test is just starting has all our descriptors until it runs its program.
     for _ in 0..100 {
         match store.remove(id) {
-            Err(Error::InUse(_)) => sleep(Duration::from_millis(20)),
+            Err(Error::InUse { .. }) => sleep(Duration::from_millis(20)),
             other => return other.unwrap(),
         }
     }

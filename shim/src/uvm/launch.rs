@@ -16,7 +16,7 @@ use async_trait::async_trait;
 use kiln_agent_api::client::Vsock;
 use kiln_agent_api::{PROTOCOL_VERSION, proto, slots};
 use kiln_overlay::{Budget, BudgetError, Seat};
-use kiln_store::{Class, Host, Kind, Lease, Store, private};
+use kiln_store::{Host, Kind, Lease, Store, Wanted, private};
 use kiln_uvm::share::{self, Share};
 use kiln_vmm_control::{
     BudgetSeat, End, Flush, Jail, PageRun, Reply, Request, ScratchLimits, Spawn, Vmm, VmmError,
@@ -143,9 +143,7 @@ impl StoreLauncher {
             ))
         })?;
         let found = store
-            .pick(&Host::this(PROTOCOL_VERSION), |manifest| {
-                fits(&manifest.about.class, size) && manifest.object(Kind::Scratch).is_some()
-            })
+            .pick(&Host::this(PROTOCOL_VERSION), &wanted(size))
             .map_err(|e| Error::failed("look through the μVM store", e))?;
         let id = found.map_err(|miss| {
             Error::FailedPrecondition(format!(
@@ -587,9 +585,13 @@ fn follow_growth(guest: Guest, size: Size, timeline: Timeline) -> watch::Receive
     grown
 }
 
-/// Whether a μVM of this class can become this big.
-fn fits(class: &Class, size: Size) -> bool {
-    size.cpus <= class.max_cpus && size.memory.div_ceil(MIB) <= u64::from(class.max_memory_mib)
+/// What a pod of this size can be resumed from.
+fn wanted(size: Size) -> Wanted {
+    Wanted {
+        cpus: size.cpus,
+        memory: Some(size.memory),
+        scratch: true,
+    }
 }
 
 #[async_trait]

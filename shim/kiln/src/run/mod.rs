@@ -156,7 +156,7 @@ async fn resume_and_run(start: Start<'_>) -> Result<u8> {
     let hostname = options.hostname.as_deref().unwrap_or(&name);
     let place = Place::make_here(&name)?;
     let at = timeline.now();
-    let root = start.image.root(&options.cache)?;
+    let root = start.image.root(start.store)?;
     let image_bytes = root.file.metadata()?.len();
     timeline.since("image.root", at);
     let scratch = ScratchLimits {

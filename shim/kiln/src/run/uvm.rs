@@ -12,7 +12,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow};
 use kiln_agent_api::{PROTOCOL_VERSION, slots};
 use kiln_overlay::{Budget, Seat};
-use kiln_store::{Class, Host, Kind, Lease, Store};
+use kiln_store::{Class, Host, Kind, Lease, Store, Wanted};
 use kiln_vmm_control::{
     BudgetSeat, End, Reply, Request, ScratchLimits, Spawn, Step, Vmm, VmmError,
 };
@@ -35,21 +35,16 @@ pub(crate) struct Size {
     pub(crate) memory: Option<u64>,
 }
 
-impl Size {
-    /// Whether a μVM of this class can become this big.
-    fn fits(self, class: &Class) -> bool {
-        let most = u64::from(class.max_memory_mib) << 20;
-        self.cpus <= class.max_cpus && self.memory.is_none_or(|memory| memory <= most)
-    }
-}
-
 /// Holds a baked μVM that can become this big.
 pub(crate) fn lease(root: &Path, size: Size) -> Result<Lease> {
     let store = Store::open(root)?;
     let host = Host::this(PROTOCOL_VERSION);
-    let found = store.pick(&host, |uvm| {
-        size.fits(&uvm.about.class) && uvm.object(Kind::Scratch).is_some()
-    })?;
+    let wanted = Wanted {
+        cpus: size.cpus,
+        memory: size.memory,
+        scratch: true,
+    };
+    let found = store.pick(&host, &wanted)?;
     let id = found.map_err(|miss| {
         let memory = size.memory.map_or_else(String::new, |bytes| {
             format!(" --max-memory {}M", bytes.div_ceil(1 << 20))
@@ -341,19 +336,6 @@ mod tests {
             max_memory_mib: 1024,
             slots: 8,
         }
-    }
-
-    #[test]
-    fn size_fits_a_class_that_can_grow_to_it() {
-        let class = class();
-        let size = |cpus, mib: Option<u64>| Size {
-            cpus,
-            memory: mib.map(|mib| mib << 20),
-        };
-        assert!(size(4, Some(1024)).fits(&class));
-        assert!(size(1, None).fits(&class));
-        assert!(!size(5, None).fits(&class));
-        assert!(!size(1, Some(1025)).fits(&class));
     }
 
     /// Enters a μVM of [`class`] that was baked here, but for what `change` does to it.

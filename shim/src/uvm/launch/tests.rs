@@ -1,6 +1,6 @@
 use std::io::Write;
 
-use kiln_store::{Cpu, Description, Digest, Kernel};
+use kiln_store::{Class, Cpu, Description, Digest, Kernel};
 use kiln_vmm_control::cpu::Fingerprint;
 
 use super::*;
@@ -28,13 +28,6 @@ fn launcher(store: PathBuf) -> StoreLauncher {
         ..Config::default()
     };
     StoreLauncher::new(&config, PodDir::new(&config.state_dir, "n", "p"))
-}
-
-#[test]
-fn a_class_fits_what_it_can_grow_to() {
-    assert!(fits(&class(), size(4, 1024)));
-    assert!(!fits(&class(), size(5, 1024)));
-    assert!(!fits(&class(), size(4, 1025)));
 }
 
 #[test]

@@ -1,0 +1,8 @@
+//! What the store has, by kind. A new one is a folder here that implements
+//! [`Catalogue`](crate::content::catalogue::Catalogue), and a line in [`Store::catalogues`](crate::Store).
+
+pub(crate) mod images;
+pub(crate) mod uvms;
+
+/// The directories they keep their entries in.
+pub(crate) const DIRECTORIES: [&str; 4] = ["uvms", "pins", "images", "making"];
