@@ -1,14 +1,12 @@
-//! What a node keeps of what it has baked and made, in one directory of plain files: baked μVMs, and the images of
-//! containers' root file systems.
+//! The store of a node: baked μVMs, and images of containers' root file systems, in one directory of plain files.
 //!
-//! The store has two halves. Its *content* ([`content`]) is files, how they come in whole, who holds them, how much room
-//! they take and which of them go: it knows no kinds. A *catalogue* says what there is of one kind and where to find it:
-//! of μVMs a manifest each, which names objects by their content; of images one under the key of the layers that it was
-//! made of.
+//! The store has two halves. *Content* is files: how they come in whole, who holds them, how much room they take and
+//! which of them go. It knows no kinds. A *catalogue* lists the entries of one kind: a μVM is a manifest that names
+//! objects by their content, an image is a file under the key of the layers that it was made of.
 //!
 //! Readers need no daemon: a shim picks a μVM by the catalogue's index, holds it by a [`Lease`], and maps its memory.
-//! Writers (`kiln bake`, `kiln gc`, whoever makes an image) take turns by a lock file. Whatever interrupts one, a kill,
-//! a full disk or a power cut, leaves a store in which everything that is listed is whole or known to be doubtful.
+//! Writers (`kiln bake`, `kiln gc`, a shim that makes an image) take turns by a lock file. A writer that is interrupted by a
+//! kill, a full disk or a power cut leaves a store in which every entry is whole or known to be doubtful.
 //!
 //! This crate trusts the store's directory to be writable by root alone, and nothing that is in it
 //! to be undamaged: `verify` finds out. `docs/store.md` has the layout.
@@ -43,7 +41,7 @@ use content::{Content, WRITER_WAIT};
 /// Where the store lies unless someone says otherwise.
 pub const DEFAULT_ROOT: &str = "/var/lib/kiln/store";
 
-/// A store. What it says of μVMs it says itself; [`Store::images`] has the images.
+/// A store. Its own methods are those of all entries and of μVMs; [`Store::images`] has the images'.
 #[derive(Debug, Clone)]
 pub struct Store {
     content: Content,
@@ -85,7 +83,7 @@ impl Store {
         Uvms::of(self.content.clone())
     }
 
-    /// All that the store keeps. A new kind of thing is a line here.
+    /// All catalogues. A new kind of entry is a line here.
     fn catalogues(&self) -> [Box<dyn Catalogue>; 2] {
         [Box::new(self.uvms()), Box::new(self.images())]
     }
@@ -102,12 +100,12 @@ impl Store {
         self.content.set_budget(budget, &lock)
     }
 
-    /// Removes what `policy` says, objects that nobody needs, and what interrupted writers left.
+    /// Removes entries by `policy`, objects that no entry needs, and the leftovers of interrupted writers.
     pub fn collect(&self, policy: Policy) -> Result<Collected, Error> {
         content::collect::collect(&self.content, &self.catalogues(), policy)
     }
 
-    /// Reads what is named, or all there is if nothing is, and reports what is damaged.
+    /// Reads the named entries, or all if none is named, and reports damage.
     pub fn verify(&self, only: &[Digest]) -> Result<Verified, Error> {
         content::verify::verify(&self.content, &self.catalogues(), only)
     }
@@ -117,7 +115,7 @@ impl Store {
         content::collect::remove(&self.content, &self.catalogues(), id)
     }
 
-    /// The name that a person means: by its digest, or by the first digits of it (4 at least), or
+    /// The entry that a person means: by its digest, or by the first digits of it (4 at least), or
     /// `latest` for the newest μVM.
     pub fn resolve(&self, name: &str) -> Result<Digest, Error> {
         let not_found = || Error::NotFound(name.to_owned());

@@ -66,7 +66,7 @@ impl From<&ImageEntry> for ListedImage {
     }
 }
 
-/// Either.
+/// An entry of the list.
 #[derive(Serialize)]
 #[serde(untagged)]
 enum Thing<'a> {
@@ -321,7 +321,7 @@ pub(crate) fn verify(root: &Path, names: &[String], output: &Output) -> Result<E
     Ok(ExitCode::from(u8::from(!good)))
 }
 
-/// What programs call it.
+/// Its kind, as programs see it.
 fn kind(named: Named) -> &'static str {
     match named.kind {
         "μVM" => "uvm",

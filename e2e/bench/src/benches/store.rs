@@ -1,5 +1,5 @@
-//! What it takes to pick a μVM, by how many manifests the store has: each time by a fresh process, as a shim is one, with
-//! the store's files in the page cache and without.
+//! Cost of picking a μVM from stores with few and many manifests. Each pick is a fresh process's, as a shim's is, with the
+//! store's files in the page cache and without.
 
 use std::fs;
 use std::path::Path;
@@ -100,7 +100,7 @@ fn fill(root: &Path, count: u32) -> Result<()> {
         let name = Digest::of_bytes(&bytes).to_string();
         fs::write(root.join("uvms").join(name), bytes)?;
     }
-    // Who picks after a change by hand reads all of them, and writes the index anew.
+    // The first pick after a change by hand reads all of them, and writes the index anew.
     let picked = store.pick(&host(), &WANTED)?;
     ensure!(picked.is_ok(), "{picked:?}");
     Ok(())
@@ -164,7 +164,7 @@ fn pick_by_another(root: &Path, name: &str, measured: &mut Measured) -> Result<(
     Ok(())
 }
 
-/// What that process does: picks once, and prints what it took.
+/// The work of that process: one pick, whose figures it prints.
 pub(crate) fn pick(root: &Path) -> Result<()> {
     let counted = [
         "raw_syscalls/sys_enter",
@@ -176,7 +176,7 @@ pub(crate) fn pick(root: &Path) -> Result<()> {
     for event in counted {
         points.push(Tracepoint::of_this_thread(event)?.with_context(|| event.to_owned())?);
     }
-    // What counting itself takes.
+    // The cost of counting itself.
     let nothing = figures(&points, || Ok(()))?;
     let mut took = 0.0;
     let all = figures(&points, || {

@@ -1,4 +1,4 @@
-//! What the store has, by kind. A new one is a folder here that implements
+//! The entries of the store, by kind. A new kind is a folder here that implements
 //! [`Catalogue`](crate::content::catalogue::Catalogue), and a line in [`Store::catalogues`](crate::Store).
 
 pub(crate) mod images;

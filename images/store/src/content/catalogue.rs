@@ -1,4 +1,4 @@
-//! What the content asks of a catalogue: which of its entries may go, what they need, and whether they are good.
+//! The seam between content and catalogues: which entries may go, which objects they need, whether they are good.
 
 use std::collections::BTreeSet;
 use std::fmt::Debug;
@@ -9,72 +9,72 @@ use super::collect::{Policy, Why};
 use super::verify::Verified;
 use crate::{Digest, Error};
 
-/// Several kinds of things.
+/// All catalogues of a store.
 pub(crate) type Catalogues = [Box<dyn Catalogue>];
 
-/// One kind of things in the store, each under a name that no other has.
+/// One kind of entries in the store, each under a name that no other entry of any kind has.
 pub(crate) trait Catalogue: Debug {
-    /// What a person calls one of them.
+    /// Its word for one entry, as a person says it.
     fn noun(&self) -> &'static str;
 
-    /// Whether whoever misses one of them makes it again, so that it may go at any time.
+    /// Whether a missing entry is made again by the process that needs it. Such an entry may go at any time.
     fn is_remade(&self) -> bool;
 
-    /// The names of all of them, in no order.
+    /// Names of all entries, in no order.
     fn ids(&self) -> Result<Vec<Digest>, Error>;
 
-    /// All of them, with what `policy` says.
+    /// All entries, each with the reason that `policy` gives to remove it.
     fn survey(&self, policy: Policy) -> Result<Survey, Error>;
 
-    /// The objects they need, so that no other is kept. None if that can't be told, because one can't be read: it may be
-    /// a newer kiln's.
+    /// Objects that the entries need; no other is kept. None if an entry can't be read, as a newer kiln's: its objects are
+    /// unknown.
     fn needed(&self) -> Result<Option<BTreeSet<Digest>>, Error>;
 
-    /// Whether one must stay because somebody asked for that.
+    /// Whether somebody asked for this entry to stay.
     fn is_pinned(&self, id: &Digest) -> bool;
 
-    /// Locks one for removal; none if it is in use.
+    /// Locks an entry for removal; none if it is in use.
     fn doom(&self, id: Digest) -> Result<Option<Doomed>, Error>;
 
-    /// Removes one. What is interrupted after the first step leaves nothing but files that nobody needs.
+    /// Removes an entry. A removal that is interrupted after its first step leaves only files that nobody needs.
     fn remove(&self, doomed: Doomed, lock: &WriteLock) -> Result<(), Error>;
 
-    /// Comes once after removals, for what is kept about all of them.
+    /// Called once after removals, to renew whatever the catalogue keeps about all entries.
     fn settle(&self, lock: &WriteLock);
 
-    /// Reads those that are named, or all if none is, and adds what it finds to the report.
+    /// Reads the named entries, or all if none is named, and adds the findings to the report.
     fn verify(&self, only: &[Digest], report: &mut Verified) -> Result<(), Error>;
 }
 
-/// What a catalogue holds.
+/// Entries of a catalogue, as collection sees them.
 #[derive(Debug, Default)]
 pub(crate) struct Survey {
-    /// Those of which it is known what they need, and those that a reason is given for to go.
+    /// Entries whose objects are known, or that have a reason to go.
     pub(crate) entries: Vec<Candidate>,
-    /// Those that can't be read and stay.
+    /// Entries that can't be read and stay.
     pub(crate) unreadable: Vec<Digest>,
 }
 
-/// Something that may have to go.
+/// An entry that may have to go.
 #[derive(Debug)]
 pub(crate) struct Candidate {
     pub(crate) id: Digest,
-    /// Why it should go even if there is room.
+    /// Reason to go even if there is room.
     pub(crate) why: Option<Why>,
     /// It is pinned.
     pub(crate) stays: bool,
-    /// In seconds since 1970.
+    /// Last use, in seconds since 1970.
     pub(crate) used_at: u64,
-    /// What it needs, others perhaps too.
+    /// Objects that it needs, perhaps together with other entries.
     pub(crate) objects: Vec<Digest>,
-    /// Bytes on disk that are its alone.
+    /// Bytes on disk of its own files.
     pub(crate) bytes: u64,
 }
 
-/// Something that is locked for removal: no lease on it exists, and none can be had.
+/// An entry that is locked for removal: no lease on it exists, and none can be had.
 #[derive(Debug)]
 pub(crate) struct Doomed {
     pub(crate) id: Digest,
-    /// None if there is nothing that could be in use.
+    /// None if the entry has no file that could be in use.
     pub(crate) _lock: Option<File>,
 }

@@ -6,7 +6,7 @@ use super::catalogue::{Candidate, Catalogue, Catalogues};
 use super::{Content, WRITER_WAIT, WriteLock};
 use crate::{Digest, Error};
 
-/// What garbage collection may remove. What is pinned or in use always stays.
+/// Rules of a garbage collection. Entries that are pinned or in use always stay.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Policy {
     /// Remove everything.
@@ -25,7 +25,7 @@ pub struct Policy {
 pub enum Why {
     /// An older kiln baked it: this one can't resume it.
     Older,
-    /// It can't be used: it is damaged, or another kiln made it, and whoever wants it makes it again.
+    /// It can't be used, because it is damaged or another kiln made it, and is made again when it is needed.
     Unusable,
     /// All were to go.
     All,
@@ -35,32 +35,32 @@ pub enum Why {
     Room,
 }
 
-/// Something that the store has or had.
+/// An entry of the store, or a removed one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Named {
-    /// What it is: `μVM` or `image`.
+    /// Its kind: `μVM` or `image`.
     pub kind: &'static str,
     /// Its name.
     pub id: Digest,
 }
 
-/// Something that was removed.
+/// A removed entry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Removed {
-    /// What.
+    /// The entry.
     pub what: Named,
-    /// Why.
+    /// The reason.
     pub why: Why,
 }
 
-/// What garbage collection did, or would do.
+/// Result of a garbage collection, or of a dry run.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Collected {
-    /// What is gone.
+    /// Entries that are gone.
     pub removed: Vec<Removed>,
-    /// What had to stay because it is in use.
+    /// Entries that had to stay because they are in use.
     pub in_use: Vec<Named>,
-    /// What had to stay because it can't be read: what it consists of is unknown.
+    /// Entries that had to stay because they can't be read: their objects are unknown.
     pub damaged: Vec<Named>,
     /// Objects that are gone.
     pub objects: u32,
@@ -72,7 +72,7 @@ pub struct Collected {
     pub used: u64,
 }
 
-/// Removes the thing of this name, unless it is pinned or in use.
+/// Removes the entry of this name, unless it is pinned or in use.
 pub(crate) fn remove(content: &Content, catalogues: &Catalogues, id: Digest) -> Result<(), Error> {
     let lock = content.write_lock(WRITER_WAIT)?;
     for catalogue in catalogues {
@@ -91,7 +91,7 @@ pub(crate) fn remove(content: &Content, catalogues: &Catalogues, id: Digest) -> 
     Err(Error::NotFound(id.to_string()))
 }
 
-/// Removes the objects that nothing in any catalogue needs; none as long as one of them can't tell.
+/// Removes the objects that no catalogue needs; none as long as one catalogue can't tell.
 pub(crate) fn sweep(
     content: &Content,
     catalogues: &Catalogues,
@@ -107,7 +107,7 @@ pub(crate) fn sweep(
     content.sweep_objects(&needed, lock)
 }
 
-/// Removes by `policy`, and what nobody needs.
+/// Removes entries by `policy`, and then everything that no entry needs.
 pub(crate) fn collect(
     content: &Content,
     catalogues: &Catalogues,
@@ -138,8 +138,7 @@ pub(crate) fn collect(
         .into_iter()
         .partition(|(_, entry)| entry.why.is_some());
 
-    // What an older kiln baked first of all: what it consists of is unknown, and no object is removed as long as there
-    // is one.
+    // μVMs of older kilns go first: their objects are unknown, and no object is removed as long as one of them is there.
     wanted.sort_by_key(|(_, entry)| (entry.why, entry.used_at));
     let mut used = usage.used;
     for (catalogue, entry) in wanted {
@@ -156,7 +155,7 @@ pub(crate) fn collect(
         (Some(target), Some(budget)) => Some(target.min(budget)),
         (target, budget) => target.or(budget),
     };
-    // What somebody would have to bake again goes last.
+    // μVMs go last: somebody would have to bake them again.
     rest.sort_by_key(|(catalogue, entry)| (!catalogue.is_remade(), entry.used_at));
     for (catalogue, entry) in rest {
         if limit.is_none_or(|limit| used <= limit) {

@@ -1,6 +1,6 @@
-//! Leases: a shared `flock` on a file of the store. Whoever removes the file takes the exclusive one first.
+//! Leases: shared `flock`s on files of the store. A writer that removes a file takes the exclusive one first.
 //!
-//! The kernel drops a lease with the last descriptor of it, so a holder that is killed holds nothing, and one that is
+//! The kernel drops a lease with its last descriptor, so a holder that is killed holds nothing, and a process that is
 //! passed a descriptor holds the file as well.
 
 use std::fs::{File, Metadata};
@@ -13,8 +13,8 @@ use super::lock;
 use crate::Error;
 use crate::error::Context;
 
-/// Opens a file with a lease on it; none if it isn't there, or goes. `limit` is how long one waits that removes it: it is
-/// certain to be gone after that, unless the one who has the lock is no remover.
+/// Opens a file and takes a lease on it; none if the file isn't there, or is being removed. `limit` bounds the wait for a
+/// remover's lock; with none, a locked file counts as gone.
 pub(crate) fn hold(path: &Path, limit: Duration) -> Result<Option<(File, Metadata)>, Error> {
     let file = match File::open(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),

@@ -1,5 +1,5 @@
-//! What every catalogue of the store is built on: a directory, its writers' lock, objects named by their content, staging
-//! directories, leases, the budget, and what goes when room is short. Nothing here knows what the files are for.
+//! The store's files, the ground on which every catalogue stands: the writers' lock, objects named by their content,
+//! staging directories, leases, the budget, and collection. Nothing here knows the purpose of a file.
 
 pub(crate) mod catalogue;
 pub(crate) mod collect;

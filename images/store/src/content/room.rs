@@ -60,8 +60,8 @@ impl Content {
         self.replace_file(FILE, format!("{text}\n").as_bytes(), lock)
     }
 
-    /// Makes room for `needed` more bytes in the budget: what whoever misses it makes again goes, the least recently used
-    /// first, unless it is in use. That may not be enough, as the result says.
+    /// Makes room for `needed` more bytes in the budget: entries that are made again when they are missed go, the least
+    /// recently used first, but none in use. The result tells whether that was enough.
     pub(crate) fn make_room(
         &self,
         needed: u64,
@@ -83,7 +83,7 @@ impl Content {
         Ok(usage)
     }
 
-    /// The same for a bake, which no pod waits for: that the budget is a hard limit for.
+    /// The same for a bake, for which the budget is a hard limit: no pod waits for it.
     pub(crate) fn room_or_fail(
         &self,
         needed: u64,
@@ -102,7 +102,7 @@ impl Content {
     }
 }
 
-/// Removes one thing, whatever the budget says, because the disk is full; says whether there was one left.
+/// Removes one entry because the disk is full, whatever the budget says; returns whether there was one.
 pub(crate) fn evict_one(catalogues: &Catalogues, lock: &WriteLock) -> Result<bool, Error> {
     for (catalogue, candidate) in disposable(catalogues)? {
         if evict(catalogue, &candidate, lock)? {
@@ -112,7 +112,7 @@ pub(crate) fn evict_one(catalogues: &Catalogues, lock: &WriteLock) -> Result<boo
     Ok(false)
 }
 
-/// What can go without anybody having to bake it again, in the order in which it should.
+/// Entries that are made again when they are missed, in the order in which they go.
 fn disposable(catalogues: &Catalogues) -> Result<Vec<(&dyn Catalogue, Candidate)>, Error> {
     let mut all = Vec::new();
     for catalogue in catalogues.iter().filter(|catalogue| catalogue.is_remade()) {

@@ -1,5 +1,5 @@
-//! Staging: what is to enter the store is put together in a directory of its own on the store's file system, and becomes
-//! visible by one rename.
+//! Staging: a new entry is put together in a directory of its own on the store's file system, and becomes visible by one
+//! rename.
 
 use std::fs::{self, File, OpenOptions};
 use std::io;

@@ -1,4 +1,4 @@
-//! Finding damage: reads everything and compares it with what was written.
+//! Verification: everything is read and compared with the digests under which it was written.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
@@ -9,24 +9,24 @@ use super::catalogue::Catalogues;
 use super::digest;
 use crate::{Digest, Error, Named};
 
-/// Something in the store that is not what was written.
+/// A difference between the store and what was written.
 #[derive(Debug, thiserror::Error)]
 pub enum Damage {
-    /// What is known of a μVM or an image.
-    #[error("{} {}: what is known of it", of.kind, of.id.short())]
+    /// A manifest or a record cannot be read.
+    #[error("{} {}: its manifest", of.kind, of.id.short())]
     Entry {
-        /// Of which.
+        /// The μVM or image.
         of: Named,
-        /// What is wrong.
+        /// The reason.
         #[source]
         source: Error,
     },
     /// An object is not there.
     #[error("{} {}: its {part} object {} is missing", of.kind, of.id.short(), object.short())]
     Missing {
-        /// Of which μVM or image.
+        /// The μVM or image.
         of: Named,
-        /// What the object is to it.
+        /// The object's part in it, such as `memory`.
         part: &'static str,
         /// The object's name.
         object: Digest,
@@ -38,9 +38,9 @@ pub enum Damage {
         object.short()
     )]
     Length {
-        /// Of which μVM or image.
+        /// The μVM or image.
         of: Named,
-        /// What the object is to it.
+        /// The object's part in it, such as `memory`.
         part: &'static str,
         /// The object's name.
         object: Digest,
@@ -52,9 +52,9 @@ pub enum Damage {
     /// An object's content has changed.
     #[error("{} {}: the content of its {part} object {} has changed", of.kind, of.id.short(), object.short())]
     Content {
-        /// Of which μVM or image.
+        /// The μVM or image.
         of: Named,
-        /// What the object is to it.
+        /// The object's part in it, such as `memory`.
         part: &'static str,
         /// The object's name.
         object: Digest,
@@ -62,20 +62,20 @@ pub enum Damage {
     /// An object cannot be read.
     #[error("{} {}: its {part} object {} cannot be read", of.kind, of.id.short(), object.short())]
     Unreadable {
-        /// Of which μVM or image.
+        /// The μVM or image.
         of: Named,
-        /// What the object is to it.
+        /// The object's part in it, such as `memory`.
         part: &'static str,
         /// The object's name.
         object: Digest,
-        /// Why.
+        /// The reason.
         #[source]
         source: io::Error,
     },
 }
 
 impl Damage {
-    /// What is damaged.
+    /// The μVM or image that is damaged.
     pub fn of(&self) -> Named {
         match self {
             Damage::Entry { of, .. }
@@ -87,7 +87,7 @@ impl Damage {
     }
 }
 
-/// What verification found.
+/// Result of a verification.
 #[derive(Debug, Default)]
 pub struct Verified {
     /// μVMs looked at.
@@ -98,14 +98,14 @@ pub struct Verified {
     pub objects: u32,
     /// Bytes of data in them.
     pub data: u64,
-    /// What is damaged.
+    /// All differences.
     pub damage: Vec<Damage>,
     /// Objects that nothing needs, left by an interrupted bake. Harmless: `collect` removes them.
     pub orphans: u32,
     seen: BTreeMap<Digest, Found>,
 }
 
-/// What an object turned out to be.
+/// State of an object that was read.
 #[derive(Debug, Clone, Copy)]
 enum Found {
     Good,
@@ -114,7 +114,7 @@ enum Found {
     Content,
 }
 
-/// What an object should be.
+/// Name and length that an object should have.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Expected {
     pub(crate) of: Named,

@@ -1,4 +1,4 @@
-//! What an image is kept under.
+//! The name of an image.
 
 use std::fmt;
 

@@ -15,7 +15,7 @@ use crate::content::{Content, WriteLock, lease, lock};
 use crate::error::Context;
 use crate::{Error, Store};
 
-/// What one that asks for an image gets.
+/// Answer to a process that needs an image.
 #[derive(Debug)]
 pub enum Turn {
     /// It is there.
@@ -30,11 +30,11 @@ pub struct Making {
     images: Images,
     key: ImageKey,
     staging: StagingDir,
-    // The last to go: who waits for it finds everything else done.
+    // Dropped last: a process that waits for it finds everything else done.
     _lock: KeyLock,
 }
 
-/// In the staging directory, what becomes the image's own.
+/// Subdirectory of the staging directory that becomes the image's own.
 const FINISHED: &str = "finished";
 
 impl Images {
@@ -84,7 +84,7 @@ impl Images {
             tracing::warn!(%key, "an image is damaged and is made again");
         }
         let write_lock = self.content.write_lock(self.waits.rest)?;
-        // Who uses it goes on to; nobody finds it any more.
+        // Its users keep their open files; nobody else finds it any more.
         let doomed = Doomed {
             id: key.digest(),
             _lock: None,
@@ -100,7 +100,7 @@ impl Images {
 }
 
 impl Making {
-    /// A directory for what the making needs. It goes away with this.
+    /// A directory for intermediate files. It goes away with this.
     pub fn dir(&self) -> &Path {
         &self.staging.path
     }
@@ -145,7 +145,7 @@ impl Making {
         Ok(file)
     }
 
-    /// What to say when there is no room for that many bytes after all.
+    /// The error for a disk that turned out to be full after all.
     pub fn no_space(&self, needed: u64) -> Error {
         Error::NoSpace {
             needed,
@@ -153,8 +153,7 @@ impl Making {
         }
     }
 
-    /// Puts the image in place. It has been written: what is written to it later makes it useless. Nothing is synced: a
-    /// pod waits.
+    /// Puts the written image in place; a later write to the file would make it useless. Nothing is synced: a pod waits.
     pub fn finish(self, digest: [u8; 32], segments: Vec<SegmentDigest>) -> Result<Image, Error> {
         let (images, disk) = (&self.images, &self.images.content.disk);
         let finished = self.staging.path.join(FINISHED);

@@ -5,9 +5,9 @@
 //! making/KEY                        taken (flock) to make the image of this key
 //! ```
 //!
-//! An image is made on the way to a pod's start, and so it is not synced. Its record says how its file looked when it
-//! was finished and in which boot that was: as long as both still hold, no byte of it has to be read to trust it. Whoever
-//! uses an image holds a lease on its file, which follows the descriptor to whomever it is passed.
+//! An image is made while a pod waits for it, and so it is not synced. Its record holds the stamp of its file when it was
+//! finished, and the boot: as long as both still hold, no byte of it has to be read to trust it. A user of an image holds
+//! a lease on its file, which follows the descriptor to another process.
 
 mod key;
 mod make;
@@ -39,9 +39,9 @@ const NOUN: &str = "image";
 const IMAGE: &str = "image.erofs";
 const RECORD: &str = "record";
 
-/// How long others wait for who makes an image: a large one takes minutes on a slow or throttled node.
+/// Limit of the wait for another process that makes an image: a large one takes minutes on a slow or throttled node.
 const MAKING_WAIT: Duration = Duration::from_secs(600);
-/// How long a lock is waited for that is held while files are moved and removed. A pod waits.
+/// Limit of the wait for a lock that is held while files are moved and removed. A pod waits.
 const WAIT: Duration = Duration::from_secs(30);
 
 /// The images of a store. Several processes may have it open.
@@ -51,7 +51,7 @@ pub struct Images {
     waits: Waits,
 }
 
-/// How long locks are waited for.
+/// Limits of waiting for locks.
 #[derive(Debug, Clone, Copy)]
 struct Waits {
     making: Duration,
@@ -128,7 +128,7 @@ impl Images {
         Ok(entries)
     }
 
-    /// What is known of an image, if it is there.
+    /// The entry of an image, if it is there.
     pub fn entry(&self, key: &ImageKey) -> Option<ImageEntry> {
         let dir = self.dir(key);
         let meta = fs::metadata(&dir).ok()?;
@@ -273,8 +273,8 @@ impl Catalogue for Images {
         }
     }
 
-    /// The record goes first: an image without one is not used. Who has found the file meanwhile waits for the lock, and
-    /// then sees that it is gone.
+    /// The record goes first: an image without one is not used. A process that has opened the file meanwhile waits for the
+    /// lock, and then sees that the file is gone.
     fn remove(&self, doomed: Doomed, _lock: &WriteLock) -> Result<(), Error> {
         let dir = self.dir(&doomed.id.into());
         self.content.remove_if_there(&dir.join(RECORD))?;

@@ -1,4 +1,4 @@
-//! What is written beside a cached image: enough to tell that the image is the one that was made.
+//! The record beside an image: enough to tell that the image is the one that was made.
 
 use std::fs::{File, Metadata};
 use std::io;
@@ -18,7 +18,7 @@ const MAGIC: &[u8; 8] = b"KILNIMG1";
 const SEGMENT_LEN: usize = 40;
 const HASH_LEN: usize = 32;
 
-/// How an image's file looked when it was finished. Any later write changes it.
+/// Size, inode and times of an image's file when it was finished. Any later write changes them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Stamp {
     size: u64,

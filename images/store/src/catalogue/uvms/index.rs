@@ -1,4 +1,4 @@
-//! The index: which μVM to resume, without reading the manifests.
+//! The index, by which a μVM is picked without reading the manifests.
 //!
 //! ```text
 //! 0   magic, with the version                           8
@@ -18,14 +18,14 @@
 //!       12  the μVM                                     32
 //! ```
 //!
-//! A group is of μVMs that resume on the same hosts. Its key says in which slot it is, or after which, up to an empty
-//! one. Of a group those are left out that are never picked: a newer one can grow to as much. So a group is short,
-//! however many there are, and a pick reads three places of one file.
+//! A group holds the μVMs that resume on the same hosts. Its key gives the slot in which the search begins; the search
+//! ends at an empty slot. A μVM is left out if a newer one of its group meets every requirement that it meets: it is never
+//! picked. So a group is short, however many μVMs there are, and a pick reads three places of one file.
 //!
-//! It can't disagree with the manifests unnoticed. Whoever changes `uvms/` removes the index first and writes it anew
-//! from the manifests afterwards, both under the writers' lock; what somebody else changes there changes the
-//! directory's stamp. Each part that is read has a digest. An index that is missing, stale or damaged is not used, and
-//! the manifest of whatever it names is read, as if there were none.
+//! The index can't disagree with the manifests unnoticed. A writer removes it before it changes `uvms/`, and writes it anew
+//! from the manifests afterwards, both under the writers' lock. A change by any other program changes the directory's
+//! stamp. Each part that is read has a digest. An index that is missing, stale or damaged is not used, and the manifest
+//! that it names is read and checked in any case.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
@@ -55,18 +55,18 @@ pub(super) struct Stamp {
     nanoseconds: i64,
 }
 
-/// What the index says.
+/// Answer of the index.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Said {
-    /// The newest that fits.
+    /// The newest μVM that fits.
     This(Digest),
-    /// None fits.
+    /// No μVM fits.
     None,
-    /// Nothing that can be relied on.
+    /// There is no index that can be relied on.
     Nothing,
 }
 
-/// What is known of a μVM to pick it.
+/// The properties of a μVM by which it is picked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Record {
     cpus: u32,
@@ -85,7 +85,7 @@ impl Record {
         }
     }
 
-    /// Whether it fits wherever the other one does.
+    /// Whether it meets every requirement that the other one meets.
     fn covers(&self, other: &Record) -> bool {
         self.cpus >= other.cpus
             && self.memory_mib >= other.memory_mib
@@ -131,7 +131,7 @@ fn check(parts: &[&[u8]]) -> [u8; 16] {
     half
 }
 
-/// The group of what resumes where this host does.
+/// Key of the group that resumes on this host.
 fn key_of(host: &Host) -> [u8; 32] {
     let mut hasher = blake3::Hasher::new_derive_key(KEY_CONTEXT);
     hasher.update(&host.protocol.to_le_bytes());
@@ -141,7 +141,7 @@ fn key_of(host: &Host) -> [u8; 32] {
     *hasher.finalize().as_bytes()
 }
 
-/// The slot from which on a group is looked for.
+/// The slot in which the search for a group begins.
 fn slot_of(key: &[u8], slots: u32) -> u64 {
     long(key, 0) % u64::from(slots.max(1))
 }
@@ -212,8 +212,8 @@ fn wrong() -> io::Error {
     io::ErrorKind::InvalidData.into()
 }
 
-/// The slots of the table and the number of all records. An error says that it is no index, or one of another state of
-/// the directory.
+/// Number of slots and of all records. An error says that the file is no index, or the index of another state of the
+/// directory.
 fn open(file: &File, now: Stamp) -> io::Result<(u32, u32)> {
     let mut header = [0; HEADER];
     file.read_exact_at(&mut header, 0)?;
@@ -228,7 +228,7 @@ fn open(file: &File, now: Stamp) -> io::Result<(u32, u32)> {
     Ok((word(&header, 8), word(&header, 12)))
 }
 
-/// The newest that fits.
+/// The newest μVM that fits, by an open index.
 fn ask(file: &File, now: Stamp, host: &Host, wanted: &Wanted) -> io::Result<Option<Digest>> {
     let (slots, records) = open(file, now)?;
     let key = key_of(host);
@@ -266,7 +266,7 @@ impl Uvms {
         self.content.root.join("index")
     }
 
-    /// What the directory of manifests looks like now.
+    /// The present stamp of the directory of manifests.
     pub(super) fn stamp(&self) -> Result<Stamp, Error> {
         let dir = self.dir();
         let meta = fs::metadata(&dir).context("reading", &dir)?;
@@ -288,7 +288,7 @@ impl Uvms {
         })
     }
 
-    /// Comes before every change of the manifests.
+    /// Removes the index. Called before every change of the manifests.
     pub(super) fn forget_index(&self, _lock: &WriteLock) -> Result<(), Error> {
         if self.content.remove_if_there(&self.index_path())? {
             // A power cut must not bring it back beside manifests that it does not know.
@@ -298,7 +298,8 @@ impl Uvms {
         Ok(())
     }
 
-    /// Comes after every change of the manifests. Without an index all goes on, but slower.
+    /// Writes the index anew, unless it is good. Called after every change of the manifests; a failure costs picks time and
+    /// nothing else.
     pub(super) fn renew_index(&self, lock: &WriteLock) {
         let renewed = self.stamp().and_then(|stamp| {
             if self.index_is_of(stamp) {
@@ -314,7 +315,7 @@ impl Uvms {
         }
     }
 
-    /// The same by a reader that has read all manifests because there was no index, and that waits for nobody.
+    /// The same by a reader that found no index and has read all manifests. It does not wait for a writer at work.
     pub(super) fn mend_index(
         &self,
         stamp: Stamp,
@@ -325,7 +326,7 @@ impl Uvms {
             let Some(lock) = lock else {
                 return Ok(());
             };
-            // What was read is what is there.
+            // Only if the manifests are still the ones that were read.
             let there: BTreeSet<Digest> = self.ids()?.into_iter().collect();
             if self.stamp()? != stamp || there != *all {
                 return Ok(());
@@ -344,7 +345,7 @@ impl Uvms {
         File::open(self.index_path()).is_ok_and(|file| open(&file, stamp).is_ok())
     }
 
-    /// It is not synced: one that a power cut has left half written has no good digest.
+    /// The file is not synced: if a power cut leaves half of it, its digests are wrong.
     fn write_index(
         &self,
         stamp: Stamp,

@@ -79,7 +79,7 @@ impl Manifest {
     }
 }
 
-/// What a μVM is wanted for.
+/// Requirements on a μVM that is to be resumed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Wanted {
     /// vCPUs it must be able to grow to.
@@ -91,13 +91,13 @@ pub struct Wanted {
 }
 
 impl Wanted {
-    /// Whether this can become of what grows to so many vCPUs and so many MiB.
+    /// Whether a μVM that grows to so many vCPUs and so many MiB meets them.
     pub(super) fn fits_into(&self, cpus: u32, memory_mib: u32) -> bool {
         let memory = u64::from(memory_mib) << 20;
         self.cpus <= cpus && self.memory.is_none_or(|wanted| wanted <= memory)
     }
 
-    /// Whether this can become of a μVM, leaving aside the host.
+    /// Whether a μVM meets them, leaving aside the host.
     pub fn fits(&self, manifest: &Manifest) -> bool {
         let class = &manifest.about.class;
         self.fits_into(class.max_cpus, class.max_memory_mib)
@@ -106,7 +106,7 @@ impl Wanted {
 }
 
 impl Store {
-    /// The newest μVM that is what is `wanted`, that can be resumed on `host`, and whose objects are all there. Others
+    /// The newest μVM that meets `wanted`, that can be resumed on `host`, and whose objects are all there. Others
     /// never hide it; if there is none, the inner error says why for the one that comes nearest.
     pub fn pick(&self, host: &Host, wanted: &Wanted) -> Result<Result<Digest, Miss>, Error> {
         let uvms = self.uvms();
@@ -121,7 +121,7 @@ impl Store {
 }
 
 impl Uvms {
-    /// Whether the one that the index names is there, whole, and what the index takes it for.
+    /// Whether the μVM that the index names is there and whole, and fits.
     fn is_what_it_seems(&self, id: Digest, host: &Host, wanted: &Wanted) -> bool {
         File::open(self.path(&id)).is_ok_and(|mut file| {
             self.read_manifest(id, &mut file).is_ok_and(|manifest| {
@@ -169,7 +169,7 @@ impl Uvms {
         Ok(found.ok_or_else(|| mismatch.or(older).unwrap_or(Miss::Size)))
     }
 
-    /// The μVMs of which this kiln knows what they are, the newest first.
+    /// All μVMs whose manifests this kiln can read, the newest first.
     pub(super) fn readable(&self) -> Result<Vec<(Digest, Manifest)>, Error> {
         let entries = self.list()?.into_iter();
         Ok(entries
