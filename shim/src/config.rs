@@ -10,7 +10,9 @@ use std::path::{Path, PathBuf};
 use std::{fs, io};
 
 use serde::Deserialize;
+use serde::de::IgnoredAny;
 
+use kiln_store::DEFAULT_ROOT;
 use kiln_uvm::Flush;
 use kiln_uvm::scratch::{DEFAULT_SPILL_DIRECTORY, ScratchLimits};
 
@@ -26,16 +28,12 @@ pub const DEFAULT_PATH: &str = "/etc/kiln/config.toml";
 /// What is meant.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {
-    /// The μVM store.
+    /// The store: baked μVMs, and images made from containers' root file systems.
     pub store: PathBuf,
     /// Where the state of running pods lies; on a tmpfs.
     pub state_dir: PathBuf,
     /// The VMM's program.
     pub vmm: PathBuf,
-    /// Images made from containers' root file systems.
-    pub rootfs_cache: PathBuf,
-    /// How many bytes of them are kept when nobody uses them.
-    pub rootfs_cache_size: u64,
     /// User and group ids from here on are the VMMs', one for each pod.
     pub vmm_ids: u32,
     /// vCPUs of a pod that states nothing.
@@ -71,8 +69,8 @@ struct File {
     store: Option<PathBuf>,
     state_dir: Option<PathBuf>,
     vmm: Option<PathBuf>,
-    rootfs_cache: Option<PathBuf>,
-    rootfs_cache_size: Option<String>,
+    rootfs_cache: Option<IgnoredAny>,
+    rootfs_cache_size: Option<IgnoredAny>,
     vmm_ids: Option<u32>,
     debug: Option<bool>,
     answer: Option<AnswerForm>,
@@ -152,6 +150,14 @@ pub enum ConfigError {
         /// The key.
         key: &'static str,
     },
+    /// A key had a meaning once.
+    #[error("{key} of the configuration is no more: images are in the store; {instead}")]
+    Gone {
+        /// The key.
+        key: &'static str,
+        /// What there is now.
+        instead: &'static str,
+    },
     /// An annotation is allowed that doesn't exist.
     #[error("annotations.allow names {0:?}; known are {known}", known = KNOWN.join(", "))]
     UnknownAllowed(String),
@@ -197,11 +203,9 @@ impl Default for Config {
     fn default() -> Self {
         let (max_cpus, memory) = (host_cpus(), host_memory());
         Self {
-            store: "/var/lib/kiln/store".into(),
+            store: DEFAULT_ROOT.into(),
             state_dir: "/run/kiln".into(),
             vmm: default_vmm(),
-            rootfs_cache: "/var/lib/kiln/rootfs".into(),
-            rootfs_cache_size: 16 << 30,
             vmm_ids: 0x7000_0000,
             default_cpus: 1,
             default_memory: 256 * MIB,
@@ -246,6 +250,22 @@ impl Config {
             path: path.to_owned(),
             source: Box::new(source),
         })?;
+        for (old, key, instead) in [
+            (
+                &file.rootfs_cache,
+                "rootfs_cache",
+                "the key `store` names where they are",
+            ),
+            (
+                &file.rootfs_cache_size,
+                "rootfs_cache_size",
+                "the store has one budget: `kiln gc --set-budget`",
+            ),
+        ] {
+            if old.is_some() {
+                return Err(ConfigError::Gone { key, instead });
+            }
+        }
         let d = Self::default();
         let size = |key, text: Option<String>, default| size(key, text.as_deref(), default);
         let max_cpus = positive("uvm.max_cpus", file.uvm.max_cpus, d.max_cpus)?;
@@ -263,12 +283,6 @@ impl Config {
             store: file.store.unwrap_or(d.store),
             state_dir: file.state_dir.unwrap_or(d.state_dir),
             vmm: file.vmm.unwrap_or(d.vmm),
-            rootfs_cache: file.rootfs_cache.unwrap_or(d.rootfs_cache),
-            rootfs_cache_size: size(
-                "rootfs_cache_size",
-                file.rootfs_cache_size,
-                d.rootfs_cache_size,
-            )?,
             // 0 would be root.
             vmm_ids: positive("vmm_ids", file.vmm_ids, d.vmm_ids)?,
             default_cpus: positive("uvm.cpus", file.uvm.cpus, d.default_cpus)?,
@@ -341,6 +355,18 @@ mod tests {
             text.contains("config.toml") && text.contains("memmory"),
             "{text}"
         );
+    }
+
+    #[test]
+    fn key_of_the_image_cache_says_what_there_is_now() {
+        for (text, instead) in [
+            ("rootfs_cache = '/var/lib/kiln/rootfs'", "`store`"),
+            ("rootfs_cache_size = '16GiB'", "--set-budget"),
+        ] {
+            let error = parse(text).unwrap_err();
+            assert!(matches!(error, ConfigError::Gone { .. }), "{error:?}");
+            assert!(error.to_string().contains(instead), "{error}");
+        }
     }
 
     #[test]

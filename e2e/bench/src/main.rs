@@ -34,6 +34,9 @@ struct Cli {
     /// How often each thing is measured.
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=1000))]
     runs: u32,
+    /// What a process of the bench `store` does.
+    #[arg(long, hide = true, value_name = "DIR")]
+    pick_in: Option<PathBuf>,
     /// What is measured, as git describes it.
     #[arg(long, env = "KILN_COMMIT", default_value = "unknown")]
     commit: String,
@@ -53,6 +56,9 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: &Cli) -> Result<()> {
+    if let Some(root) = &cli.pick_in {
+        return benches::store::pick(root);
+    }
     let all = benches::all();
     let unknown = cli
         .benches

@@ -29,7 +29,7 @@ struct Attributes {
 const KIND_TRACEPOINT: u32 = 2;
 const CLOSE_ON_EXEC: libc::c_ulong = 8;
 
-/// A trace point that is being counted, on every CPU.
+/// A trace point that is being counted.
 #[derive(Debug)]
 pub(crate) struct Tracepoint {
     /// What a report calls it.
@@ -41,20 +41,28 @@ impl Tracepoint {
     /// Begins to count `event`, as in `raw_syscalls/sys_enter`. `None` if this kernel has no such event:
     /// its module may not be loaded.
     pub(crate) fn count(name: &'static str, event: &str) -> Result<Option<Self>> {
-        mount_tracefs()?;
-        let file = Path::new(TRACEFS).join("events").join(event).join("id");
-        let id = match fs::read_to_string(&file) {
-            Ok(text) => text.trim().parse().context("a trace point's number")?,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(error).with_context(|| format!("{}", file.display())),
+        let Some(id) = id_of(event)? else {
+            return Ok(None);
         };
         // SAFETY: sysconf only reads its number.
         let cpus = unsafe { libc::sysconf(libc::_SC_NPROCESSORS_ONLN) };
         let cpus = i32::try_from(cpus).context("the number of CPUs")?;
         let counters = (0..cpus)
-            .map(|cpu| open(id, cpu).with_context(|| format!("cannot count {event}")))
+            .map(|cpu| open(id, -1, cpu).with_context(|| format!("cannot count {event}")))
             .collect::<Result<_>>()?;
         Ok(Some(Tracepoint { name, counters }))
+    }
+
+    /// The same by this thread alone.
+    pub(crate) fn of_this_thread(event: &'static str) -> Result<Option<Self>> {
+        let Some(id) = id_of(event)? else {
+            return Ok(None);
+        };
+        let counter = open(id, 0, -1).with_context(|| format!("cannot count {event}"))?;
+        Ok(Some(Tracepoint {
+            name: event,
+            counters: vec![counter],
+        }))
     }
 
     /// How often it was passed so far.
@@ -72,7 +80,18 @@ impl Tracepoint {
     }
 }
 
-fn open(id: u64, cpu: i32) -> Result<OwnedFd> {
+fn id_of(event: &str) -> Result<Option<u64>> {
+    mount_tracefs()?;
+    let file = Path::new(TRACEFS).join("events").join(event).join("id");
+    match fs::read_to_string(&file) {
+        Ok(text) => Ok(Some(text.trim().parse().context("a trace point's number")?)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error).with_context(|| format!("{}", file.display())),
+    }
+}
+
+/// Of one thread, or of all (-1), on one CPU, or on all (-1).
+fn open(id: u64, thread: i32, cpu: i32) -> Result<OwnedFd> {
     let attributes = Attributes {
         kind: KIND_TRACEPOINT,
         size: u32::try_from(size_of::<Attributes>())?,
@@ -84,7 +103,7 @@ fn open(id: u64, cpu: i32) -> Result<OwnedFd> {
         libc::syscall(
             libc::SYS_perf_event_open,
             &raw const attributes,
-            -1,
+            thread,
             cpu,
             -1,
             CLOSE_ON_EXEC,

@@ -242,8 +242,9 @@ pub async fn bake(
 /// A μVM of the same recipe that can be resumed here.
 fn baked_already(store: &Store, recipe: Digest) -> Result<Option<Digest>, BakeError> {
     let host = Host::this(PROTOCOL_VERSION);
-    let found = store.pick(&host, |uvm: &Manifest| uvm.about.recipe == recipe)?;
-    Ok(found.ok())
+    let found = store
+        .find(|uvm: &Manifest| uvm.about.recipe == recipe && uvm.resumes_here(&host).is_ok())?;
+    Ok(found)
 }
 
 fn on_disk(path: &Path) -> u64 {

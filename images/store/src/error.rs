@@ -3,7 +3,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use crate::lock::LockError;
+use crate::content::lock::LockError;
 use crate::{Digest, Kind, ManifestError, VERSION};
 
 /// An operation on the store that failed. The store is as good as before, whatever it was.
@@ -29,7 +29,7 @@ pub enum Error {
     NoStore(PathBuf),
     /// The store was made by another version of kiln.
     #[error(
-        "{path} has store format '{found}', this kiln reads '{wanted}': move it away and bake again",
+        "{path} has store format '{found}', this kiln reads '{wanted}': remove it, and bake again (`kiln bake`)",
         path = path.display()
     )]
     Format {
@@ -41,19 +41,24 @@ pub enum Error {
         wanted: &'static str,
     },
     /// Nothing goes by that name.
-    #[error("no μVM '{0}' in the store: see `kiln list`")]
+    #[error("no μVM or image '{0}' in the store: see `kiln list`")]
     NotFound(String),
     /// Several things go by that name.
-    #[error("'{name}' may mean {} μVMs: give more digits", matches.len())]
+    #[error("'{name}' may mean {} things: give more digits", matches.len())]
     Ambiguous {
         /// The name.
         name: String,
         /// What it may mean.
         matches: Vec<Digest>,
     },
-    /// A running μVM was resumed from it.
-    #[error("μVM {} is in use: stop the pods that run on it, then try again", .0.short())]
-    InUse(Digest),
+    /// A running μVM was resumed from it, or runs on it.
+    #[error("{kind} {} is in use: stop the pods that run on it, then try again", id.short())]
+    InUse {
+        /// What it is.
+        kind: &'static str,
+        /// Its name.
+        id: Digest,
+    },
     /// Someone asked for it to be kept.
     #[error("μVM {short} is pinned: `kiln unpin {short}` first", short = .0.short())]
     Pinned(Digest),
@@ -69,6 +74,18 @@ pub enum Error {
         needed: u64,
         /// The most the store may hold.
         budget: u64,
+    },
+    /// No room on the disk, not even after everything unused was removed that can be made again.
+    #[error(
+        "an image of {needed} bytes does not fit on the disk under {root}, though all unused images are gone; \
+         free space there, or move the store",
+        root = root.display()
+    )]
+    NoSpace {
+        /// The image's size.
+        needed: u64,
+        /// The store's directory.
+        root: PathBuf,
     },
     /// A μVM was to be entered without one of its parts.
     #[error("the baked μVM has no {0} file: the bake did not finish")]
@@ -110,7 +127,7 @@ pub enum Error {
     #[error("the manifest of μVM {id} is not the one that was written: remove it (`kiln rm {id}`) and bake again", id = .0.short())]
     ManifestDigest(Digest),
     /// The budget file holds something else than a number.
-    #[error("{} does not hold a number of bytes: set it again (`kiln gc --set-budget`)", .0.display())]
+    #[error("{} does not hold a number of bytes, nor 'none': set it again (`kiln gc --set-budget`)", .0.display())]
     Budget(PathBuf),
 }
 

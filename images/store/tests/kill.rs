@@ -10,7 +10,10 @@ use std::process::{Command, Stdio};
 use std::thread::sleep;
 use std::time::Duration;
 
-use kiln_store::{Class, Cpu, Description, Digest, Error, Kernel, Kind, Policy, Store};
+use kiln_store::{
+    Class, Cpu, Description, Digest, Error, Host, ImageKey, Kernel, Kind, Policy, SegmentDigest,
+    Store, Turn, Wanted,
+};
 use kiln_vmm_control::cpu::{Fingerprint, WORDS};
 
 const CHILD: &str = "KILN_STORE_TEST_ROOT";
@@ -57,6 +60,24 @@ fn bake(store: &Store, seed: u64) -> Result<Digest, Error> {
     })
 }
 
+/// Makes an image, or finds it.
+fn image(store: &Store, seed: u64) -> Result<(), Error> {
+    let key = ImageKey::from_identity([seed.to_le_bytes()]);
+    let images = store.images();
+    if images.lookup(&key)?.is_some() {
+        return Ok(());
+    }
+    if let Turn::Make(making) = images.turn(&key)? {
+        let content = vec![seed as u8 + 1; 300_000];
+        let hash = *blake3::hash(&content).as_bytes();
+        let len = content.len() as u64;
+        let file = making.reserve(len)?;
+        file.write_all_at(&content, 0).unwrap();
+        making.finish(hash, vec![SegmentDigest { len, hash }])?;
+    }
+    Ok(())
+}
+
 /// Not a test of its own: what the tests below run in a process that they kill.
 #[test]
 fn child() {
@@ -67,6 +88,7 @@ fn child() {
     for round in 0u64.. {
         let seed = u64::from(std::process::id()) * 1000 + round;
         bake(&store, seed).unwrap();
+        image(&store, round % 7).unwrap();
         if round % 3 == 2 {
             store
                 .collect(Policy {
@@ -110,7 +132,7 @@ fn spawn_child(root: &Path) -> Child {
 fn store_is_whole_after_kill_9_at_60_moments() {
     let dir = tempfile::tempdir().unwrap();
     let root = dir.path().join("store");
-    let mut baked = 0;
+    let (mut baked, mut made) = (0, 0);
     for round in 0..60u64 {
         let mut child = spawn_child(&root);
         // Spread over a bake's length; a generator of our own keeps the moments reproducible.
@@ -124,9 +146,20 @@ fn store_is_whole_after_kill_9_at_60_moments() {
             "round {round}: {:?}",
             report.damage
         );
+        let host = Host {
+            cpu: Fingerprint([0; WORDS]),
+            protocol: 1,
+        };
+        let picked = store.pick(&host, &Wanted::default()).unwrap();
+        let newest = store.find(|_| true).unwrap();
+        assert_eq!(picked.ok(), newest, "round {round}");
         baked += u64::from(report.uvms);
+        made += u64::from(report.images);
     }
-    assert!(baked > 10, "the child was killed before it did anything");
+    assert!(
+        baked > 10 && made > 10,
+        "the child was killed before it did anything"
+    );
     let store = Store::open(&root).unwrap();
     let last = bake(&store, u64::MAX).unwrap();
     store
@@ -136,7 +169,9 @@ fn store_is_whole_after_kill_9_at_60_moments() {
         })
         .unwrap();
     assert!(matches!(store.lease(last), Err(Error::NotFound(_))));
-    assert_eq!(std::fs::read_dir(root.join("tmp")).unwrap().count(), 0);
+    for empty in ["tmp", "making", "images"] {
+        assert_eq!(std::fs::read_dir(root.join(empty)).unwrap().count(), 0);
+    }
     assert_eq!(store.verify(&[]).unwrap().orphans, 0);
 }
 
@@ -174,13 +209,13 @@ fn lease_of_a_killed_process_holds_nothing() {
         .spawn()
         .unwrap();
     drop(lease);
-    assert!(matches!(store.remove(id), Err(Error::InUse(_))));
+    assert!(matches!(store.remove(id), Err(Error::InUse { .. })));
     holder.kill().unwrap();
     holder.wait().unwrap();
     // A process that another test is just starting has all our descriptors until it runs its program.
     for _ in 0..100 {
         match store.remove(id) {
-            Err(Error::InUse(_)) => sleep(Duration::from_millis(20)),
+            Err(Error::InUse { .. }) => sleep(Duration::from_millis(20)),
             other => return other.unwrap(),
         }
     }

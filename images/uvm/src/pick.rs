@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use kiln_agent_api::PROTOCOL_VERSION;
-use kiln_store::{Host, Kind, Lease, Miss, Store};
+use kiln_store::{Host, Lease, Miss, Store, Wanted};
 
 use crate::size::Size;
 
@@ -40,10 +40,13 @@ fn bake(size: Size) -> String {
 pub fn lease(store: &Path, size: Size) -> Result<Lease, PickError> {
     let failed = |source| PickError::Store { size, source };
     let opened = Store::open(store).map_err(failed)?;
+    let wanted = Wanted {
+        cpus: size.cpus,
+        memory: Some(size.memory),
+        scratch: true,
+    };
     let found = opened
-        .pick(&Host::this(PROTOCOL_VERSION), |uvm| {
-            size.fits(&uvm.about.class) && uvm.object(Kind::Scratch).is_some()
-        })
+        .pick(&Host::this(PROTOCOL_VERSION), &wanted)
         .map_err(failed)?;
     let id = found.map_err(|miss| PickError::None {
         store: store.to_owned(),
@@ -57,7 +60,7 @@ pub fn lease(store: &Path, size: Size) -> Result<Lease, PickError> {
 mod tests {
     use std::io::Write;
 
-    use kiln_store::{Class, Cpu, Description, Digest, Kernel};
+    use kiln_store::{Class, Cpu, Description, Digest, Kernel, Kind};
     use kiln_vmm_control::cpu::Fingerprint;
 
     use super::*;

@@ -92,11 +92,6 @@ impl Size {
         }
     }
 
-    /// Whether a μVM of this class can become this big.
-    pub fn fits(self, class: &Class) -> bool {
-        self.cpus <= class.max_cpus && self.memory.div_ceil(MIB) <= u64::from(class.max_memory_mib)
-    }
-
     /// The larger of both, in each number: nothing is taken that the other one has.
     #[must_use]
     pub fn at_least(self, other: Size) -> Size {
@@ -147,22 +142,5 @@ mod tests {
         assert_eq!(text(3 << 30), "3 GiB");
         assert_eq!(text(1025), "1025 bytes");
         assert_eq!(text(0), "0 bytes");
-    }
-
-    #[test]
-    fn size_fits_a_class_that_can_grow_to_it() {
-        let class = Class {
-            cpus: 1,
-            max_cpus: 4,
-            memory_mib: 256,
-            max_memory_mib: 1024,
-            slots: 8,
-        };
-        let fits = |cpus, memory| Size { cpus, memory }.fits(&class);
-        assert!(fits(4, 1024 * MIB));
-        assert!(fits(1, 0));
-        assert!(!fits(5, 0));
-        assert!(!fits(1, 1024 * MIB + 1));
-        assert!(!fits(1, u64::MAX));
     }
 }

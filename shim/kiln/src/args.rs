@@ -13,8 +13,8 @@ const EXIT_CODES: &str = "Exit codes:
   0  done; for doctor: pods can run; for verify: nothing is damaged
   1  failed; for doctor: pods cannot run; for verify: something is damaged
   2  the command line makes no sense
-  3  no such μVM, or no store
-  4  the μVM is in use or pinned
+  3  no such μVM or image, or no store
+  4  the μVM or the image is in use, or pinned
   5  the store's budget or the disk has no room
 For run and exec: the command's own code (128 and the signal's number, if a signal ended it), or
   125  kiln failed    126  the command cannot be run    127  there is no such command";
@@ -43,7 +43,7 @@ pub(crate) struct Args {
     #[arg(long, global = true)]
     pub(crate) json: bool,
 
-    /// The directory baked μVMs are kept in.
+    /// The directory in which baked μVMs, and the images of root file systems, are kept.
     #[arg(
         long,
         global = true,
@@ -107,32 +107,32 @@ pub(crate) enum Command {
     /// for them.
     Trace(Trace),
 
-    /// List the baked μVMs, the newest first.
+    /// List the baked μVMs, the newest first, and the images of root file systems.
     #[command(visible_alias = "ls")]
     List,
 
-    /// Show everything that is known of a baked μVM, or what a running pod's μVM takes.
+    /// Show everything that is known of a baked μVM or an image, or what a running pod's μVM takes.
     Inspect {
-        /// A baked μVM's digest or a pod's id, or the first digits of it (4 at least), or `latest`.
-        #[arg(value_name = "UVM|POD", default_value = "latest")]
+        /// A digest that `kiln list` shows or a pod's id, or the first digits of it (4 at least), or `latest`.
+        #[arg(value_name = "UVM|IMAGE|POD", default_value = "latest")]
         name: String,
     },
 
-    /// Read baked μVMs and compare them with what was written.
+    /// Read baked μVMs and images, and compare them with what was written.
     ///
     /// Names every object that has changed, has another length or is missing. A damaged μVM is
-    /// mended by removing it (`kiln rm`) and baking again.
+    /// mended by removing it (`kiln rm`) and baking again; a damaged image is made again.
     Verify {
         /// Which ones; all of them if none is named.
-        #[arg(value_name = "UVM")]
-        uvms: Vec<String>,
+        #[arg(value_name = "UVM|IMAGE")]
+        names: Vec<String>,
     },
 
-    /// Remove baked μVMs. Those in use and pinned ones are refused.
+    /// Remove baked μVMs or images. Those in use and pinned ones are refused.
     Rm {
         /// Their digests, the first digits of them (4 at least), or `latest`.
-        #[arg(value_name = "UVM", required = true)]
-        uvms: Vec<String>,
+        #[arg(value_name = "UVM|IMAGE", required = true)]
+        names: Vec<String>,
     },
 
     /// Keep a baked μVM from `rm` and `gc`.
@@ -151,7 +151,8 @@ pub(crate) enum Command {
     ///
     /// Removes what interrupted bakes left, and μVMs for which there is a newer one of the same
     /// size class, kernel release and CPU. If the store is over its budget, the least recently used
-    /// μVMs go too. Pinned μVMs and those in use always stay.
+    /// images go too, which are made again when a container needs them, and then the least recently
+    /// used μVMs. What is pinned or in use always stays.
     Gc(Gc),
 
     /// Print a completion script for a shell.
@@ -265,15 +266,6 @@ pub(crate) struct Run {
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub(crate) vmm: Option<PathBuf>,
 
-    /// Where root file systems are kept.
-    #[arg(
-        long,
-        value_name = "DIR",
-        default_value = "/var/lib/kiln/images",
-        value_hint = ValueHint::DirPath
-    )]
-    pub(crate) cache: PathBuf,
-
     /// The image archive.
     #[arg(value_name = "IMAGE.tar", value_hint = ValueHint::FilePath)]
     pub(crate) image: PathBuf,
@@ -383,7 +375,7 @@ pub(crate) struct Gc {
     #[arg(long, short = 'n')]
     pub(crate) dry_run: bool,
 
-    /// Remove every μVM that is neither pinned nor in use.
+    /// Remove every μVM and image that is neither pinned nor in use.
     #[arg(long)]
     pub(crate) all: bool,
 
@@ -395,8 +387,8 @@ pub(crate) struct Gc {
     #[arg(long, value_name = "SIZE", value_parser = bytes)]
     pub(crate) target: Option<u64>,
 
-    /// From now on the store may take this much on disk, such as 20Gi, or `none`: a bake that would
-    /// exceed it fails.
+    /// From now on the store may take this much on disk, such as 40Gi, or `none`; 20Gi if nobody says.
+    /// Images make way for what is new, and a bake that would exceed it all the same fails.
     #[arg(long, value_name = "SIZE", value_parser = parse_budget)]
     pub(crate) set_budget: Option<Budget>,
 }

@@ -42,8 +42,8 @@ impl Failure {
             .find_map(|cause| cause.downcast_ref::<kiln_store::Error>());
         match store {
             Some(kiln_store::Error::NotFound(_) | kiln_store::Error::NoStore(_)) => 3,
-            Some(kiln_store::Error::InUse(_) | kiln_store::Error::Pinned(_)) => 4,
-            Some(kiln_store::Error::OverBudget { .. }) => 5,
+            Some(kiln_store::Error::InUse { .. } | kiln_store::Error::Pinned(_)) => 4,
+            Some(kiln_store::Error::OverBudget { .. } | kiln_store::Error::NoSpace { .. }) => 5,
             _ => 1,
         }
     }
@@ -60,7 +60,7 @@ mod tests {
         let number = |error: Error| Failure::from(error).number();
         assert_eq!(number(Error::NotFound("x".into())), 3);
         assert_eq!(number(Error::NoStore("/x".into())), 3);
-        assert_eq!(number(Error::InUse(id)), 4);
+        assert_eq!(number(Error::InUse { kind: "μVM", id }), 4);
         assert_eq!(number(Error::Pinned(id)), 4);
         assert_eq!(
             number(Error::OverBudget {

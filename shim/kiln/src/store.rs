@@ -4,7 +4,9 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use kiln_agent_api::PROTOCOL_VERSION;
-use kiln_store::{Collected, Digest, Entry, Error, Host, Manifest, Policy, Store, Why};
+use kiln_store::{
+    Collected, Digest, Entry, Error, Host, ImageEntry, Manifest, Named, Policy, Store, Why,
+};
 use serde::Serialize;
 
 use crate::args::Gc;
@@ -14,6 +16,7 @@ use crate::output::{Colour, Output, moment, size, table};
 /// A μVM as programs see it.
 #[derive(Serialize)]
 struct Listed<'a> {
+    kind: &'static str,
     id: Digest,
     pinned: bool,
     used_at: u64,
@@ -26,6 +29,7 @@ struct Listed<'a> {
 impl<'a> From<&'a Entry> for Listed<'a> {
     fn from(entry: &'a Entry) -> Listed<'a> {
         Listed {
+            kind: "uvm",
             id: entry.id,
             pinned: entry.pinned,
             used_at: entry.used_at,
@@ -33,6 +37,41 @@ impl<'a> From<&'a Entry> for Listed<'a> {
             damage: entry.manifest.as_ref().err().map(ToString::to_string),
         }
     }
+}
+
+/// An image as programs see it.
+#[derive(Serialize)]
+struct ListedImage {
+    kind: &'static str,
+    id: Digest,
+    used_at: u64,
+    length: u64,
+    on_disk: u64,
+    /// Digest of what is in it; none if its record can't be read.
+    content: Option<Digest>,
+    synced: bool,
+}
+
+impl From<&ImageEntry> for ListedImage {
+    fn from(entry: &ImageEntry) -> ListedImage {
+        ListedImage {
+            kind: "image",
+            id: entry.key.digest(),
+            used_at: entry.used_at,
+            length: entry.length,
+            on_disk: entry.bytes,
+            content: entry.content,
+            synced: entry.synced,
+        }
+    }
+}
+
+/// An entry of the list.
+#[derive(Serialize)]
+#[serde(untagged)]
+enum Thing<'a> {
+    Uvm(Listed<'a>),
+    Image(ListedImage),
 }
 
 /// Whether this host can resume it, and why not.
@@ -48,34 +87,63 @@ fn data(manifest: &Manifest) -> u64 {
 }
 
 pub(crate) fn list(root: &Path, output: &Output) -> Result<ExitCode, Failure> {
-    let entries = match Store::open(root) {
-        Ok(store) => store.list()?,
+    let (uvms, images) = match Store::open(root) {
+        Ok(store) => (store.list()?, store.images().entries()?),
         // Nothing was baked yet: that is a short list, not a failure.
-        Err(Error::NoStore(_)) => Vec::new(),
+        Err(Error::NoStore(_)) => (Vec::new(), Vec::new()),
         Err(error) => return Err(error.into()),
     };
     if output.is_json() {
-        output.json(&entries.iter().map(Listed::from).collect::<Vec<_>>())?;
+        let uvms = uvms.iter().map(|uvm| Thing::Uvm(uvm.into()));
+        let images = images.iter().map(|image| Thing::Image(image.into()));
+        output.json(&uvms.chain(images).collect::<Vec<_>>())?;
         return Ok(ExitCode::SUCCESS);
     }
-    if entries.is_empty() {
-        output.text("No μVM is baked yet: `kiln bake` makes one.\n")?;
-        return Ok(ExitCode::SUCCESS);
-    }
-    let head = [
-        "UVM",
-        "BAKED (UTC)",
-        "CPUS",
-        "MEMORY",
-        "SLOTS",
-        "KERNEL",
-        "DATA",
-        "",
-    ];
-    let mut rows = vec![head.map(str::to_owned).to_vec()];
-    rows.extend(entries.iter().map(list_row));
-    output.text(&table(&rows))?;
+    output.text(&list_text(&uvms, &images))?;
     Ok(ExitCode::SUCCESS)
+}
+
+fn list_text(uvms: &[Entry], images: &[ImageEntry]) -> String {
+    let mut text = if uvms.is_empty() {
+        "No μVM is baked yet: `kiln bake` makes one.\n".to_owned()
+    } else {
+        let head = [
+            "UVM",
+            "BAKED (UTC)",
+            "CPUS",
+            "MEMORY",
+            "SLOTS",
+            "KERNEL",
+            "DATA",
+            "",
+        ];
+        let mut rows = vec![head.map(str::to_owned).to_vec()];
+        rows.extend(uvms.iter().map(list_row));
+        table(&rows)
+    };
+    if !images.is_empty() {
+        let mut rows = vec![
+            ["IMAGE", "USED (UTC)", "SIZE", ""]
+                .map(str::to_owned)
+                .to_vec(),
+        ];
+        rows.extend(images.iter().rev().map(image_row));
+        text += &format!("\n{}", table(&rows));
+    }
+    text
+}
+
+fn image_row(image: &ImageEntry) -> Vec<String> {
+    let state = match image.content {
+        Some(_) => "",
+        None => "not usable: it is made again when it is needed",
+    };
+    vec![
+        image.key.digest().short(),
+        moment(image.used_at),
+        size(image.length),
+        state.to_owned(),
+    ]
 }
 
 fn list_row(entry: &Entry) -> Vec<String> {
@@ -103,7 +171,11 @@ fn list_row(entry: &Entry) -> Vec<String> {
 
 pub(crate) fn inspect(root: &Path, name: &str, output: &Output) -> Result<ExitCode, Failure> {
     let store = Store::open(root)?;
-    let entry = store.entry(store.resolve(name)?)?;
+    let id = store.resolve(name)?;
+    if let Some(image) = store.images().entry(&id.into()) {
+        return inspect_image(&image, output);
+    }
+    let entry = store.entry(id)?;
     if output.is_json() {
         output.json(&Listed::from(&entry))?;
         return Ok(ExitCode::SUCCESS);
@@ -152,9 +224,35 @@ pub(crate) fn inspect(root: &Path, name: &str, output: &Output) -> Result<ExitCo
     Ok(ExitCode::SUCCESS)
 }
 
+fn inspect_image(image: &ImageEntry, output: &Output) -> Result<ExitCode, Failure> {
+    if output.is_json() {
+        output.json(&ListedImage::from(image))?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let content = image
+        .content
+        .map_or("unknown".to_owned(), |digest| digest.to_string());
+    let sizes = format!("{} long, {} on disk", size(image.length), size(image.bytes));
+    let after_power_cut = match image.synced {
+        true => "used as it is",
+        false => "read once before it is used",
+    };
+    let rows = [
+        ("image", image.key.to_string()),
+        ("last used", format!("{} UTC", moment(image.used_at))),
+        ("size", sizes),
+        ("content", content),
+        ("after a restart", after_power_cut.to_owned()),
+    ]
+    .map(|(name, value)| vec![name.to_owned(), value]);
+    output.text(&table(&rows))?;
+    Ok(ExitCode::SUCCESS)
+}
+
 #[derive(Serialize)]
 struct VerifiedJson {
     uvms: u32,
+    images: u32,
     objects: u32,
     data: u64,
     orphans: u32,
@@ -163,7 +261,8 @@ struct VerifiedJson {
 
 #[derive(Serialize)]
 struct DamageJson {
-    uvm: Digest,
+    kind: &'static str,
+    id: Digest,
     what: String,
 }
 
@@ -177,11 +276,13 @@ pub(crate) fn verify(root: &Path, names: &[String], output: &Output) -> Result<E
     let good = report.damage.is_empty();
     if output.is_json() {
         let describe = |damage: &kiln_store::Damage| DamageJson {
-            uvm: damage.uvm(),
+            kind: kind(damage.of()),
+            id: damage.of().id,
             what: causes(damage),
         };
         output.json(&VerifiedJson {
             uvms: report.uvms,
+            images: report.images,
             objects: report.objects,
             data: report.data,
             orphans: report.orphans,
@@ -197,25 +298,35 @@ pub(crate) fn verify(root: &Path, names: &[String], output: &Output) -> Result<E
             );
         }
         text += &format!(
-            "{} μVMs, {} objects with {} of data read: {}\n",
+            "{} μVMs and {} images, {} objects with {} of data read: {}\n",
             report.uvms,
+            report.images,
             report.objects,
             size(report.data),
             if good {
                 output.paint(Colour::Green, "nothing is damaged")
             } else {
-                "remove what is damaged (`kiln rm`) and bake it again (`kiln bake`)".to_owned()
+                "remove what is damaged (`kiln rm`), and bake it again (`kiln bake`) if it is a μVM"
+                    .to_owned()
             }
         );
         if report.orphans > 0 {
             text += &format!(
-                "{} objects belong to no μVM (an interrupted bake): `kiln gc` removes them\n",
+                "{} objects belong to nothing (an interrupted bake): `kiln gc` removes them\n",
                 report.orphans
             );
         }
         output.text(&text)?;
     }
     Ok(ExitCode::from(u8::from(!good)))
+}
+
+/// Its kind, as programs see it.
+fn kind(named: Named) -> &'static str {
+    match named.kind {
+        "μVM" => "uvm",
+        other => other,
+    }
 }
 
 /// An error and all its causes in one line.
@@ -263,8 +374,8 @@ pub(crate) fn pin(root: &Path, name: &str, pinned: bool) -> Result<ExitCode, Fai
 struct CollectedJson {
     dry_run: bool,
     removed: Vec<RemovedJson>,
-    in_use: Vec<Digest>,
-    damaged: Vec<Digest>,
+    in_use: Vec<NamedJson>,
+    damaged: Vec<NamedJson>,
     objects: u32,
     interrupted: u32,
     freed: u64,
@@ -273,8 +384,24 @@ struct CollectedJson {
 }
 
 #[derive(Serialize)]
-struct RemovedJson {
+struct NamedJson {
+    kind: &'static str,
     id: Digest,
+}
+
+impl From<&Named> for NamedJson {
+    fn from(named: &Named) -> NamedJson {
+        NamedJson {
+            kind: kind(*named),
+            id: named.id,
+        }
+    }
+}
+
+#[derive(Serialize)]
+struct RemovedJson {
+    #[serde(flatten)]
+    what: NamedJson,
     why: &'static str,
 }
 
@@ -283,6 +410,7 @@ fn why(why: Why) -> &'static str {
         Why::Superseded => "superseded",
         Why::Room => "room",
         Why::Older => "older",
+        Why::Unusable => "unusable",
         Why::All => "all",
     }
 }
@@ -310,15 +438,15 @@ pub(crate) fn collect(root: &Path, options: &Gc, output: &Output) -> Result<Exit
             .removed
             .iter()
             .map(|r| RemovedJson {
-                id: r.id,
+                what: (&r.what).into(),
                 why: why(r.why),
             })
             .collect();
         output.json(&CollectedJson {
             dry_run: options.dry_run,
             removed,
-            in_use: report.in_use,
-            damaged: report.damaged,
+            in_use: report.in_use.iter().map(NamedJson::from).collect(),
+            damaged: report.damaged.iter().map(NamedJson::from).collect(),
             objects: report.objects,
             interrupted: report.interrupted,
             freed: report.freed,
@@ -331,6 +459,10 @@ pub(crate) fn collect(root: &Path, options: &Gc, output: &Output) -> Result<Exit
     Ok(ExitCode::SUCCESS)
 }
 
+fn said(named: &Named) -> String {
+    format!("{} {}", named.kind, named.id.short())
+}
+
 fn collected_text(report: &Collected, dry_run: bool, budget: Option<u64>) -> String {
     let mut text = String::new();
     let verb = if dry_run { "would remove" } else { "removed" };
@@ -339,17 +471,18 @@ fn collected_text(report: &Collected, dry_run: bool, budget: Option<u64>) -> Str
             Why::Superseded => "a newer one serves the same purpose",
             Why::Room => "least recently used, to make room",
             Why::Older => "an older kiln baked it",
+            Why::Unusable => "it can't be used: it is damaged, or another kiln made it",
             Why::All => "asked to remove all",
         };
-        text += &format!("{verb} {} ({reason})\n", removed.id.short());
+        text += &format!("{verb} {} ({reason})\n", said(&removed.what));
     }
-    for id in &report.in_use {
-        text += &format!("kept {} (in use)\n", id.short());
+    for named in &report.in_use {
+        text += &format!("kept {} (in use)\n", said(named));
     }
-    for id in &report.damaged {
+    for named in &report.damaged {
         text += &format!(
             "kept {} (it can't be read: `kiln rm` removes it)\n",
-            id.short()
+            said(named)
         );
     }
     if report.interrupted > 0 {

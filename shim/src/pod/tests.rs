@@ -331,7 +331,7 @@ impl Bed {
             setups: Mutex::default(),
         });
         let config = Config {
-            rootfs_cache: dir.path().join("cache"),
+            store: dir.path().join("store"),
             max_cpus: 8,
             ..Config::default()
         };

@@ -4,7 +4,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use containerd_shim_protos::api::Mount;
-use kiln_cache::{Cache, ImageKey, Lease, Lowers, OverlayMount};
+use kiln_cache::{Lowers, OverlayMount, image_for};
+use kiln_store::{Image, ImageKey, Images};
 
 use super::layers::{self, Layer};
 use crate::config::Config;
@@ -146,13 +147,13 @@ fn is_empty(dir: &Path) -> bool {
     fs::read_dir(dir).map_or(true, |mut entries| entries.next().is_none())
 }
 
-/// The image of directories, made now if the cache hasn't got it. The lease holds it for as long as its file is open
+/// The image of directories, made now if the store hasn't got it. It stays for as long as its file is open
 /// anywhere. Blocks.
-pub(super) fn erofs(config: &Config, directories: &Directories) -> Result<Lease> {
-    let cache = Cache::new(&config.rootfs_cache, config.rootfs_cache_size);
+pub(super) fn erofs(config: &Config, directories: &Directories) -> Result<Image> {
     let lowers = &directories.lowers;
     let key = match &directories.lasting {
-        Lasting::Committed => ImageKey::from_lowers(lowers)
+        Lasting::Committed => lowers
+            .key()
             .map_err(|e| Error::failed("look at the layers of the root file system", e))?,
         Lasting::Mounts(layers, user_xattrs) => {
             let mut parts = vec![vec![u8::from(*user_xattrs)]];
@@ -168,11 +169,10 @@ pub(super) fn erofs(config: &Config, directories: &Directories) -> Result<Lease>
             ImageKey::from_identity([&b"once"[..], &once])
         }
     };
-    let lease = cache
-        .image_for(&key, lowers)
+    let image = image_for(&Images::at(&config.store), &key, lowers)
         .map_err(|e| Error::failed("make an image of the root file system", e))?;
-    tracing::debug!(image = %lease.path.display(), made = lease.made, "root file system image");
-    Ok(lease)
+    tracing::debug!(image = %image.path.display(), made = image.made, "root file system image");
+    Ok(image)
 }
 
 #[cfg(test)]
@@ -251,7 +251,7 @@ mod tests {
         fs::create_dir(&layer).unwrap();
         fs::write(layer.join("hello"), "hello").unwrap();
         let config = Config {
-            rootfs_cache: dir.path().join("cache"),
+            store: dir.path().join("store"),
             ..Config::default()
         };
         let directories = |lasting| Directories {

@@ -278,16 +278,16 @@ async fn image_of(config: &Config, directories: Directories, timeline: &Timeline
     let config = config.clone();
     let begun = timeline.now();
     let making = tokio::task::spawn_blocking(move || image::erofs(&config, &directories));
-    let lease = making
+    let image = making
         .await
         .map_err(|e| Error::failed("make an image of the root file system", e))??;
-    let step = match lease.made {
+    let step = match image.made {
         true => step::IMAGE_MAKE,
         false => step::IMAGE_FIND,
     };
     timeline.add(step, begun, timeline.now() - begun);
     // The lock that keeps the image goes with the file, to the VMM.
-    Ok(lease.file)
+    Ok(image.file)
 }
 
 /// The mounts, in order, that end with the root.

@@ -6,6 +6,7 @@ mod overlay_curve;
 mod pod_start;
 mod resume;
 mod steady;
+pub(crate) mod store;
 
 use std::future::Future;
 use std::pin::Pin;
@@ -57,6 +58,10 @@ pub(crate) fn all() -> Vec<Bench> {
         Bench {
             name: "resume",
             run: |settings| Box::pin(resume::run(settings)),
+        },
+        Bench {
+            name: "store",
+            run: |settings| Box::pin(store::run(settings)),
         },
         Bench {
             name: "density",

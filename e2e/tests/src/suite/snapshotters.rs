@@ -20,7 +20,7 @@ use super::overlay::inspect;
 use super::same;
 
 /// Images that kiln made of directories.
-const MADE: &str = "/var/lib/kiln/rootfs/images";
+const MADE: &str = "/var/lib/kiln/store/images";
 /// The handler whose pods are on the erofs snapshotter.
 const EROFS_HANDLER: &str = "kiln-erofs";
 /// For the removal of what nothing refers to any more.

@@ -18,11 +18,12 @@ mod write;
 
 use std::os::fd::OwnedFd;
 
+use kiln_store::SegmentDigest;
+
 pub use error::ImageError;
 use layout::Layout;
 use source::Layers;
 use tree::{Content, Tree};
-pub use write::SegmentDigest;
 use write::Writer;
 pub(crate) use write::digest;
 

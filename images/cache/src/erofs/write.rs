@@ -5,6 +5,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use kiln_store::SegmentDigest;
 use rustix::io::Errno;
 
 use super::directory;
@@ -16,15 +17,6 @@ use super::tree::{Content, FileContent, Inode, InodeIndex, Tree};
 
 /// A large file is read, hashed and written in pieces that stay in a core's cache.
 const PIECE: usize = 256 * 1024;
-
-/// A part of an image, with what identifies its bytes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct SegmentDigest {
-    /// Length in bytes. Segments follow one another without gaps.
-    pub len: u64,
-    /// BLAKE3 of the bytes.
-    pub hash: [u8; 32],
-}
 
 pub(crate) struct Writer<'a> {
     pub(crate) tree: &'a Tree,

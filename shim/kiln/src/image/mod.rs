@@ -1,5 +1,5 @@
 //! Container images as files: what `docker save`, `podman save` and `ctr image export` write, turned
-//! into a root file system image in the cache.
+//! into a root file system image in the store.
 //!
 //! An archive is not trusted: layers are unpacked without ever following a link out of their
 //! directory, and each must have the digest that the image's configuration names.
@@ -7,21 +7,19 @@
 mod archive;
 mod unpack;
 
-use std::fs::{self, DirBuilder, File};
+use std::fs::DirBuilder;
 use std::io::{self, Read};
 use std::os::unix::fs::DirBuilderExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
-use kiln_cache::{Cache, ImageKey, Lease, Lowers};
+use kiln_cache::{Lowers, image_of};
+use kiln_store::{ImageKey, Images};
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
 use archive::Archive;
 use unpack::Tree;
-
-/// The most that images in the cache may take; those in use stay in any case.
-const CACHE_BUDGET: u64 = 20 << 30;
 
 /// What an image says about the processes in it.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
@@ -88,23 +86,20 @@ impl Image {
         })
     }
 
-    /// The root file system, from the cache in `dir`; it is made if the cache has none.
-    pub(crate) fn root(&self, dir: &Path) -> Result<Lease> {
+    /// The root file system, from the store; it is made if that has none. Several at once would unpack the same layers:
+    /// the first makes the image for all.
+    pub(crate) fn root(&self, store: &Path) -> Result<kiln_store::Image> {
         let key = ImageKey::from_identity(self.layers.iter().map(|(_, digest)| digest));
-        let cache = Cache::open(dir, CACHE_BUDGET)
-            .with_context(|| format!("the image cache {} cannot be used", dir.display()))?;
-        if let Some(lease) = cache.lookup(&key)? {
-            return Ok(lease);
-        }
-        // Several at once would unpack the same layers; the first makes the image for all.
-        let _turn = Turn::take(&dir.join("unpack.lock"))?;
-        if let Some(lease) = cache.lookup(&key)? {
-            return Ok(lease);
-        }
-        let work = Unpacked::new(&dir.join("unpacked"))?;
-        self.unpack(&work.0)?;
-        let lease = cache.image_for(&key, &Lowers::plain(work.0.clone()))?;
-        Ok(lease)
+        image_of(&Images::at(store), &key, |work| {
+            let tree = work.join("unpacked");
+            // A layer may hold programs that act for root: nobody else gets at them here.
+            DirBuilder::new()
+                .mode(0o700)
+                .create(&tree)
+                .with_context(|| format!("making {}", tree.display()))?;
+            self.unpack(&tree)?;
+            Ok(Lowers::plain(tree))
+        })
     }
 
     fn unpack(&self, target: &Path) -> Result<()> {
@@ -138,48 +133,6 @@ impl Image {
             }
         }
         Ok(None)
-    }
-}
-
-/// One process at a time.
-struct Turn(#[expect(dead_code, reason = "held for its lock")] File);
-
-impl Turn {
-    fn take(path: &Path) -> Result<Turn> {
-        let file = File::create(path).with_context(|| format!("making {}", path.display()))?;
-        file.lock()
-            .with_context(|| format!("locking {}", path.display()))?;
-        Ok(Turn(file))
-    }
-}
-
-/// A directory for unpacked layers, empty at first and gone afterwards. Only whoever has the turn
-/// uses it, so what a killed predecessor left may be removed.
-struct Unpacked(PathBuf);
-
-impl Unpacked {
-    fn new(path: &Path) -> Result<Unpacked> {
-        remove_all(path).with_context(|| format!("removing {}", path.display()))?;
-        // A layer may hold programs that act for root: nobody else gets at them here.
-        DirBuilder::new()
-            .mode(0o700)
-            .create(path)
-            .with_context(|| format!("making {}", path.display()))?;
-        Ok(Unpacked(path.to_owned()))
-    }
-}
-
-impl Drop for Unpacked {
-    fn drop(&mut self) {
-        // What stays is removed by the next.
-        drop(remove_all(&self.0));
-    }
-}
-
-fn remove_all(path: &Path) -> io::Result<()> {
-    match fs::remove_dir_all(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-        _ => Ok(()),
     }
 }
 

@@ -206,33 +206,33 @@ fn nothing_is_written_outside_whatever_a_layer_says() {
 }
 
 #[test]
-fn damaged_layer_is_named_and_nothing_is_cached() {
+fn damaged_layer_is_named_and_nothing_is_kept() {
     let file = docker(&[layer(&[Item::File("a", &[7; 3000], 0o644)])]);
     let mut bytes = fs::read(file.path()).unwrap();
     let at = bytes.windows(9).position(|part| part == [7; 9]).unwrap();
     bytes[at + 5] = 8;
     fs::write(file.path(), bytes).unwrap();
-    let cache = tempfile::tempdir().unwrap();
-    let error = Image::open(file.path()).unwrap().root(cache.path());
+    let store = tempfile::tempdir().unwrap();
+    let error = Image::open(file.path()).unwrap().root(store.path());
     let text = format!("{:#}", error.unwrap_err());
     assert!(text.contains("0/layer.tar is damaged"), "{text}");
     assert_eq!(
-        fs::read_dir(cache.path().join("images")).unwrap().count(),
+        fs::read_dir(store.path().join("images")).unwrap().count(),
         0
     );
-    assert!(!cache.path().join("unpacked").exists());
+    assert_eq!(fs::read_dir(store.path().join("tmp")).unwrap().count(), 0);
 }
 
 #[test]
 fn root_is_made_once() {
     let file = docker(&[layer(&[Item::File("a", b"1", 0o644)])]);
     let image = Image::open(file.path()).unwrap();
-    let cache = tempfile::tempdir().unwrap();
-    assert!(image.root(cache.path()).unwrap().made);
-    let again = image.root(cache.path()).unwrap();
+    let store = tempfile::tempdir().unwrap();
+    assert!(image.root(store.path()).unwrap().made);
+    let again = image.root(store.path()).unwrap();
     assert!(!again.made);
-    let unpacked = fs::metadata(cache.path().join("unpacked"));
-    assert!(unpacked.is_err(), "what was unpacked is still there");
+    let left = fs::read_dir(store.path().join("tmp")).unwrap().count();
+    assert_eq!(left, 0, "what was unpacked is still there");
 }
 
 #[test]

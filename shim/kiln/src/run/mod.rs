@@ -285,7 +285,7 @@ async fn begin(
     let options = start.options;
     let hostname = options.hostname.as_deref().unwrap_or(name);
     let begun = timeline.now();
-    let root = start.image.root(&options.cache)?;
+    let root = start.image.root(start.store)?;
     let found = if root.made {
         step::IMAGE_MAKE
     } else {

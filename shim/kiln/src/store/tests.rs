@@ -107,19 +107,58 @@ fn damage_makes_verify_fail() {
 #[test]
 fn text_of_a_collection_says_what_and_why() {
     let id = Digest::of_bytes(b"x");
+    let what = Named { kind: "μVM", id };
     let report = Collected {
         removed: vec![kiln_store::Removed {
-            id,
+            what,
             why: Why::Superseded,
         }],
-        in_use: vec![id],
+        in_use: vec![Named { kind: "image", id }],
         freed: 3 << 20,
         used: 1 << 20,
         ..Collected::default()
     };
     let text = collected_text(&report, false, Some(1 << 30));
-    assert!(text.contains(&format!("removed {} (a newer one", id.short())));
-    assert!(text.contains("in use"));
+    assert!(text.contains(&format!("removed μVM {} (a newer one", id.short())));
+    assert!(text.contains(&format!("kept image {} (in use)", id.short())));
     assert!(text.ends_with("freed 3.0 MiB; the store takes 1.0 MiB of 1.0 GiB\n"));
     assert!(collected_text(&report, true, None).contains("would free"));
+}
+
+#[test]
+fn images_are_listed_inspected_verified_and_removed_beside_uvms() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open_or_create(dir.path().join("s")).unwrap();
+    let layer = dir.path().join("layer");
+    std::fs::create_dir(&layer).unwrap();
+    std::fs::write(layer.join("file"), "content").unwrap();
+    let lowers = kiln_cache::Lowers::plain(layer);
+    let key = lowers.key().unwrap();
+    let image = kiln_cache::image_for(&store.images(), &key, &lowers).unwrap();
+    let (uvm, id) = (bake(&store, "one"), key.digest());
+
+    let text = list_text(&store.list().unwrap(), &store.images().entries().unwrap());
+    assert!(
+        text.contains(&uvm.short()) && text.contains(&id.short()),
+        "{text}"
+    );
+    let json = serde_json::to_value(ListedImage::from(&store.images().entry(&key).unwrap()));
+    let json = json.unwrap();
+    assert_eq!(
+        (&json["kind"], &json["id"]),
+        (&"image".into(), &id.to_string().into())
+    );
+
+    let names = [id.short()];
+    let root = store.root();
+    assert_eq!(
+        inspect(root, &names[0], &quiet()).unwrap(),
+        ExitCode::SUCCESS
+    );
+    assert_eq!(verify(root, &names, &quiet()).unwrap(), ExitCode::SUCCESS);
+    assert!(remove(root, &names, &quiet()).is_err(), "it is in use");
+    drop(image);
+    remove(root, &names, &quiet()).unwrap();
+    assert!(store.images().entries().unwrap().is_empty());
+    assert_eq!(store.list().unwrap().len(), 1);
 }

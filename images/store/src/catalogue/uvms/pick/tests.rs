@@ -1,7 +1,8 @@
+use std::fs;
 use std::os::unix::fs::FileExt;
 
 use super::*;
-use crate::manifest::tests::description;
+use crate::catalogue::uvms::manifest::tests::description;
 use crate::{Description, Kind, Policy, Why};
 
 const PROTOCOL: u32 = 4;
@@ -35,18 +36,34 @@ fn bake(store: &Store, name: &str, change: impl FnOnce(&mut Description)) -> Dig
 /// A manifest as another version of kiln left it.
 fn foreign(store: &Store, version: u8) -> Digest {
     let id = bake(store, "foreign", |about| about.baked_at += 1000);
-    let mut bytes = fs::read(store.uvm_path(&id)).unwrap();
+    let mut bytes = fs::read(store.uvms().path(&id)).unwrap();
     store.remove(id).unwrap();
     bytes[8] = version;
     let id = Digest::of_bytes(&bytes);
-    fs::write(store.uvm_path(&id), bytes).unwrap();
+    fs::write(store.uvms().path(&id), bytes).unwrap();
     id
 }
 
 fn pick(store: &Store) -> Result<Digest, Miss> {
-    store
-        .pick(&host(), |uvm| uvm.about.class.max_cpus >= 16)
-        .unwrap()
+    let wanted = Wanted {
+        cpus: 16,
+        ..Wanted::default()
+    };
+    store.pick(&host(), &wanted).unwrap()
+}
+
+#[test]
+fn size_fits_a_class_that_can_grow_to_it() {
+    let fits = |cpus, memory| {
+        let wanted = Wanted {
+            cpus,
+            memory,
+            scratch: false,
+        };
+        wanted.fits_into(4, 1024)
+    };
+    assert!(fits(4, Some(1024 << 20)) && fits(1, None));
+    assert!(!fits(5, None) && !fits(1, Some((1024 << 20) + 1)));
 }
 
 #[test]
@@ -122,7 +139,7 @@ fn older_kilns_uvms_are_no_damage_and_go_with_the_next_collection() {
     assert!(listed.to_string().contains("by an older kiln"), "{listed}");
     assert!(store.verify(&[]).unwrap().damage.is_empty());
     let report = store.collect(Policy::default()).unwrap();
-    let removed: Vec<_> = report.removed.iter().map(|r| (r.id, r.why)).collect();
+    let removed: Vec<_> = report.removed.iter().map(|r| (r.what.id, r.why)).collect();
     assert_eq!(removed, [(older, Why::Older)]);
     assert_eq!(report.damaged, []);
     assert_eq!(pick(&store), Ok(good));
@@ -134,5 +151,6 @@ fn pinned_uvm_of_an_older_kiln_stays() {
     let older = foreign(&store, 1);
     store.pin(older).unwrap();
     let report = store.collect(Policy::default()).unwrap();
-    assert_eq!((report.removed, report.damaged), (vec![], vec![older]));
+    assert_eq!(report.damaged[0].id, older);
+    assert_eq!((report.removed, report.damaged.len()), (vec![], 1));
 }

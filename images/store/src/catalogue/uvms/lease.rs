@@ -1,17 +1,19 @@
-//! Leases: while a process holds one, the μVM cannot be removed.
+//! Leases on μVMs.
 
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
+use std::time::{Duration, SystemTime};
 
 use kiln_vmm_control::PageRun;
 
+use super::{Kind, Manifest, Uvms, WorkingSet};
+use crate::content::{Content, lease};
 use crate::error::Context;
-use crate::{Digest, Error, Kind, Manifest, Store, WorkingSet, lock};
+use crate::{Digest, Error, Store};
 
-/// The right to use a μVM: a shared lock on its manifest.
+/// The right to use a μVM: a shared lock on its manifest. While it lives, the μVM is not removed.
 ///
 /// The kernel drops it with its last file descriptor, so a holder that is killed holds nothing. It
 /// may be handed to another process (the VMM) by passing the descriptor on.
@@ -20,44 +22,33 @@ pub struct Lease {
     id: Digest,
     manifest: Manifest,
     file: File,
-    store: Store,
+    content: Content,
 }
 
 impl Store {
     /// Takes a lease on a μVM, to use it.
     pub fn lease(&self, id: Digest) -> Result<Lease, Error> {
-        let lease = self.hold(id)?;
+        let lease = self.uvms().hold(id)?;
         // When it was last used is a hint for garbage collection; a read-only store does without.
         // Kept as the time of modification, since any reader changes the time of access.
-        let now = std::time::SystemTime::now();
-        let _ = lease
-            .file
-            .set_times(std::fs::FileTimes::new().set_modified(now));
+        let times = std::fs::FileTimes::new().set_modified(SystemTime::now());
+        let _ = lease.file.set_times(times);
         Ok(lease)
     }
+}
 
+impl Uvms {
     /// Takes a lease that does not count as use.
-    pub(crate) fn hold(&self, id: Digest) -> Result<Lease, Error> {
-        let gone = || Error::NotFound(id.to_string());
-        let path = self.uvm_path(&id);
-        let mut file = match File::open(&path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(gone()),
-            other => other.context("opening", &path)?,
-        };
+    pub(super) fn hold(&self, id: Digest) -> Result<Lease, Error> {
         // Only a removal takes this lock for itself.
-        if !lock::try_shared(&file).context("locking", &path)? {
-            return Err(gone());
-        }
-        // The removal may have been quicker than the lock.
-        if file.metadata().context("reading", &path)?.nlink() == 0 {
-            return Err(gone());
-        }
+        let held = lease::hold(&self.path(&id), Duration::ZERO)?;
+        let (mut file, _) = held.ok_or_else(|| Error::NotFound(id.to_string()))?;
         let manifest = self.read_manifest(id, &mut file)?;
         Ok(Lease {
             id,
             manifest,
             file,
-            store: self.clone(),
+            content: self.content.clone(),
         })
     }
 }
@@ -76,7 +67,7 @@ impl Lease {
     /// Where an object of it is.
     pub fn path(&self, kind: Kind) -> Result<PathBuf, Error> {
         let object = self.manifest.object(kind).ok_or(Error::Incomplete(kind))?;
-        Ok(self.store.object_path(&object.digest))
+        Ok(self.content.object_path(&object.digest))
     }
 
     /// An object of it, open for reading. Its length is checked, its content is not: that would

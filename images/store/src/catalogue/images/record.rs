@@ -1,17 +1,24 @@
-//! What is written beside a cached image: enough to tell that the image is the one that was made.
+//! The record beside an image: enough to tell that the image is the one that was made.
 
-use std::fs::File;
-use std::os::unix::fs::MetadataExt;
+use std::fs::{File, Metadata};
+use std::io;
+use std::os::unix::fs::{FileExt, MetadataExt};
 
-use super::CacheError;
-use crate::erofs::{SegmentDigest, Written};
+/// A part of an image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SegmentDigest {
+    /// Length in bytes. Segments follow one another without gaps.
+    pub len: u64,
+    /// BLAKE3 of the bytes.
+    pub hash: [u8; 32],
+}
 
 /// Changes with the record's layout, and with anything about images that makes older ones unusable.
 const MAGIC: &[u8; 8] = b"KILNIMG1";
 const SEGMENT_LEN: usize = 40;
 const HASH_LEN: usize = 32;
 
-/// How an image's file looked when it was finished. Any later write changes it.
+/// Size, inode and times of an image's file when it was finished. Any later write changes them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Stamp {
     size: u64,
@@ -21,14 +28,13 @@ pub(super) struct Stamp {
 }
 
 impl Stamp {
-    pub(super) fn of(image: &File) -> std::io::Result<Stamp> {
-        let meta = image.metadata()?;
-        Ok(Stamp {
+    pub(super) fn of(meta: &Metadata) -> Stamp {
+        Stamp {
             size: meta.size(),
             ino: meta.ino(),
             mtime: (meta.mtime(), meta.mtime_nsec()),
             ctime: (meta.ctime(), meta.ctime_nsec()),
-        })
+        }
     }
 
     fn fields(&self) -> [[u8; 8]; 6] {
@@ -65,16 +71,6 @@ pub(super) struct Record {
 const FIXED_LEN: usize = 8 + 16 + 8 + 48 + 32;
 
 impl Record {
-    pub(super) fn new(written: &Written, stamp: Stamp, boot: [u8; 16]) -> Record {
-        Record {
-            boot,
-            synced: false,
-            stamp,
-            digest: written.digest,
-            segments: written.segments.clone(),
-        }
-    }
-
     pub(super) fn encode(&self) -> Vec<u8> {
         let mut out = Vec::with_capacity(FIXED_LEN + SEGMENT_LEN * self.segments.len() + HASH_LEN);
         out.extend_from_slice(MAGIC);
@@ -140,8 +136,7 @@ impl Record {
     }
 
     /// Reads the whole image and compares every byte's hash.
-    pub(super) fn matches(&self, image: &File) -> Result<bool, CacheError> {
-        use std::os::unix::fs::FileExt;
+    pub(super) fn matches(&self, image: &File) -> io::Result<bool> {
         let mut buffer = vec![0; 256 * 1024];
         let mut at = 0;
         for segment in &self.segments {
@@ -151,9 +146,7 @@ impl Record {
                 let len = usize::try_from(end - at)
                     .unwrap_or(usize::MAX)
                     .min(buffer.len());
-                let read = image
-                    .read_at(&mut buffer[..len], at)
-                    .map_err(CacheError::Verify)?;
+                let read = image.read_at(&mut buffer[..len], at)?;
                 if read == 0 {
                     return Ok(false);
                 }
@@ -164,6 +157,6 @@ impl Record {
                 return Ok(false);
             }
         }
-        Ok(at == Stamp::of(image).map_err(CacheError::Verify)?.size)
+        Ok(at == image.metadata()?.size())
     }
 }

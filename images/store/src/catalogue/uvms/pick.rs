@@ -1,0 +1,182 @@
+//! Whether a μVM can be resumed on this host by this kiln, and the choice of one that can: the rule that the shim,
+//! `kiln run` and `kiln bake` share.
+
+use std::fs::File;
+
+use kiln_vmm_control::cpu::Fingerprint;
+
+use super::index::Said;
+use super::{Kind, Manifest, Uvms};
+use crate::{Digest, Error, Store};
+
+/// What a μVM has to agree with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Host {
+    /// The processor.
+    pub cpu: Fingerprint,
+    /// The version of the agent's protocol that this kiln speaks.
+    pub protocol: u32,
+}
+
+impl Host {
+    /// The host this runs on.
+    pub fn this(protocol: u32) -> Host {
+        Host {
+            cpu: Fingerprint::of_this_cpu(),
+            protocol,
+        }
+    }
+}
+
+/// Why a μVM can't be resumed here.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Mismatch {
+    /// Its guest may use what this processor does not have.
+    #[error("it was baked on another CPU ({0})")]
+    Cpu(String),
+    /// Its agent would be misunderstood.
+    #[error("its agent speaks protocol {baked}, this kiln speaks {here}")]
+    Protocol {
+        /// The agent's.
+        baked: u32,
+        /// Ours.
+        here: u32,
+    },
+}
+
+/// Why no μVM was picked: what is wrong with the one that comes nearest.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Miss {
+    /// It is what is wanted but for this.
+    #[error("μVM {} does not fit: {why}", id.short())]
+    Mismatch {
+        /// The μVM.
+        id: Digest,
+        /// What is wrong.
+        why: Mismatch,
+    },
+    /// What it is can't be read any more.
+    #[error("μVM {} was baked by an older kiln", .0.short())]
+    Older(Digest),
+    /// There is none, or none that can grow to what is wanted.
+    #[error("none of its μVMs can grow to that size")]
+    Size,
+}
+
+impl Manifest {
+    /// Whether this μVM can be resumed on `host`.
+    pub fn resumes_here(&self, host: &Host) -> Result<(), Mismatch> {
+        if self.about.protocol != host.protocol {
+            return Err(Mismatch::Protocol {
+                baked: self.about.protocol,
+                here: host.protocol,
+            });
+        }
+        match self.about.cpu.features.difference(&host.cpu) {
+            None => Ok(()),
+            Some(what) => Err(Mismatch::Cpu(what)),
+        }
+    }
+}
+
+/// Requirements on a μVM that is to be resumed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Wanted {
+    /// vCPUs it must be able to grow to.
+    pub cpus: u32,
+    /// Bytes of memory it must be able to grow to; none leaves what it was baked with.
+    pub memory: Option<u64>,
+    /// Whether it must have a disk for the containers' writable layers.
+    pub scratch: bool,
+}
+
+impl Wanted {
+    /// Whether a μVM that grows to so many vCPUs and so many MiB meets them.
+    pub(super) fn fits_into(&self, cpus: u32, memory_mib: u32) -> bool {
+        let memory = u64::from(memory_mib) << 20;
+        self.cpus <= cpus && self.memory.is_none_or(|wanted| wanted <= memory)
+    }
+
+    /// Whether a μVM meets them, leaving aside the host.
+    pub fn fits(&self, manifest: &Manifest) -> bool {
+        let class = &manifest.about.class;
+        self.fits_into(class.max_cpus, class.max_memory_mib)
+            && (!self.scratch || manifest.object(Kind::Scratch).is_some())
+    }
+}
+
+impl Store {
+    /// The newest μVM that meets `wanted`, that can be resumed on `host`, and whose objects are all there. Others
+    /// never hide it; if there is none, the inner error says why for the one that comes nearest.
+    pub fn pick(&self, host: &Host, wanted: &Wanted) -> Result<Result<Digest, Miss>, Error> {
+        let uvms = self.uvms();
+        let said = uvms.ask_index(host, wanted)?;
+        if let Said::This(id) = said
+            && uvms.is_what_it_seems(id, host, wanted)
+        {
+            return Ok(Ok(id));
+        }
+        uvms.pick_by_reading_all(host, wanted, said == Said::Nothing)
+    }
+}
+
+impl Uvms {
+    /// Whether the μVM that the index names is there and whole, and fits.
+    fn is_what_it_seems(&self, id: Digest, host: &Host, wanted: &Wanted) -> bool {
+        File::open(self.path(&id)).is_ok_and(|mut file| {
+            self.read_manifest(id, &mut file).is_ok_and(|manifest| {
+                wanted.fits(&manifest)
+                    && manifest.resumes_here(host).is_ok()
+                    && self.is_whole(&manifest)
+            })
+        })
+    }
+
+    fn pick_by_reading_all(
+        &self,
+        host: &Host,
+        wanted: &Wanted,
+        mend: bool,
+    ) -> Result<Result<Digest, Miss>, Error> {
+        let stamp = self.stamp()?;
+        let all = self.list()?;
+        let ids = all.iter().map(|entry| entry.id).collect();
+        let (mut mismatch, mut older) = (None, None);
+        let mut readable = Vec::new();
+        let mut found = None;
+        for entry in all {
+            match entry.manifest {
+                Ok(manifest) => {
+                    if found.is_none() && wanted.fits(&manifest) && self.is_whole(&manifest) {
+                        match manifest.resumes_here(host) {
+                            Ok(()) => found = Some(entry.id),
+                            Err(why) => {
+                                mismatch.get_or_insert(Miss::Mismatch { id: entry.id, why });
+                            }
+                        }
+                    }
+                    readable.push((entry.id, manifest));
+                }
+                Err(Error::Older { .. }) => {
+                    older.get_or_insert(Miss::Older(entry.id));
+                }
+                Err(_) => {}
+            }
+        }
+        if mend {
+            self.mend_index(stamp, &readable, &ids);
+        }
+        Ok(found.ok_or_else(|| mismatch.or(older).unwrap_or(Miss::Size)))
+    }
+
+    /// All μVMs whose manifests this kiln can read, the newest first.
+    pub(super) fn readable(&self) -> Result<Vec<(Digest, Manifest)>, Error> {
+        let entries = self.list()?.into_iter();
+        Ok(entries
+            .filter_map(|entry| Some((entry.id, entry.manifest.ok()?)))
+            .collect())
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,245 @@
+//! Removal, and garbage collection.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::catalogue::{Candidate, Catalogue, Catalogues};
+use super::{Content, WRITER_WAIT, WriteLock};
+use crate::{Digest, Error};
+
+/// Rules of a garbage collection. Entries that are pinned or in use always stay.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Policy {
+    /// Remove everything.
+    pub all: bool,
+    /// Keep μVMs even if there is a newer one of the same class, kernel release and CPU.
+    pub keep_superseded: bool,
+    /// Remove the least recently used until the store takes no more bytes than this. Its budget
+    /// counts in any case.
+    pub target: Option<u64>,
+    /// Change nothing; say what would be done.
+    pub dry_run: bool,
+}
+
+/// Why something was removed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Why {
+    /// An older kiln baked it: this one can't resume it.
+    Older,
+    /// It can't be used, because it is damaged or another kiln made it, and is made again when it is needed.
+    Unusable,
+    /// All were to go.
+    All,
+    /// A newer one serves the same purpose.
+    Superseded,
+    /// It was the least recently used, and the store too large.
+    Room,
+}
+
+/// An entry of the store, or a removed one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Named {
+    /// Its kind: `μVM` or `image`.
+    pub kind: &'static str,
+    /// Its name.
+    pub id: Digest,
+}
+
+/// A removed entry.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Removed {
+    /// The entry.
+    pub what: Named,
+    /// The reason.
+    pub why: Why,
+}
+
+/// Result of a garbage collection, or of a dry run.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Collected {
+    /// Entries that are gone.
+    pub removed: Vec<Removed>,
+    /// Entries that had to stay because they are in use.
+    pub in_use: Vec<Named>,
+    /// Entries that had to stay because they can't be read: their objects are unknown.
+    pub damaged: Vec<Named>,
+    /// Objects that are gone.
+    pub objects: u32,
+    /// Directories of interrupted bakes that are gone.
+    pub interrupted: u32,
+    /// Bytes on disk given back.
+    pub freed: u64,
+    /// Bytes the store takes now.
+    pub used: u64,
+}
+
+/// Removes the entry of this name, unless it is pinned or in use.
+pub(crate) fn remove(content: &Content, catalogues: &Catalogues, id: Digest) -> Result<(), Error> {
+    let lock = content.write_lock(WRITER_WAIT)?;
+    for catalogue in catalogues {
+        if !catalogue.ids()?.contains(&id) {
+            continue;
+        }
+        if catalogue.is_pinned(&id) {
+            return Err(Error::Pinned(id));
+        }
+        let kind = catalogue.noun();
+        let doomed = catalogue.doom(id)?.ok_or(Error::InUse { kind, id })?;
+        catalogue.remove(doomed, &lock)?;
+        catalogue.settle(&lock);
+        return sweep(content, catalogues, &lock).map(|_| ());
+    }
+    Err(Error::NotFound(id.to_string()))
+}
+
+/// Removes the objects that no catalogue needs; none as long as one catalogue can't tell.
+pub(crate) fn sweep(
+    content: &Content,
+    catalogues: &Catalogues,
+    lock: &WriteLock,
+) -> Result<u32, Error> {
+    let mut needed = BTreeSet::new();
+    for catalogue in catalogues {
+        match catalogue.needed()? {
+            Some(objects) => needed.extend(objects),
+            None => return Ok(0),
+        }
+    }
+    content.sweep_objects(&needed, lock)
+}
+
+/// Removes entries by `policy`, and then everything that no entry needs.
+pub(crate) fn collect(
+    content: &Content,
+    catalogues: &Catalogues,
+    policy: Policy,
+) -> Result<Collected, Error> {
+    let lock = content.write_lock(WRITER_WAIT)?;
+    let usage = content.usage()?;
+    let mut surveyed = Vec::new();
+    let mut report = Collected::default();
+    for catalogue in catalogues {
+        let survey = catalogue.survey(policy)?;
+        let kind = catalogue.noun();
+        let unreadable = survey.unreadable.into_iter();
+        report
+            .damaged
+            .extend(unreadable.map(|id| Named { kind, id }));
+        let entries = survey.entries.into_iter();
+        surveyed.extend(entries.map(|entry| (catalogue.as_ref(), entry)));
+    }
+    let mut collection = Collection {
+        shares: Shares::of(content, surveyed.iter().map(|(_, entry)| entry))?,
+        dry_run: policy.dry_run,
+        lock: &lock,
+        report,
+    };
+    surveyed.retain(|(_, entry)| !entry.stays);
+    let (mut wanted, mut rest): (Vec<_>, Vec<_>) = surveyed
+        .into_iter()
+        .partition(|(_, entry)| entry.why.is_some());
+
+    // μVMs of older kilns go first: their objects are unknown, and no object is removed as long as one of them is there.
+    wanted.sort_by_key(|(_, entry)| (entry.why, entry.used_at));
+    let mut used = usage.used;
+    for (catalogue, entry) in wanted {
+        let why = entry.why.unwrap_or(Why::All);
+        used = used.saturating_sub(collection.remove(catalogue, &entry, why)?);
+    }
+    if !policy.dry_run {
+        collection.report.interrupted = content.sweep_staging(&lock)?;
+        collection.report.objects = sweep(content, catalogues, &lock)?;
+        used = content.usage()?.used;
+    }
+
+    let limit = match (policy.target, usage.budget) {
+        (Some(target), Some(budget)) => Some(target.min(budget)),
+        (target, budget) => target.or(budget),
+    };
+    // μVMs go last: somebody would have to bake them again.
+    rest.sort_by_key(|(catalogue, entry)| (!catalogue.is_remade(), entry.used_at));
+    for (catalogue, entry) in rest {
+        if limit.is_none_or(|limit| used <= limit) {
+            break;
+        }
+        used = used.saturating_sub(collection.remove(catalogue, &entry, Why::Room)?);
+    }
+    let mut report = collection.report;
+    if policy.dry_run {
+        report.used = used;
+    } else {
+        report.objects += sweep(content, catalogues, &lock)?;
+        for catalogue in catalogues {
+            catalogue.settle(&lock);
+        }
+        report.used = content.usage()?.used;
+    }
+    report.freed = usage.used.saturating_sub(report.used);
+    Ok(report)
+}
+
+/// A collection on its way.
+struct Collection<'a> {
+    shares: Shares,
+    dry_run: bool,
+    lock: &'a WriteLock,
+    report: Collected,
+}
+
+impl Collection<'_> {
+    /// Removes an entry unless it is in use. Returns how many bytes that gives back, if not now, then with its objects.
+    fn remove(
+        &mut self,
+        catalogue: &dyn Catalogue,
+        entry: &Candidate,
+        why: Why,
+    ) -> Result<u64, Error> {
+        let what = Named {
+            kind: catalogue.noun(),
+            id: entry.id,
+        };
+        let Some(doomed) = catalogue.doom(entry.id)? else {
+            self.report.in_use.push(what);
+            return Ok(0);
+        };
+        self.report.removed.push(Removed { what, why });
+        if !self.dry_run {
+            catalogue.remove(doomed, self.lock)?;
+        }
+        Ok(entry.bytes + self.shares.release(entry))
+    }
+}
+
+/// Which objects are shared by how many, to know what removing one gives back.
+struct Shares {
+    objects: BTreeMap<Digest, (u32, u64)>,
+}
+
+impl Shares {
+    fn of<'a>(
+        content: &Content,
+        entries: impl Iterator<Item = &'a Candidate>,
+    ) -> Result<Shares, Error> {
+        let mut objects = BTreeMap::new();
+        for object in entries.flat_map(|entry| &entry.objects) {
+            match objects.get_mut(object) {
+                Some((users, _)) => *users += 1,
+                None => drop(objects.insert(*object, (1, content.object_bytes(object)?))),
+            }
+        }
+        Ok(Shares { objects })
+    }
+
+    /// Takes one entry's share away; returns the bytes that nobody needs any more.
+    fn release(&mut self, entry: &Candidate) -> u64 {
+        let mut freed = 0;
+        for object in &entry.objects {
+            if let Some((users, bytes)) = self.objects.get_mut(object) {
+                *users -= 1;
+                if *users == 0 {
+                    freed += *bytes;
+                }
+            }
+        }
+        freed
+    }
+}

@@ -1,0 +1,216 @@
+//! Verification: everything is read and compared with the digests under which it was written.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::io;
+
+use super::Content;
+use super::catalogue::Catalogues;
+use super::digest;
+use crate::{Digest, Error, Named};
+
+/// A difference between the store and what was written.
+#[derive(Debug, thiserror::Error)]
+pub enum Damage {
+    /// A manifest or a record cannot be read.
+    #[error("{} {}: its manifest", of.kind, of.id.short())]
+    Entry {
+        /// The μVM or image.
+        of: Named,
+        /// The reason.
+        #[source]
+        source: Error,
+    },
+    /// An object is not there.
+    #[error("{} {}: its {part} object {} is missing", of.kind, of.id.short(), object.short())]
+    Missing {
+        /// The μVM or image.
+        of: Named,
+        /// The object's part in it, such as `memory`.
+        part: &'static str,
+        /// The object's name.
+        object: Digest,
+    },
+    /// An object is longer or shorter than it was.
+    #[error(
+        "{} {}: its {part} object {} is {found} bytes long, not {wanted}",
+        of.kind, of.id.short(),
+        object.short()
+    )]
+    Length {
+        /// The μVM or image.
+        of: Named,
+        /// The object's part in it, such as `memory`.
+        part: &'static str,
+        /// The object's name.
+        object: Digest,
+        /// Its length.
+        found: u64,
+        /// The length it had.
+        wanted: u64,
+    },
+    /// An object's content has changed.
+    #[error("{} {}: the content of its {part} object {} has changed", of.kind, of.id.short(), object.short())]
+    Content {
+        /// The μVM or image.
+        of: Named,
+        /// The object's part in it, such as `memory`.
+        part: &'static str,
+        /// The object's name.
+        object: Digest,
+    },
+    /// An object cannot be read.
+    #[error("{} {}: its {part} object {} cannot be read", of.kind, of.id.short(), object.short())]
+    Unreadable {
+        /// The μVM or image.
+        of: Named,
+        /// The object's part in it, such as `memory`.
+        part: &'static str,
+        /// The object's name.
+        object: Digest,
+        /// The reason.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl Damage {
+    /// The μVM or image that is damaged.
+    pub fn of(&self) -> Named {
+        match self {
+            Damage::Entry { of, .. }
+            | Damage::Missing { of, .. }
+            | Damage::Length { of, .. }
+            | Damage::Content { of, .. }
+            | Damage::Unreadable { of, .. } => *of,
+        }
+    }
+}
+
+/// Result of a verification.
+#[derive(Debug, Default)]
+pub struct Verified {
+    /// μVMs looked at.
+    pub uvms: u32,
+    /// Images looked at.
+    pub images: u32,
+    /// Objects read, each once, images' files among them.
+    pub objects: u32,
+    /// Bytes of data in them.
+    pub data: u64,
+    /// All differences.
+    pub damage: Vec<Damage>,
+    /// Objects that nothing needs, left by an interrupted bake. Harmless: `collect` removes them.
+    pub orphans: u32,
+    seen: BTreeMap<Digest, Found>,
+}
+
+/// State of an object that was read.
+#[derive(Debug, Clone, Copy)]
+enum Found {
+    Good,
+    Missing,
+    Length(u64),
+    Content,
+}
+
+/// Name and length that an object should have.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Expected {
+    pub(crate) of: Named,
+    pub(crate) part: &'static str,
+    pub(crate) object: Digest,
+    pub(crate) length: u64,
+}
+
+pub(crate) fn verify(
+    content: &Content,
+    catalogues: &Catalogues,
+    only: &[Digest],
+) -> Result<Verified, Error> {
+    let mut unknown: BTreeSet<Digest> = only.iter().copied().collect();
+    for catalogue in catalogues {
+        for id in catalogue.ids()? {
+            unknown.remove(&id);
+        }
+    }
+    if let Some(id) = unknown.first() {
+        return Err(Error::NotFound(id.to_string()));
+    }
+    let mut report = Verified::default();
+    let mut needed = Some(BTreeSet::new());
+    for catalogue in catalogues {
+        catalogue.verify(only, &mut report)?;
+        needed = needed.zip(catalogue.needed()?).map(|(mut all, more)| {
+            all.extend(more);
+            all
+        });
+    }
+    if let Some(needed) = needed {
+        let objects = content.objects()?.into_iter();
+        let orphans = objects.filter(|digest| !needed.contains(digest)).count();
+        report.orphans = u32::try_from(orphans).unwrap_or(u32::MAX);
+    }
+    Ok(report)
+}
+
+impl Verified {
+    /// Reads an object of the store, unless it was read already.
+    pub(crate) fn object(&mut self, content: &Content, expected: Expected) {
+        let Expected {
+            of,
+            part,
+            object,
+            length,
+        } = expected;
+        let found = match self.seen.get(&object) {
+            Some(found) => *found,
+            None => match self.read(content, expected) {
+                Ok(found) => {
+                    self.seen.insert(object, found);
+                    found
+                }
+                Err(source) => {
+                    self.damage.push(Damage::Unreadable {
+                        of,
+                        part,
+                        object,
+                        source,
+                    });
+                    return;
+                }
+            },
+        };
+        self.damage.extend(match found {
+            Found::Good => None,
+            Found::Missing => Some(Damage::Missing { of, part, object }),
+            Found::Content => Some(Damage::Content { of, part, object }),
+            Found::Length(found) => Some(Damage::Length {
+                of,
+                part,
+                object,
+                found,
+                wanted: length,
+            }),
+        });
+    }
+
+    fn read(&mut self, content: &Content, expected: Expected) -> io::Result<Found> {
+        let file = match File::open(content.object_path(&expected.object)) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Found::Missing),
+            other => other?,
+        };
+        let length = file.metadata()?.len();
+        if length != expected.length {
+            return Ok(Found::Length(length));
+        }
+        let scan = digest::of_file(&file)?;
+        self.objects += 1;
+        self.data += scan.data;
+        Ok(if scan.digest == expected.object {
+            Found::Good
+        } else {
+            Found::Content
+        })
+    }
+}
