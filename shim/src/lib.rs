@@ -7,7 +7,6 @@
 pub mod bootstrap;
 pub mod cgroup;
 pub mod cleanup;
-pub mod config;
 pub mod error;
 pub mod events;
 pub mod log;

@@ -12,10 +12,7 @@ use containerd_shim_protos::api::DeleteResponse;
 use containerd_shim_protos::types::introspection::{RuntimeInfo, RuntimeVersion};
 use protobuf::{Message, MessageField};
 
-use crate::bootstrap::{
-    self, Action, Answer, AnswerForm, Args, Fork, ShimSocket, StartParams, StartProtocol,
-};
-use crate::config::Config;
+use crate::bootstrap::{self, Action, Answer, Args, Fork, ShimSocket, StartParams, StartProtocol};
 use crate::events::Exit;
 use crate::record::{PodDir, ProcessRef, Record};
 use crate::server::Shim;
@@ -23,6 +20,7 @@ use crate::spec::Spec;
 use crate::time::timestamp;
 use crate::uvm::Launcher;
 use crate::{cleanup, log};
+use kiln_node::config::{AnswerForm, Config};
 
 /// The longest input anybody sends.
 const LONGEST_INPUT: u64 = 10 << 20;

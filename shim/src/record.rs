@@ -14,7 +14,7 @@ use kiln_store::lock::{self, LockError};
 use kiln_store::private::{self, PrivateError};
 use serde::{Deserialize, Serialize};
 
-use crate::bootstrap::AnswerForm;
+use kiln_node::config::AnswerForm;
 
 /// A process that must not be mistaken for another one with the same number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

@@ -13,7 +13,6 @@ use tokio::signal::unix::{SignalKind, signal};
 use ttrpc::asynchronous::Server;
 use ttrpc::asynchronous::transport::Listener;
 
-use crate::config::Config;
 use crate::pod::Pod;
 use crate::publisher::Publisher;
 use crate::record::PodDir;
@@ -21,6 +20,7 @@ use crate::service::services;
 use crate::spec::Spec;
 use crate::uvm::Launcher;
 use crate::{cleanup, log};
+use kiln_node::config::Config;
 
 /// How long the last events may take to be delivered.
 const LAST_EVENTS: Duration = Duration::from_secs(3);

@@ -3,7 +3,7 @@
 use kiln_uvm::size::{BLOCK, Size};
 use serde::Deserialize;
 
-use crate::config::{Config, PodOverrides};
+use kiln_node::config::{Config, PodOverrides};
 
 /// CPU and memory limits as the OCI spec and CRI's annotations state them. Zero or less: none.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]

@@ -2,23 +2,14 @@
 
 use std::time::Instant;
 
+use kiln_vmm_control::Span;
+
 /// Steps in the order they ended.
 #[derive(Clone, Debug)]
 pub struct Timeline {
     start: Instant,
     last: Instant,
-    steps: Vec<Step>,
-}
-
-/// One step.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Step {
-    /// The span's name.
-    pub name: &'static str,
-    /// When it began, in nanoseconds after the start.
-    pub start_ns: u64,
-    /// How long it took.
-    pub duration_ns: u64,
+    steps: Vec<Span>,
 }
 
 impl Default for Timeline {
@@ -37,8 +28,8 @@ impl Timeline {
     pub fn mark(&mut self, name: &'static str) {
         let now = Instant::now();
         let ns = |d: std::time::Duration| u64::try_from(d.as_nanos()).unwrap_or(u64::MAX);
-        self.steps.push(Step {
-            name,
+        self.steps.push(Span {
+            name: name.into(),
             start_ns: ns(self.last - self.start),
             duration_ns: ns(now - self.last),
         });
@@ -51,7 +42,7 @@ impl Timeline {
     }
 
     /// The steps.
-    pub fn steps(&self) -> &[Step] {
+    pub fn steps(&self) -> &[Span] {
         &self.steps
     }
 }

@@ -16,7 +16,7 @@ use kiln_uvm::ends::Ends;
 use kiln_uvm::jail::Jail;
 use kiln_uvm::machine::{Machine, Start};
 use kiln_uvm::touched::Watch;
-use kiln_uvm::{DeviceKind, DeviceSpec, MachineSpec, PageRun, VmmStep};
+use kiln_uvm::{DeviceKind, DeviceSpec, MachineSpec, PageRun, Span};
 
 /// Where a node has the VMM.
 const PROGRAM: &str = "/usr/local/bin/kiln-vmm";
@@ -244,7 +244,7 @@ pub struct Uvm {
     vmm: Machine,
     dir: PathBuf,
     /// What the VMM said when it had started.
-    pub steps: Vec<VmmStep>,
+    pub steps: Vec<Span>,
 }
 
 impl Uvm {

@@ -39,6 +39,8 @@ pub struct Order {
     pub agent: PathBuf,
     /// The VMM.
     pub vmm: PathBuf,
+    /// User ids of jailed VMMs begin here.
+    pub vmm_ids: u32,
     /// Bake even if the store has a μVM of the same recipe.
     pub again: bool,
 }

@@ -55,7 +55,7 @@ pub(crate) async fn boot_and_save(
         console: &console,
     };
     let booting = stage("booting the guest");
-    let machine = start(&order.vmm).map_err(|error| booting.failed(error))?;
+    let machine = start(order).map_err(|error| booting.failed(error))?;
     let boot = boot(order, prepared, initramfs, staging, &socket, console_end)?;
     let call = machine.call("start the guest", boot);
     booting.within(BOOT_LIMIT, "start the guest", call).await?;

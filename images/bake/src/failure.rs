@@ -8,7 +8,7 @@ use std::time::Duration;
 use kiln_uvm::machine::{Machine, Start, in_time};
 use kiln_uvm::{Error as UvmError, jail, words};
 
-use crate::bake::BakeError;
+use crate::bake::{BakeError, Order};
 use crate::console::Console;
 
 /// A stage of the bake, whose failures show the end of the guest's console.
@@ -52,12 +52,12 @@ fn chain(error: &dyn std::error::Error) -> String {
 }
 
 /// Starts a VMM in a jail, if there is the right to lock one in.
-pub(crate) fn start(program: &Path) -> Result<Machine, UvmError> {
+pub(crate) fn start(order: &Order) -> Result<Machine, UvmError> {
     let (log, words) =
         words::pipe(|_| {}).map_err(UvmError::system("make a pipe for the VMM's log"))?;
     Machine::start(Start {
-        program,
-        jail: jail::of_this_process()?,
+        program: &order.vmm,
+        jail: jail::of_this_process(order.vmm_ids)?,
         log,
         words: Some(words),
         oom_kills: Box::new(|| false),

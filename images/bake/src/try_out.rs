@@ -74,7 +74,7 @@ async fn resume(
     work: &Work,
     console: File,
 ) -> Result<Uvm, UvmError> {
-    let machine = start(&order.vmm)?;
+    let machine = start(order)?;
     let baked = Baked::in_directory(staging.dir(), order.class.clone())?;
     let socket = work.path("try.vsock");
     let listener = listen(&socket)?;

@@ -5,8 +5,7 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use kiln_vmm_control::{
-    MachineSpec, OverlayFigures, PageRun, RefusalKind, Reply, Request, Step as VmmStep, Vmm,
-    VmmError,
+    MachineSpec, OverlayFigures, PageRun, RefusalKind, Reply, Request, Span, Vmm, VmmError,
 };
 
 use crate::Error;
@@ -97,7 +96,7 @@ impl Control {
     }
 
     /// Boots a machine. Only of a VMM that has none yet.
-    pub fn boot(&self, boot: &Boot<'_>, ends: Ends<'_>) -> Result<Vec<VmmStep>, Error> {
+    pub fn boot(&self, boot: &Boot<'_>, ends: Ends<'_>) -> Result<Vec<Span>, Error> {
         let Ends { mut fds, by_slot } = ends;
         let request = Request::Boot {
             machine: boot.machine.clone(),
@@ -111,7 +110,7 @@ impl Control {
     }
 
     /// Resumes a machine. Only of a VMM that has none yet. The answer says where the time went.
-    pub fn resume(&self, resume: &Resume<'_>, ends: Ends<'_>) -> Result<Vec<VmmStep>, Error> {
+    pub fn resume(&self, resume: &Resume<'_>, ends: Ends<'_>) -> Result<Vec<Span>, Error> {
         let Ends { mut fds, by_slot } = ends;
         let request = Request::Resume {
             state: fds.add(resume.state),
@@ -271,7 +270,7 @@ impl Control {
     }
 }
 
-fn started(reply: Reply) -> Option<Vec<VmmStep>> {
+fn started(reply: Reply) -> Option<Vec<Span>> {
     match reply {
         Reply::Started { steps, .. } => Some(steps),
         _ => None,

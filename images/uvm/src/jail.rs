@@ -16,15 +16,16 @@ pub const FIRST_ID: u32 = 0x7000_0000;
 /// An empty directory that may be the root of every jail: nobody can put anything there.
 const EMPTY_ROOT: &str = "/run/kiln/empty";
 
-/// The jail of a VMM that this process starts, if it has the right to lock one in. Its root is made if it is not there.
-pub fn of_this_process() -> Result<Option<Jail>, Error> {
+/// The jail of a VMM that this process starts, with user ids from `first` on, if it has the right to lock one in. Its root
+/// is made if it is not there.
+pub fn of_this_process(first: u32) -> Result<Option<Jail>, Error> {
     // SAFETY: geteuid takes nothing and cannot fail.
     if unsafe { libc::geteuid() } != 0 {
         return Ok(None);
     }
     let root = Path::new(EMPTY_ROOT);
     private::directory(root.parent().unwrap_or(root))?;
-    Ok(Some(at(FIRST_ID, root.to_owned())?))
+    Ok(Some(at(first, root.to_owned())?))
 }
 
 /// The jail of a VMM that this process starts, with user ids from `first` on and a root that is made if it is not there.

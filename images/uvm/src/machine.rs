@@ -274,8 +274,7 @@ mod tests {
     async fn seat_is_kept_until_the_vmm_has_ended() {
         let (dir, path) = script("exec sleep 60");
         let machine = start(&path).await;
-        let budget =
-            crate::scratch::join_budget(&dir.path().join("budget"), Some(1 << 30), 1 << 20);
+        let budget = crate::scratch::join_budget(&dir.path().join("budget"), 1 << 30, 1 << 20);
         let seat = Arc::new(budget.unwrap());
         machine.keep(Some(Arc::clone(&seat)));
         assert_eq!(Arc::strong_count(&seat), 2);

@@ -78,14 +78,11 @@ pub fn spill_file(directory: &Path) -> Result<File, SpillError> {
     })
 }
 
-/// Takes a place in the budget of RAM that all μVMs of a node share, for one that may take at most `limit`. Without a
-/// `total` the budget keeps the one it has, or gets half of the node's memory.
-pub fn join_budget(path: &Path, total: Option<u64>, limit: u64) -> Result<Seat, Error> {
-    let initial = total.unwrap_or_else(Budget::half_of_memory);
-    let budget = Budget::open_or_make(path, initial).map_err(Error::Budget)?;
-    if let Some(total) = total {
-        budget.set_total(total);
-    }
+/// Takes a place in the budget of RAM that all μVMs of a node share, which is `total` from now on, for one that may take
+/// at most `limit`.
+pub fn join_budget(path: &Path, total: u64, limit: u64) -> Result<Seat, Error> {
+    let budget = Budget::open_or_make(path, total).map_err(Error::Budget)?;
+    budget.set_total(total);
     budget.join(limit).map_err(Error::Budget)
 }
 

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use kiln_agent_api::proto::Span;
 use kiln_store::private;
-use kiln_vmm_control::Step as VmmStep;
+use kiln_vmm_control::Span as VmmSpan;
 use serde::{Deserialize, Serialize};
 use tracing::Instrument;
 
@@ -118,7 +118,7 @@ impl Timeline {
 
     /// Adds what the VMM says it did in the step that began at `start_us`. It counts from its own start: only the
     /// lengths of its steps can be told exactly.
-    pub(crate) fn add_vmm(&self, start_us: u64, steps: &[VmmStep]) {
+    pub(crate) fn add_vmm(&self, start_us: u64, steps: &[VmmSpan]) {
         let first = steps.first().map_or(0, |step| step.start_ns);
         for step in steps {
             let after = step.start_ns.saturating_sub(first) / 1000;

@@ -43,16 +43,16 @@ pub(crate) struct Args {
     #[arg(long, global = true)]
     pub(crate) json: bool,
 
-    /// The directory in which baked μVMs, and the images of root file systems, are kept.
+    /// The directory in which baked μVMs, and the images of root file systems, are kept; by default that of kiln's
+    /// configuration.
     #[arg(
         long,
         global = true,
         value_name = "DIR",
         env = "KILN_STORE",
-        default_value = kiln_store::DEFAULT_ROOT,
         value_hint = ValueHint::DirPath
     )]
-    pub(crate) store: PathBuf,
+    pub(crate) store: Option<PathBuf>,
 
     #[command(subcommand)]
     pub(crate) command: Command,
@@ -220,22 +220,18 @@ pub(crate) struct Run {
     #[arg(long = "volume", short = 'v', value_name = "SOURCE:TARGET[:ro]")]
     pub(crate) volumes: Vec<String>,
 
-    /// RAM for what the command writes to its root file system; the rest goes to this machine's disk.
-    #[arg(long, value_name = "SIZE", value_parser = bytes, default_value = "128Mi")]
-    pub(crate) overlay_ram: u64,
+    /// RAM for what the command writes to its root file system; the rest goes to this machine's disk. By default as much
+    /// as kiln's configuration gives a pod.
+    #[arg(long, value_name = "SIZE", value_parser = bytes)]
+    pub(crate) overlay_ram: Option<u64>,
 
-    /// Disk for what the command writes beyond that.
-    #[arg(long, value_name = "SIZE", value_parser = bytes, default_value = "16Gi")]
-    pub(crate) overlay_disk: u64,
+    /// Disk for what the command writes beyond that; by default as much as a pod gets.
+    #[arg(long, value_name = "SIZE", value_parser = bytes)]
+    pub(crate) overlay_disk: Option<u64>,
 
-    /// Where on this machine's disk: a directory for files without names.
-    #[arg(
-        long,
-        value_name = "DIR",
-        default_value = kiln_uvm::scratch::DEFAULT_SPILL_DIRECTORY,
-        value_hint = ValueHint::DirPath
-    )]
-    pub(crate) overlay_dir: PathBuf,
+    /// Where on this machine's disk: a directory for files without names; by default as for pods.
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub(crate) overlay_dir: Option<PathBuf>,
 
     /// The container's network: `none`, or `tap:NAME`, a tap that is there already and that nothing else uses.
     #[arg(long, value_name = "none|tap:NAME", default_value = "none")]

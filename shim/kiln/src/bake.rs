@@ -5,15 +5,16 @@ use std::process::ExitCode;
 
 use anyhow::{Context, bail};
 use kiln_bake::{Baked, Order, Progress};
+use kiln_node::config::Config;
 use kiln_store::{Class, Store};
 
 use crate::args::Bake;
 use crate::failure::Failure;
 use crate::output::{Output, size};
 
-pub(crate) fn run(root: &Path, options: &Bake, output: &Output) -> Result<ExitCode, Failure> {
-    let order = order(options)?;
-    let store = Store::open_or_create(root)?;
+pub(crate) fn run(config: &Config, options: &Bake, output: &Output) -> Result<ExitCode, Failure> {
+    let order = order(config, options)?;
+    let store = Store::open_or_create(&config.store)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -47,7 +48,7 @@ pub(crate) fn run(root: &Path, options: &Bake, output: &Output) -> Result<ExitCo
     Ok(ExitCode::SUCCESS)
 }
 
-fn order(options: &Bake) -> anyhow::Result<Order> {
+fn order(config: &Config, options: &Bake) -> anyhow::Result<Order> {
     let (memory_mib, max_memory_mib) = (mib(options.memory)?, mib(options.max_memory)?);
     if options.max_cpus < options.cpus {
         bail!(
@@ -70,7 +71,8 @@ fn order(options: &Bake) -> anyhow::Result<Order> {
         kernel: options.kernel.clone(),
         modules: options.modules.clone(),
         agent: program(options.agent.as_deref(), "kiln-agent", "--agent")?,
-        vmm: program(options.vmm.as_deref(), "kiln-vmm", "--vmm")?,
+        vmm: vmm(options.vmm.as_deref(), config)?,
+        vmm_ids: config.vmm_ids,
         again: options.again,
     })
 }
@@ -101,6 +103,12 @@ pub(crate) fn program(named: Option<&Path>, name: &str, option: &str) -> anyhow:
         .with_context(|| {
             format!("{name} is neither beside kiln nor on the PATH: name it ({option})")
         })
+}
+
+/// The VMM: the one that is named, the configuration's, or one that is found.
+pub(crate) fn vmm(named: Option<&Path>, config: &Config) -> anyhow::Result<PathBuf> {
+    let configured = Some(&*config.vmm).filter(|path| path.is_file());
+    program(named.or(configured), "kiln-vmm", "--vmm")
 }
 
 fn progress_text(progress: &Progress) -> String {
@@ -139,7 +147,7 @@ mod tests {
         let line = ["kiln", "bake", "--agent", "/a", "--vmm", "/v"];
         let args = Args::try_parse_from(line.iter().chain(arguments)).unwrap();
         match &args.command {
-            Command::Bake(options) => order(options),
+            Command::Bake(options) => order(&Config::default(), options),
             other => panic!("{other:?}"),
         }
     }

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
+use kiln_node::config::Config;
 use kiln_node::pods;
 use kiln_uvm::timeline::Step;
 
@@ -17,12 +18,16 @@ use crate::output::{Colour, Output};
 const WIDTH: u64 = 32;
 
 /// `kiln trace`.
-pub(crate) fn run(options: &args::Trace, output: &Output) -> Result<ExitCode, Failure> {
+pub(crate) fn run(
+    config: &Config,
+    options: &args::Trace,
+    output: &Output,
+) -> Result<ExitCode, Failure> {
     let path = match &options.name {
         None => crate::run::last_trace(),
         Some(name) => match crate::run::trace_of(name)? {
             Some(path) => path,
-            None => of_pod(Path::new(pods::STATE), name)?,
+            None => of_pod(&config.state_dir, name)?,
         },
     };
     let bytes = match fs::read(&path) {

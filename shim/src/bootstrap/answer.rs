@@ -1,22 +1,9 @@
 //! What `start` prints.
 
 use containerd_shim_protos::bootstrap_api::BootstrapResult;
+use kiln_node::config::AnswerForm;
 use protobuf::Message;
 use serde::Serialize;
-
-/// The forms an answer can have. Every form names the same socket.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Deserialize, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum AnswerForm {
-    /// The address alone: containerd 1.6 to 2.2 take it for Task v2 over ttrpc.
-    Bare,
-    /// JSON that promises Task v2: containerd 1.7 to 2.2.
-    JsonV2,
-    /// JSON that promises Task v3 and the Sandbox service: containerd 2.0 to 2.2. An error in 1.7.
-    JsonV3,
-    /// `BootstrapResult`: containerd 2.3 and later.
-    Protobuf,
-}
 
 /// The answer to `start`.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -14,7 +14,7 @@ mod recorded;
 mod socket;
 mod version;
 
-pub use answer::{Answer, AnswerForm};
+pub use answer::Answer;
 pub use args::{Action, Args, ArgsError, is_identifier};
 pub use daemon::{Fork, adjust_oom_score, fork_daemon};
 pub use params::{StartParams, StartProtocol, runtime_options_config_path};

@@ -4,8 +4,10 @@
 
 use std::path::Path;
 
+use kiln_node::config::AnswerForm;
+
 use super::{
-    Action, Answer, AnswerForm, Args, StartParams, StartProtocol, address_for, major_version,
+    Action, Answer, Args, StartParams, StartProtocol, address_for, major_version,
     runtime_options_config_path,
 };
 

@@ -33,7 +33,6 @@ use std::time::Duration;
 use kiln_uvm::scratch::ScratchLimits;
 use tokio::sync::{OnceCell, watch};
 
-use crate::config::{Config, PodOverrides};
 use crate::error::{Error, Result};
 use crate::events::{Event, Exit};
 use crate::oom;
@@ -42,6 +41,7 @@ use crate::size::{Limits, size_of};
 use crate::spec::{Role, Spec};
 use crate::time::UnixNanos;
 use crate::uvm::{Launcher, PodSetup, Uvm};
+use kiln_node::config::{Config, PodOverrides};
 
 /// How long the VMM of a guest that no longer answers has to end before the guest alone is taken as gone.
 const LAST_BREATH: Duration = Duration::from_secs(2);

@@ -8,7 +8,6 @@ use std::time::Duration;
 use kiln_agent_api::{GUEST_FILES, proto};
 
 use super::{Launched, Pod, lock};
-use crate::config::PodOverrides;
 use crate::error::{Error, Result};
 use crate::events::Exit;
 use crate::oom;
@@ -16,6 +15,7 @@ use crate::rootfs::POD_FILES;
 use crate::size::{Limits, size_of};
 use crate::time::UnixNanos;
 use crate::uvm::{PodSetup, Uvm};
+use kiln_node::config::PodOverrides;
 
 /// How long containerd has to read the last answer before its connection is closed.
 const ANSWER_TIME: Duration = Duration::from_millis(50);

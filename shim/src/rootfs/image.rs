@@ -8,8 +8,8 @@ use kiln_cache::{Lowers, OverlayMount, image_for};
 use kiln_store::{Image, ImageKey, Images};
 
 use super::layers::{self, Layer};
-use crate::config::Config;
 use crate::error::{Error, Result};
+use kiln_node::config::Config;
 use kiln_uvm::random;
 
 /// What a root file system is made of.

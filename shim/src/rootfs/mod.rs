@@ -27,11 +27,11 @@ use containerd_shim_protos::api::Mount;
 use kiln_agent_api::{proto, slots};
 use kiln_uvm::share::Volume;
 
-use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::spec::Spec;
 use crate::uvm::{GuestDisk, Uvm};
 use image::{Directories, Source};
+use kiln_node::config::Config;
 use kiln_uvm::root;
 use kiln_uvm::timeline::{Timeline, step};
 use layers::Layer;

@@ -26,12 +26,12 @@ use super::inspect;
 use super::running::{RunningUvm, save};
 use super::{Launcher, PodSetup, Uvm};
 use crate::cgroup::{self, OomKills};
-use crate::config::Config;
 use crate::error::{Error, Result, chain};
 use crate::log;
 use crate::network::{self, Forwarder, NetworkError, PodNetwork};
 use crate::oom::Scored;
 use crate::record::{PodDir, ProcessRef, Record, Stay};
+use kiln_node::config::Config;
 
 /// Launches μVMs from the store.
 #[derive(Debug, Clone)]
@@ -76,11 +76,7 @@ impl StoreLauncher {
         let baked =
             Baked::open(pick::lease(&self.store, setup.size).map_err(kiln_uvm::Error::from)?)?;
         let spill = spill_file(&self.spill).map_err(kiln_uvm::Error::from)?;
-        let seat = join_budget(
-            &self.dir.overlay_budget(),
-            Some(self.node_ram),
-            setup.overlay.ram,
-        )?;
+        let seat = join_budget(&self.dir.overlay_budget(), self.node_ram, setup.overlay.ram)?;
         let scratch = Scratch {
             limits: setup.overlay,
             flush: setup.overlay_flush,

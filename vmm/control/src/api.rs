@@ -1,5 +1,7 @@
 //! Messages. Descriptors are named by their place in the frame's list.
 
+use std::borrow::Cow;
+
 use serde::{Deserialize, Serialize};
 
 use crate::refusal::RefusalKind;
@@ -301,11 +303,11 @@ pub struct OverlayFigures {
     pub read_base: u64,
 }
 
-/// One step of a start.
+/// One step of a start, as the VMM sees it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Step {
-    /// The span's name.
-    pub name: String,
+pub struct Span {
+    /// Its name.
+    pub name: Cow<'static, str>,
     /// When it began, in nanoseconds after the process's start.
     pub start_ns: u64,
     /// How long it took.
@@ -343,7 +345,7 @@ pub enum Reply {
         /// The kernel's version text.
         kernel: String,
         /// Where the time went.
-        steps: Vec<Step>,
+        steps: Vec<Span>,
     },
     /// The snapshot is written.
     Saved {

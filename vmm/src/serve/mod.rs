@@ -129,17 +129,12 @@ pub(crate) fn run(args: impl Iterator<Item = String>, mut timeline: Timeline) ->
         });
     match started {
         Ok(server) => {
-            let steps = timeline.steps().iter().map(|s| api::Step {
-                name: s.name.to_owned(),
-                start_ns: s.start_ns,
-                duration_ns: s.duration_ns,
-            });
             let kernel = server.kernel.clone();
             wire::send(
                 &socket,
                 &Reply::Started {
                     kernel,
-                    steps: steps.collect(),
+                    steps: timeline.steps().to_vec(),
                 },
                 &[],
             )?;

@@ -20,9 +20,9 @@ const INTERRUPTS: u64 = 1 << 9;
 const PAGE: u64 = 4096;
 
 #[derive(Default)]
-struct Steps(Vec<(&'static str, u64)>);
+struct Laps(Vec<(&'static str, u64)>);
 
-impl Steps {
+impl Laps {
     fn end(&mut self, name: &'static str) {
         let mut now = libc::timespec {
             tv_sec: 0,
@@ -37,7 +37,7 @@ impl Steps {
 }
 
 fn main() -> Result<()> {
-    let mut steps = Steps::default();
+    let mut steps = Laps::default();
     steps.end("exec");
     let mut arguments = std::env::args().skip(1);
     let mut next = || arguments.next().context("usage: kiln-floor STATE MEMORY");

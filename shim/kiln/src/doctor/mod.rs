@@ -153,6 +153,7 @@ fn checks(system: &System) -> Vec<Check> {
         programs::vmm(system),
         space::disk(system),
         space::memory(system),
+        state::configuration(system),
         state::store(system),
     ]);
     checks

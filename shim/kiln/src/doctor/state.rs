@@ -1,8 +1,26 @@
-//! Is there a baked μVM to resume?
+//! Is the configuration one, and is there a baked μVM to resume?
 
+use kiln_node::config::{Config, DEFAULT_PATH};
 use kiln_store::{Error, Store};
 
 use super::{Check, System};
+
+/// Is kiln's configuration one?
+pub(super) fn configuration(system: &System) -> Check {
+    const NAME: &str = "configuration";
+    let path = system.at(DEFAULT_PATH);
+    if !path.exists() {
+        return Check::ok(NAME, format!("no {DEFAULT_PATH}: the defaults"));
+    }
+    match Config::load(Some(&path)) {
+        Ok(_) => Check::ok(NAME, DEFAULT_PATH),
+        Err(error) => Check::fail(
+            NAME,
+            format!("{:#}", anyhow::Error::from(error)),
+            "mend the file: docs/shim.md lists what it may say",
+        ),
+    }
+}
 
 pub(super) fn store(system: &System) -> Check {
     const NAME: &str = "store";
@@ -43,6 +61,18 @@ mod tests {
     use super::super::tests::Fixture;
     use super::*;
     use crate::store::tests::bake;
+
+    #[test]
+    fn configuration_that_cannot_be_used_is_named_with_its_key() {
+        let fixture = Fixture::new();
+        assert_eq!(configuration(&fixture.system).status, Status::Ok);
+        fixture.file("etc/kiln/config.toml", "stroe = '/s'");
+        let check = configuration(&fixture.system);
+        assert_eq!(check.status, Status::Fail);
+        assert!(check.found.contains("stroe"), "{check:?}");
+        fixture.file("etc/kiln/config.toml", "store = '/s'");
+        assert_eq!(configuration(&fixture.system).status, Status::Ok);
+    }
 
     #[test]
     fn pods_need_one_undamaged_uvm() {

@@ -21,10 +21,12 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use anyhow::{Context, Result, anyhow, ensure};
 use kiln_agent_api::client::Vsock;
 use kiln_agent_api::stream::TOKEN_LEN;
+use kiln_node::config::Config;
 use kiln_overlay::Budget;
 use kiln_store::private;
 use kiln_uvm::baked::Baked;
 use kiln_uvm::guest::{Agent, Guest, Identity};
+use kiln_uvm::jail::Jail;
 use kiln_uvm::launch::{HostSide, Order, launch};
 use kiln_uvm::machine::{Machine, Start as StartVmm, in_time};
 use kiln_uvm::scratch::{Scratch, ScratchLimits, join_budget, spill_file};
@@ -40,7 +42,7 @@ use crate::output::{Output, size};
 use crate::trace;
 use guest::{CONTAINER, NotStarted, Process};
 use net::Net;
-use place::{Facts, PLACES, Place, STATE};
+use place::{Facts, PLACES, Place};
 use session::{Session, Signals};
 use spec::Wanted;
 use volumes::{Volume, Volumes};
@@ -88,11 +90,11 @@ fn finish(work: impl Future<Output = Result<u8>>) -> Result<u8> {
 }
 
 /// `kiln run`.
-pub(crate) fn run(store: &Path, options: &args::Run) -> ExitCode {
-    exit(start(store, options))
+pub(crate) fn run(config: &Config, options: &args::Run) -> ExitCode {
+    exit(start(config, options))
 }
 
-fn start(store: &Path, options: &args::Run) -> Result<u8> {
+fn start(config: &Config, options: &args::Run) -> Result<u8> {
     check_terminal(options.tty)?;
     let image = Image::open(&options.image)?;
     let user = options.user.as_deref().unwrap_or(&image.defaults.user);
@@ -113,9 +115,9 @@ fn start(store: &Path, options: &args::Run) -> Result<u8> {
     let volumes = Volumes::make(&volumes)?;
     let net = Net::open(&options.net, &options.ip, &options.gateway, &options.dns)?;
     let seccomp = seccomp::profile(options.seccomp.as_deref())?;
-    let vmm = crate::bake::program(options.vmm.as_deref(), "kiln-vmm", "--vmm")?;
+    let vmm = crate::bake::vmm(options.vmm.as_deref(), config)?;
     finish(resume_and_run(Start {
-        store,
+        config,
         options,
         image,
         process,
@@ -137,7 +139,7 @@ fn check_terminal(wanted: bool) -> Result<()> {
 
 /// All that is known before anything is resumed.
 struct Start<'a> {
-    store: &'a Path,
+    config: &'a Config,
     options: &'a args::Run,
     image: Image,
     process: serde_json::Value,
@@ -209,13 +211,16 @@ async fn resume(start: &Start<'_>, name: &str, place: &Place, timeline: &Timelin
         memory: options.memory.unwrap_or(0).next_multiple_of(BLOCK),
     };
     let limits = ScratchLimits {
-        ram: options.overlay_ram,
-        disk: options.overlay_disk,
+        ram: options.overlay_ram.unwrap_or(start.config.overlay.ram),
+        disk: options.overlay_disk.unwrap_or(start.config.overlay.disk),
     };
-    let machine = timeline.time(step::SPAWN, || spawn(&start.vmm, place))?;
+    let jail = jail::of_this_process(start.config.vmm_ids)?;
+    // The budget is that of the pods, and root's as they are.
+    let shares_budget = jail.is_some();
+    let machine = timeline.time(step::SPAWN, || spawn(&start.vmm, jail, place))?;
     let (baked, host) = timeline.time(step::FILES, || {
-        let baked = Baked::open(pick::lease(start.store, size)?)?;
-        anyhow::Ok((baked, host_side(start, place, limits)?))
+        let baked = Baked::open(pick::lease(&start.config.store, size)?)?;
+        anyhow::Ok((baked, host_side(start, place, limits, shares_budget)?))
     })?;
     let order = Order {
         size,
@@ -230,7 +235,7 @@ async fn resume(start: &Start<'_>, name: &str, place: &Place, timeline: &Timelin
     Ok(launch(machine, baked, host, order, timeline).await?)
 }
 
-fn spawn(program: &Path, place: &Place) -> Result<Machine> {
+fn spawn(program: &Path, jail: Option<Jail>, place: &Place) -> Result<Machine> {
     let mut log = private::create(&place.path("vmm.log")).context("making the VMM's log")?;
     let tell = move |line: &str| {
         // Its last line is kept in any case.
@@ -239,32 +244,38 @@ fn spawn(program: &Path, place: &Place) -> Result<Machine> {
     let (log, words) = words::pipe(tell).context("making a pipe for the VMM's log")?;
     Ok(Machine::start(StartVmm {
         program,
-        jail: jail::of_this_process()?,
+        jail,
         log,
         words: Some(words),
         oom_kills: Box::new(|| false),
     })?)
 }
 
-fn host_side(start: &Start<'_>, place: &Place, limits: ScratchLimits) -> Result<HostSide> {
+fn host_side(
+    start: &Start<'_>,
+    place: &Place,
+    limits: ScratchLimits,
+    shares_budget: bool,
+) -> Result<HostSide> {
     let socket = place.path("vsock");
     let listener = UnixListener::bind(&socket)
         .with_context(|| format!("listening on {}", socket.display()))?;
     let console = private::create(&place.path("console")).context("making the console's file")?;
-    // The budget is that of the pods, and root's as they are.
-    let seat = match jail::of_this_process()? {
-        Some(_) => {
-            let path = Path::new(STATE).join(Budget::FILE_NAME);
-            Some(join_budget(&path, None, limits.ram)?.into())
-        }
-        None => None,
+    let config = start.config;
+    let seat = if shares_budget {
+        let path = config.state_dir.join(Budget::FILE_NAME);
+        Some(join_budget(&path, config.overlay_node_ram, limits.ram)?.into())
+    } else {
+        None
     };
+    let spill = start.options.overlay_dir.as_ref();
+    let spill = spill_file(spill.unwrap_or(&config.overlay_dir))?;
     Ok(HostSide {
         vsock: (socket, listener),
         scratch: Scratch {
             limits,
             flush: Flush::None,
-            spill: Some(spill_file(&start.options.overlay_dir)?.into()),
+            spill: Some(spill.into()),
             seat,
         },
         share: start.volumes.as_ref().map(Volumes::open).transpose()?,
@@ -285,7 +296,7 @@ async fn begin(
     let options = start.options;
     let hostname = options.hostname.as_deref().unwrap_or(name);
     let begun = timeline.now();
-    let root = start.image.root(start.store)?;
+    let root = start.image.root(&start.config.store)?;
     let found = if root.made {
         step::IMAGE_MAKE
     } else {

@@ -10,11 +10,10 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
+use kiln_node::pods;
 use kiln_store::{lock, private};
 use serde::{Deserialize, Serialize};
 
-/// What is kiln's below `/run`, and root's alone.
-pub(crate) const STATE: &str = "/run/kiln";
 /// All of them.
 pub(crate) const PLACES: &str = "/run/kiln/run";
 /// How long another command is waited for.
@@ -64,7 +63,7 @@ fn check(name: &str) -> Result<()> {
 impl Place {
     /// Makes one among all of the node's.
     pub(crate) fn make_here(name: &str) -> Result<Place> {
-        private::directory(Path::new(STATE))?;
+        private::directory(Path::new(pods::STATE))?;
         Place::make(Path::new(PLACES), name)
     }
 

@@ -73,17 +73,6 @@ impl Budget {
         }
     }
 
-    /// How large a budget is that nobody has configured.
-    pub fn half_of_memory() -> u64 {
-        // SAFETY: all zeroes is a valid `sysinfo`; the call writes one.
-        let info = unsafe {
-            let mut info: libc::sysinfo = std::mem::zeroed();
-            libc::sysinfo(&raw mut info);
-            info
-        };
-        info.totalram.saturating_mul(info.mem_unit.into()) / 2
-    }
-
     /// Changes the budget. Members act on it when they next grow.
     pub fn set_total(&self, total: u64) {
         self.trusted.header.total.store(total, Ordering::SeqCst);

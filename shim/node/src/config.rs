@@ -9,21 +9,36 @@ mod annotations;
 use std::path::{Path, PathBuf};
 use std::{fs, io};
 
-use serde::Deserialize;
 use serde::de::IgnoredAny;
+use serde::{Deserialize, Serialize};
 
 use kiln_store::DEFAULT_ROOT;
-use kiln_uvm::Flush;
 use kiln_uvm::scratch::{DEFAULT_SPILL_DIRECTORY, ScratchLimits};
+use kiln_uvm::{Flush, jail};
 
-use crate::bootstrap::AnswerForm;
 use kiln_uvm::size::{Bytes, MIB, NotASize};
+
+use crate::pods;
 
 pub use annotations::{ANNOTATION_PREFIX, Most, PodOverrides};
 use annotations::{FileAnnotations, HARMLESS, KNOWN, MOST_OVERLAY_DISK};
 
 /// Where the file is looked for when containerd's runtime options name none.
 pub const DEFAULT_PATH: &str = "/etc/kiln/config.toml";
+
+/// The forms in which a shim can tell containerd where it listens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum AnswerForm {
+    /// The address alone: containerd 1.6 to 2.2 take it for Task v2 over ttrpc.
+    Bare,
+    /// JSON that promises Task v2: containerd 1.7 to 2.2.
+    JsonV2,
+    /// JSON that promises Task v3 and the Sandbox service: containerd 2.0 to 2.2. An error in 1.7.
+    JsonV3,
+    /// `BootstrapResult`: containerd 2.3 and later.
+    Protobuf,
+}
 
 /// What is meant.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -204,9 +219,9 @@ impl Default for Config {
         let (max_cpus, memory) = (host_cpus(), host_memory());
         Self {
             store: DEFAULT_ROOT.into(),
-            state_dir: "/run/kiln".into(),
+            state_dir: pods::STATE.into(),
             vmm: default_vmm(),
-            vmm_ids: 0x7000_0000,
+            vmm_ids: jail::FIRST_ID,
             default_cpus: 1,
             default_memory: 256 * MIB,
             guest_overhead: 64 * MIB,
@@ -315,7 +330,8 @@ fn default_vmm() -> PathBuf {
 
 /// The node's RAM in bytes; none if it can't be told, which makes every pod spill early rather than none.
 fn host_memory() -> u64 {
-    nix::sys::sysinfo::sysinfo().map_or(0, |info| info.ram_total())
+    let info = rustix::system::sysinfo();
+    info.totalram.saturating_mul(info.mem_unit.into())
 }
 
 fn host_cpus() -> u32 {
@@ -350,7 +366,8 @@ mod tests {
     #[test]
     fn misspelt_key_is_an_error_that_names_file_and_key() {
         let error = parse("[uvm]\nmemmory = '1GiB'").unwrap_err();
-        let text = crate::error::chain(&error);
+        let cause = std::error::Error::source(&error).unwrap();
+        let text = format!("{error}: {cause}");
         assert!(
             text.contains("config.toml") && text.contains("memmory"),
             "{text}"
