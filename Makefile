@@ -44,8 +44,9 @@ quote = '$(subst ','\'',$(1))'
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-setup: ## Install what building and testing need (Debian packages), once
+setup: ## Install what building and testing need (Debian packages, cargo-deny), once
 	@e2e/node/setup-host
+	@e2e/setup-tools
 
 build: setup ## Build everything
 	@cargo build --release --workspace --bins $(BESIDE)
@@ -57,9 +58,10 @@ node: build ## Boot the node VM and run CMD='…' in it, or a shell
 demo: build ## Start a pod in the node VM and show its timeline
 	@$(NODE_TEST) --timeout 600 -- /opt/kiln-e2e/kiln-demo $(RUNTIMES)
 
-test: setup ## Run every test: unit tests and fuzz targets here, end-to-end tests in the node VM
+test: setup ## Run every test: lints, unit tests and fuzz targets here, end-to-end tests in the node VM
 	@mkdir -p target
-	@set -o pipefail; { $(MAKE) --no-print-directory test-unit && \
+	@set -o pipefail; { $(MAKE) --no-print-directory lint && \
+	    $(MAKE) --no-print-directory test-unit && \
 	    $(MAKE) --no-print-directory test-fuzz && \
 	    $(MAKE) --no-print-directory test-e2e BESIDE=--tests; } 2>&1 | tee target/test.log; \
 	    status=$$?; e2e/count-tests target/test.log; exit $$status
@@ -100,9 +102,10 @@ doctor: build ## Say what this machine can do
 fuzz: setup ## Fuzz what reads a guest's words, each target for SECONDS (60)
 	@vmm/fuzz/run $(SECONDS)
 
-lint: setup ## Formatting and lints, as strict as they are meant
+lint: setup ## Formatting, lints and dependencies, as strict as they are meant
 	@cargo fmt --all --check
 	@cargo clippy --release --workspace --all-targets -- -D warnings
+	@cargo deny --log-level error check licenses bans sources
 
 fmt: ## Format the code
 	@cargo fmt --all

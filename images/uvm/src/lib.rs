@@ -41,6 +41,6 @@ pub mod words;
 
 pub use error::Error;
 pub use kiln_vmm_control::{
-    DeviceKind, DeviceSpec, Flush, MachineSpec, OverlayFigures, PageRun, RefusalKind, Span,
-    VmmError, cpu, exit,
+    DeviceKind, DeviceSpec, Flush, MachineSpec, OverlayFigures, PageRun, RefusalKind, Span, cpu,
+    exit,
 };

@@ -60,20 +60,6 @@ impl FromStr for Bytes {
     }
 }
 
-impl fmt::Display for Bytes {
-    /// The largest binary unit of which it is a whole number.
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let units = [(40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")];
-        let whole = units
-            .into_iter()
-            .find(|(shift, _)| self.0 > 0 && self.0.trailing_zeros() >= *shift);
-        match whole {
-            Some((shift, unit)) => write!(f, "{} {unit}", self.0 >> shift),
-            None => write!(f, "{} bytes", self.0),
-        }
-    }
-}
-
 /// vCPUs and memory of a μVM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Size {
@@ -133,14 +119,5 @@ mod tests {
             let error = parsed(wrong).unwrap_err().to_string();
             assert!(error.contains("2Gi"), "{error}");
         }
-    }
-
-    #[test]
-    fn whole_units_are_written_as_such() {
-        let text = |bytes| Bytes(bytes).to_string();
-        assert_eq!(text(512 * MIB), "512 MiB");
-        assert_eq!(text(3 << 30), "3 GiB");
-        assert_eq!(text(1025), "1025 bytes");
-        assert_eq!(text(0), "0 bytes");
     }
 }

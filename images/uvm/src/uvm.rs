@@ -195,11 +195,6 @@ impl Uvm {
         }
     }
 
-    /// The reason of a failure: who can no longer be talked to may be one that has ended.
-    pub async fn explain(&self, action: &'static str, error: Error) -> Error {
-        self.machine.explain(action, error).await
-    }
-
     /// What ends it now.
     pub fn killer(&self) -> Killer {
         self.machine.killer()
