@@ -5,7 +5,6 @@ mod args;
 mod bake;
 mod doctor;
 mod failure;
-mod image;
 mod output;
 mod pod;
 mod run;

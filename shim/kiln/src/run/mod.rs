@@ -22,6 +22,7 @@ use anyhow::{Context, Result, anyhow, ensure};
 use kiln_agent_api::client::Vsock;
 use kiln_agent_api::stream::TOKEN_LEN;
 use kiln_node::config::Config;
+use kiln_oci::Image;
 use kiln_overlay::Budget;
 use kiln_store::private;
 use kiln_uvm::baked::Baked;
@@ -37,7 +38,6 @@ use kiln_uvm::{Flush, jail, pick, random, share, words};
 
 use crate::args;
 use crate::failure::Failure;
-use crate::image::{self, Image};
 use crate::output::{Output, size};
 use crate::trace;
 use guest::{CONTAINER, NotStarted, Process};
@@ -97,16 +97,16 @@ pub(crate) fn run(config: &Config, options: &args::Run) -> ExitCode {
 fn start(config: &Config, options: &args::Run) -> Result<u8> {
     check_terminal(options.tty)?;
     let image = Image::open(&options.image)?;
-    let user = options.user.as_deref().unwrap_or(&image.defaults.user);
+    let user = options.user.as_deref().unwrap_or(&image.defaults().user);
     let wanted = Wanted {
         command: &options.command,
         entrypoint: options.entrypoint.as_deref(),
         environment: &options.env,
         directory: options.workdir.as_deref(),
-        owner: image::user(user, &image)?,
+        owner: image.user(user)?,
         terminal: options.tty,
     };
-    let process = spec::process(&wanted, &image.defaults)?;
+    let process = spec::process(&wanted, image.defaults())?;
     let volumes = options
         .volumes
         .iter()

@@ -3,9 +3,8 @@
 
 use anyhow::{Context, Result, bail, ensure};
 use kiln_agent_api::{GUEST_FILES, GUEST_SHM, GUEST_STATE_DIR};
+use kiln_oci::Defaults;
 use serde_json::{Value, json};
-
-use crate::image::Defaults;
 
 const PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 

@@ -13,17 +13,21 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path, PathBuf};
 
-use anyhow::{Context, Result, bail};
 use rustix::fs::{
     AtFlags, CWD, Dir, FileType, Gid, Mode, OFlags, Timespec, Timestamps, Uid, XattrFlags,
 };
 use rustix::io::Errno;
 use tar::{Entry, EntryType};
 
+use crate::Error;
+
 /// A file of this name hides the file named after the prefix in the layers below.
 const WHITEOUT: &[u8] = b".wh.";
 /// A file of this name hides everything that the layers below have in its directory.
 const OPAQUE: &[u8] = b".wh..wh..opq";
+
+/// What a link is whose header names nothing.
+const NO_TARGET: &str = "a link to nothing";
 
 const DIRECTORY: OFlags = OFlags::RDONLY
     .union(OFlags::DIRECTORY)
@@ -42,42 +46,90 @@ struct Attributes {
     extended: Vec<(OsString, Vec<u8>)>,
 }
 
+/// Reason why an entry is not in the tree; [`Tree::apply`] adds the names of the entry and of its layer.
+enum Fault {
+    System(io::Error),
+    Malformed(&'static str),
+    Leaves(PathBuf),
+    Dangling(PathBuf),
+}
+
+impl From<io::Error> for Fault {
+    fn from(error: io::Error) -> Fault {
+        Fault::System(error)
+    }
+}
+
+impl From<Errno> for Fault {
+    fn from(error: Errno) -> Fault {
+        Fault::System(error.into())
+    }
+}
+
+impl Fault {
+    fn of(self, layer: &str, path: &Path) -> Error {
+        let (layer, path) = (layer.to_owned(), path.to_owned());
+        match self {
+            Fault::System(source) => Error::Entry {
+                layer,
+                path,
+                source,
+            },
+            Fault::Malformed(what) => Error::Malformed { layer, path, what },
+            Fault::Leaves(path) => Error::Leaves { layer, path },
+            Fault::Dangling(target) => Error::Dangling {
+                layer,
+                path,
+                target,
+            },
+        }
+    }
+}
+
+type Result<T, E = Fault> = std::result::Result<T, E>;
+
 impl Tree {
-    pub(crate) fn open(path: &Path) -> Result<Tree> {
+    pub(crate) fn open(path: &Path) -> Result<Tree, Error> {
         let root = rustix::fs::openat(CWD, path, DIRECTORY, Mode::empty())
-            .with_context(|| format!("opening {}", path.display()))?;
+            .map_err(|errno| Error::file("open", path)(errno.into()))?;
         Ok(Tree { root })
     }
 
-    /// Puts a layer on top of what is there.
-    pub(crate) fn apply(&self, layer: &mut dyn Read) -> Result<()> {
+    /// Puts a layer, which errors call `name`, on top of what is there.
+    pub(crate) fn apply(&self, name: &str, layer: &mut dyn Read) -> Result<(), Error> {
         let mut seen = HashSet::new();
         let mut directories = Vec::new();
         let mut archive = tar::Archive::new(layer);
-        for entry in archive.entries()? {
-            let mut entry = entry?;
-            let path = clean(&entry.path()?)?;
-            let kind = entry.header().entry_type();
-            let placed = self.place(&path, kind, &mut entry, &mut seen, &mut directories);
-            placed.with_context(|| format!("{}", path.display()))?;
+        for entry in archive.entries().map_err(Error::layer(name))? {
+            let mut entry = entry.map_err(Error::layer(name))?;
+            let path = entry.path().map_err(Error::layer(name))?.into_owned();
+            let placed = self.place(&path, &mut entry, &mut seen, &mut directories);
+            placed.map_err(|fault| fault.of(name, &path))?;
         }
         // Last, since what is made in a directory changes its time; the deepest first.
         for (path, modified) in directories.iter().rev() {
-            if let Some((parent, name)) = self.existing_parent(path)? {
-                set_time(parent.as_fd(), &name, *modified)?;
-            }
+            self.set_time_of(path, *modified)
+                .map_err(|fault| fault.of(name, path))?;
         }
         Ok(())
+    }
+
+    fn set_time_of(&self, path: &Path, modified: i64) -> Result<()> {
+        match self.existing_parent(path)? {
+            Some((parent, name)) => set_time(parent.as_fd(), &name, modified),
+            None => Ok(()),
+        }
     }
 
     fn place<R: Read>(
         &self,
         path: &Path,
-        kind: EntryType,
         entry: &mut Entry<'_, R>,
         seen: &mut HashSet<PathBuf>,
         directories: &mut Vec<(PathBuf, i64)>,
     ) -> Result<()> {
+        let path = clean(path)?;
+        let kind = entry.header().entry_type();
         let attributes = attributes(entry)?;
         let Some(name) = path.file_name() else {
             // The root itself.
@@ -86,32 +138,35 @@ impl Tree {
             return Ok(());
         };
         if let Some(hidden) = name.as_bytes().strip_prefix(WHITEOUT) {
-            return self.hide(path, name, OsStr::from_bytes(hidden), seen);
+            return self.hide(&path, name, OsStr::from_bytes(hidden), seen);
         }
         for ancestor in path.ancestors().take_while(|a| !a.as_os_str().is_empty()) {
             seen.insert(ancestor.to_owned());
         }
-        let parent = self.parent(path)?;
+        let parent = self.parent(&path)?;
         let at = parent.as_fd();
         if kind == EntryType::Directory {
             make_directory(at, name)?;
             apply_to_directory(at, name, &attributes)?;
-            directories.push((path.to_owned(), attributes.modified));
+            directories.push((path, attributes.modified));
             return Ok(());
         }
         remove(at, name)?;
         match kind {
             EntryType::Link => {
-                let target = entry.link_name()?.context("a link to nothing")?;
+                let target = entry.link_name()?.ok_or(Fault::Malformed(NO_TARGET))?;
                 let target = clean(&target)?;
-                let (from, old) = self.existing_parent(&target)?.with_context(|| {
-                    format!("links to {}, which is not there", target.display())
-                })?;
+                let Some((from, old)) = self.existing_parent(&target)? else {
+                    return Err(Fault::Dangling(target));
+                };
                 // The other name has the attributes already.
-                return Ok(rustix::fs::linkat(from, old, at, name, AtFlags::empty())?);
+                return match rustix::fs::linkat(from, old, at, name, AtFlags::empty()) {
+                    Err(Errno::NOENT) => Err(Fault::Dangling(target)),
+                    linked => Ok(linked?),
+                };
             }
             EntryType::Symlink => {
-                let target = entry.link_name_bytes().context("a link to nothing")?;
+                let target = entry.link_name_bytes().ok_or(Fault::Malformed(NO_TARGET))?;
                 rustix::fs::symlinkat(OsStr::from_bytes(&target), at, name)?;
             }
             EntryType::Char | EntryType::Block | EntryType::Fifo => {
@@ -205,7 +260,7 @@ fn clean(path: &Path) -> Result<PathBuf> {
             Component::Normal(part) => clean.push(part),
             Component::RootDir | Component::CurDir => {}
             Component::ParentDir | Component::Prefix(_) => {
-                bail!("{} leaves the image", path.display());
+                return Err(Fault::Leaves(path.to_owned()));
             }
         }
     }
@@ -215,7 +270,7 @@ fn clean(path: &Path) -> Result<PathBuf> {
 fn attributes<R: Read>(entry: &mut Entry<'_, R>) -> Result<Attributes> {
     let header = entry.header();
     let id = |id: io::Result<u64>| -> Result<u32> {
-        u32::try_from(id?).context("an owner's number is too large")
+        u32::try_from(id?).map_err(|_| Fault::Malformed("owned by a number that is too large"))
     };
     let mut attributes = Attributes {
         owner: (id(header.uid())?, id(header.gid())?),
@@ -258,12 +313,9 @@ fn special<R: Read>(kind: EntryType, entry: &Entry<'_, R>) -> Result<(FileType, 
         _ => FileType::CharacterDevice,
     };
     let header = entry.header();
-    let major = header
-        .device_major()?
-        .context("a device without a number")?;
-    let minor = header
-        .device_minor()?
-        .context("a device without a number")?;
+    let no_number = || Fault::Malformed("a device without a number");
+    let major = header.device_major()?.ok_or_else(no_number)?;
+    let minor = header.device_minor()?.ok_or_else(no_number)?;
     Ok((kind, rustix::fs::makedev(major, minor)))
 }
 

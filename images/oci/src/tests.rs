@@ -1,8 +1,9 @@
+use std::error::Error as _;
 use std::fs;
 use std::io::Write;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::*;
 
@@ -19,10 +20,8 @@ fn layer(items: &[Item<'_>]) -> Vec<u8> {
     let mut tar = tar::Builder::new(Vec::new());
     for item in items {
         let mut header = tar::Header::new_ustar();
-        // SAFETY: geteuid takes nothing and cannot fail.
-        header.set_uid(unsafe { libc::geteuid() }.into());
-        // SAFETY: as above.
-        header.set_gid(unsafe { libc::getegid() }.into());
+        header.set_uid(rustix::process::geteuid().as_raw().into());
+        header.set_gid(rustix::process::getegid().as_raw().into());
         header.set_mtime(1_000_000);
         header.set_mode(0o644);
         let (path, kind, content): (&str, _, &[u8]) = match item {
@@ -100,7 +99,21 @@ fn docker(layers: &[Vec<u8>]) -> tempfile::NamedTempFile {
     archive(&files)
 }
 
-fn unpacked(layers: &[Vec<u8>]) -> Result<tempfile::TempDir> {
+/// The text of an error with those of its causes, as the command shows it. None says what another says.
+fn chain(error: &Error) -> String {
+    let mut texts = vec![error.to_string()];
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let text = error.to_string();
+        let said = texts.iter().find(|said| said.contains(&text));
+        assert_eq!(said, None, "{text:?} is said twice");
+        texts.push(text);
+        cause = error.source();
+    }
+    texts.join(": ")
+}
+
+fn unpacked(layers: &[Vec<u8>]) -> Result<tempfile::TempDir, Error> {
     let file = docker(layers);
     let image = Image::open(file.path())?;
     let dir = tempfile::tempdir().unwrap();
@@ -140,7 +153,7 @@ fn oci_archive_with_compressed_layers_and_other_platforms_is_read() {
         }
         let file = archive(&files);
         let image = Image::open(file.path()).unwrap();
-        assert_eq!(image.defaults.cmd, Some(vec!["sh".to_owned()]));
+        assert_eq!(image.defaults().cmd, Some(vec!["sh".to_owned()]));
         assert_eq!(image.file("a").unwrap().as_deref(), Some("1"));
     }
 }
@@ -195,14 +208,24 @@ fn nothing_is_written_outside_whatever_a_layer_says() {
     assert_eq!(fs::read_dir(outside.path()).unwrap().count(), 0);
     for climbing in ["../escaped", "a/../../escaped"] {
         let error = unpacked(&[layer(&[Item::File(climbing, b"x", 0o644)])]).unwrap_err();
+        let text = chain(&error);
         assert!(
-            format!("{error:#}").contains("leaves the image"),
-            "{error:#}"
+            text.contains(&format!("{climbing} leaves the image")),
+            "{text}"
         );
     }
-    // A link to what is not in the image.
-    let hard = layer(&[Item::Hard("passwd", "/etc/passwd")]);
-    assert!(unpacked(&[hard]).is_err());
+    // Links to what is not in the image, whether or not the host has it.
+    for target in ["/etc/passwd", "gone"] {
+        let hard = layer(&[Item::Dir("etc", 0o755), Item::Hard("here", target)]);
+        let text = chain(&unpacked(&[hard]).unwrap_err());
+        let target = target.trim_start_matches('/');
+        let wanted =
+            format!("0/layer.tar cannot be unpacked: here links to {target}, which is not");
+        assert!(text.contains(&wanted), "{text}");
+    }
+    let climbing = layer(&[Item::Hard("here", "../passwd")]);
+    let text = chain(&unpacked(&[climbing]).unwrap_err());
+    assert!(text.contains("../passwd leaves the image"), "{text}");
 }
 
 #[test]
@@ -214,8 +237,9 @@ fn damaged_layer_is_named_and_nothing_is_kept() {
     fs::write(file.path(), bytes).unwrap();
     let store = tempfile::tempdir().unwrap();
     let error = Image::open(file.path()).unwrap().root(store.path());
-    let text = format!("{:#}", error.unwrap_err());
+    let text = chain(&error.unwrap_err());
     assert!(text.contains("0/layer.tar is damaged"), "{text}");
+    assert!(text.contains("save the image again"), "{text}");
     assert_eq!(
         fs::read_dir(store.path().join("images")).unwrap().count(),
         0
@@ -237,30 +261,142 @@ fn root_is_made_once() {
 
 #[test]
 fn archives_that_cannot_be_used_say_what_to_do() {
-    let says = |file: &tempfile::NamedTempFile, wanted: &str| {
-        let text = format!("{:#}", Image::open(file.path()).unwrap_err());
+    let says = |file: &Path, wanted: &str| {
+        let text = chain(&Image::open(file).unwrap_err());
         assert!(text.contains(wanted), "{text}");
     };
-    says(&archive(&[("x".to_owned(), b"y".to_vec())]), "docker save");
+    let files = |files: &[(&str, &Value)]| {
+        let files = files
+            .iter()
+            .map(|(name, content)| ((*name).to_owned(), content.to_string().into_bytes()));
+        archive(&files.collect::<Vec<_>>())
+    };
+    let dir = tempfile::tempdir().unwrap();
+    says(&dir.path().join("gone"), "cannot open the image");
+    says(dir.path(), "is no image archive: give a file");
+    says(
+        archive(&[("x".to_owned(), b"y".to_vec())]).path(),
+        "docker save",
+    );
     let mut packed = tempfile::NamedTempFile::new().unwrap();
     packed.write_all(&[0x1f, 0x8b, 8, 0]).unwrap();
-    says(&packed, "gunzip");
+    says(packed.path(), "gunzip");
+    let mut text = tempfile::NamedTempFile::new().unwrap();
+    text.write_all(&[b'x'; 1024]).unwrap();
+    says(
+        text.path(),
+        "is no tar archive, or it is cut off: save the image again",
+    );
+
     let two = json!([
         {"Config": "c", "RepoTags": ["a:1"], "Layers": []},
         {"Config": "c", "RepoTags": ["b:1"], "Layers": []},
     ]);
-    let two = two.to_string().into_bytes();
-    says(&archive(&[("manifest.json".to_owned(), two)]), "a:1, b:1");
+    says(
+        files(&[("manifest.json", &two)]).path(),
+        "2 images (a:1, b:1)",
+    );
+    says(
+        files(&[("manifest.json", &json!([]))]).path(),
+        "holds no image",
+    );
+    let odd = json!({});
+    says(
+        files(&[("manifest.json", &odd)]).path(),
+        "manifest.json in /",
+    );
+    says(files(&[("manifest.json", &odd)]).path(), "is damaged: save");
+    says(files(&[("index.json", &json!([1]))]).path(), "index in /");
+    says(
+        files(&[("index.json", &odd)]).path(),
+        "no image for linux/amd64",
+    );
+
+    let docker = json!([{"Config": "c", "Layers": ["l"]}]);
+    says(
+        files(&[("manifest.json", &docker)]).path(),
+        "has no c: save",
+    );
+    let with = |config: Value| files(&[("manifest.json", &docker), ("c", &config)]);
+    says(with(json!({})).path(), "the image's configuration in /");
     let other = json!({"architecture": "arm64", "rootfs": {"diff_ids": []}});
-    let manifest = json!([{"Config": "c", "Layers": []}]);
-    let files = [
-        (
-            "manifest.json".to_owned(),
-            manifest.to_string().into_bytes(),
-        ),
-        ("c".to_owned(), other.to_string().into_bytes()),
-    ];
-    says(&archive(&files), "arm64");
+    says(with(other).path(), "is for arm64, this machine is amd64");
+    let fewer = json!({"architecture": "amd64", "rootfs": {"diff_ids": []}});
+    says(
+        with(fewer).path(),
+        "names 0 layers but holds 1: save it again",
+    );
+}
+
+#[test]
+fn index_that_names_itself_is_refused() {
+    let own = "sha256:1";
+    let index = json!({"manifests": [{
+        "digest": own, "mediaType": "application/vnd.oci.image.index.v1+json",
+    }]});
+    let index = index.to_string().into_bytes();
+    let file = archive(&[
+        ("index.json".to_owned(), index.clone()),
+        ("blobs/sha256/1".to_owned(), index),
+    ]);
+    let error = Image::open(file.path()).unwrap_err();
+    assert!(matches!(error, Error::DeepIndex(_)), "{error}");
+}
+
+#[test]
+fn layer_that_cannot_be_read_is_named_with_the_cause() {
+    let plain = layer(&[Item::File("a", b"1", 0o644)]);
+    let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+    gzip.write_all(&plain).unwrap();
+    let gzip = gzip.finish().unwrap();
+    for cut in [12, gzip.len() - 4] {
+        let file = docker(&[gzip[..cut].to_vec()]);
+        let image = Image::open(file.path()).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let error = image.unpack(dir.path()).unwrap_err();
+        let text = chain(&error);
+        assert!(
+            text.contains("cannot read layer 0/layer.tar; save"),
+            "{text}"
+        );
+        let cause = error.source().unwrap().downcast_ref::<io::Error>();
+        let kind = cause.map(io::Error::kind);
+        assert_eq!(kind, Some(io::ErrorKind::UnexpectedEof), "{text}");
+    }
+    let binary = layer(&[Item::File("etc/passwd", &[0xff; 9], 0o644)]);
+    let file = docker(&[binary]);
+    let error = Image::open(file.path()).unwrap().user("web").unwrap_err();
+    let text = chain(&error);
+    assert!(text.contains("etc/passwd of layer 0/layer.tar"), "{text}");
+}
+
+#[test]
+fn entry_that_the_system_refuses_is_named_with_the_cause() {
+    // No file system takes a link with as long a name as this.
+    let long = "x".repeat(300);
+    let mut tar = tar::Builder::new(Vec::new());
+    let mut header = tar::Header::new_gnu();
+    header.set_entry_type(tar::EntryType::Symlink);
+    header.set_size(0);
+    header.set_uid(0);
+    header.set_gid(0);
+    header.set_mode(0o777);
+    header.set_mtime(0);
+    tar.append_link(&mut header, &long, "to").unwrap();
+    let error = unpacked(&[tar.into_inner().unwrap()]).unwrap_err();
+    let text = chain(&error);
+    assert!(
+        text.contains(&format!(
+            "0/layer.tar cannot be unpacked: cannot make {long}"
+        )),
+        "{text}"
+    );
+    let cause = error.source().unwrap().downcast_ref::<io::Error>();
+    assert_eq!(
+        cause.map(io::Error::kind),
+        Some(io::ErrorKind::InvalidFilename),
+        "{text}"
+    );
 }
 
 #[test]
@@ -272,18 +408,21 @@ fn users_are_found_by_name_and_number() {
         Item::File("etc/group", group, 0o644),
     ])]);
     let image = Image::open(file.path()).unwrap();
-    let found = |text: &str| user(text, &image).unwrap();
+    let found = |text: &str| image.user(text).unwrap();
     assert_eq!(found(""), (0, 0));
     assert_eq!(found("web"), (33, 34));
     assert_eq!(found("33"), (33, 34));
     assert_eq!(found("web:staff"), (33, 50));
     assert_eq!(found("1000"), (1000, 0));
     assert_eq!(found("5:6"), (5, 6));
+    let text = chain(&image.user("nobody").unwrap_err());
     assert!(
-        user("nobody", &image)
-            .unwrap_err()
-            .to_string()
-            .contains("-u")
+        text.contains("no user \"nobody\": give a number (-u UID)"),
+        "{text}"
     );
-    assert!(user("web:nogroup", &image).is_err());
+    let text = chain(&image.user("web:nogroup").unwrap_err());
+    assert!(
+        text.contains("no group \"nogroup\": give a number"),
+        "{text}"
+    );
 }

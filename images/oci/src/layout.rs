@@ -5,8 +5,9 @@ use std::fs::File;
 use std::io::{self, BufReader, Read, Seek, SeekFrom};
 use std::path::{Component, Path, PathBuf};
 
-use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
+
+use crate::Error;
 
 /// No manifest or configuration comes near this.
 const LARGEST_DOCUMENT: u64 = 16 << 20;
@@ -111,28 +112,29 @@ fn blob(digest: &str) -> String {
 }
 
 impl Archive {
-    pub(crate) fn open(path: &Path) -> Result<Archive> {
-        let shown = path.display();
-        let mut file =
-            File::open(path).with_context(|| format!("cannot open the image {shown}"))?;
-        ensure!(
-            file.metadata()?.is_file(),
-            "{shown} is no image archive: give a file such as `docker save` writes"
-        );
+    pub(crate) fn open(path: &Path) -> Result<Archive, Error> {
+        let cannot_open = || Error::file("open the image", path);
+        let mut file = File::open(path).map_err(cannot_open())?;
+        if !file.metadata().map_err(cannot_open())?.is_file() {
+            return Err(Error::NotAFile(path.to_owned()));
+        }
         let mut start = [0; 2];
         if file.read_exact(&mut start).is_ok() && start == [0x1f, 0x8b] {
-            bail!("{shown} is compressed as a whole: unpack it first (gunzip)");
+            return Err(Error::Compressed(path.to_owned()));
         }
-        file.seek(SeekFrom::Start(0))?;
+        file.seek(SeekFrom::Start(0)).map_err(cannot_open())?;
         let mut entries = BTreeMap::new();
-        let damaged = || format!("{shown} is no tar archive, or it is cut off");
+        let no_tar = |source| Error::NotATar {
+            path: path.to_owned(),
+            source,
+        };
         let mut tar = tar::Archive::new(file);
-        for entry in tar.entries_with_seek().with_context(damaged)? {
-            let entry = entry.with_context(damaged)?;
-            let name = entry.path().with_context(damaged)?.into_owned();
+        for entry in tar.entries_with_seek().map_err(no_tar)? {
+            let entry = entry.map_err(no_tar)?;
+            let name = entry.path().map_err(no_tar)?.into_owned();
             let kind = entry.header().entry_type();
             let place = if kind.is_symlink() || kind.is_hard_link() {
-                let link = entry.link_name().with_context(damaged)?;
+                let link = entry.link_name().map_err(no_tar)?;
                 let link = link.unwrap_or_default();
                 // A hard link names a path of the archive, a symbolic one a path from where it is.
                 let base = if kind.is_symlink() {
@@ -158,7 +160,7 @@ impl Archive {
     }
 
     /// The image's configuration, and the names of its layers, lowest first.
-    pub(crate) fn image(&self) -> Result<(Vec<u8>, Vec<String>)> {
+    pub(crate) fn image(&self) -> Result<(Vec<u8>, Vec<String>), Error> {
         if self.entries.contains_key("manifest.json") {
             return self.docker();
         }
@@ -166,25 +168,21 @@ impl Archive {
             let index = self.document("index.json")?;
             return self.oci(&index, 0);
         }
-        bail!(
-            "{} holds no image: it has neither manifest.json nor index.json; write it with `docker \
-             save`, `podman save` or `ctr image export`",
-            self.path.display()
-        )
+        Err(Error::NoImage(self.path.clone()))
     }
 
-    fn docker(&self) -> Result<(Vec<u8>, Vec<String>)> {
+    fn docker(&self) -> Result<(Vec<u8>, Vec<String>), Error> {
         let mut images: Vec<DockerImage> = serde_json::from_slice(&self.document("manifest.json")?)
-            .context("manifest.json is damaged")?;
+            .map_err(Error::document("manifest.json", &self.path))?;
         let Some(image) = images.pop() else {
-            bail!("{} holds no image", self.path.display());
+            return Err(Error::Empty(self.path.clone()));
         };
         if !images.is_empty() {
             images.push(image);
             let names = images
                 .iter()
                 .map(|image| image.repo_tags.clone().unwrap_or_default().join(" "));
-            return Err(self.too_many(&names.collect::<Vec<_>>()));
+            return Err(self.many_images(names.collect()));
         }
         let layers = image.layers.iter().map(|name| normal(Path::new(name)));
         Ok((
@@ -193,9 +191,12 @@ impl Archive {
         ))
     }
 
-    fn oci(&self, index: &[u8], depth: usize) -> Result<(Vec<u8>, Vec<String>)> {
-        ensure!(depth < DEEPEST_INDEX, "the image's indexes name each other");
-        let index: Index = serde_json::from_slice(index).context("the image's index is damaged")?;
+    fn oci(&self, index: &[u8], depth: usize) -> Result<(Vec<u8>, Vec<String>), Error> {
+        if depth >= DEEPEST_INDEX {
+            return Err(Error::DeepIndex(self.path.clone()));
+        }
+        let index: Index = serde_json::from_slice(index)
+            .map_err(Error::document("the image's index", &self.path))?;
         let mut suitable: Vec<&Descriptor> =
             index.manifests.iter().filter(|one| one.suits()).collect();
         // An archive need not hold the other platforms, and may hold signatures without one.
@@ -203,17 +204,17 @@ impl Archive {
         suitable.dedup_by(|a, b| a.digest == b.digest);
         let [one] = suitable.as_slice() else {
             if suitable.is_empty() {
-                bail!("{} holds no image for linux/amd64", self.path.display());
+                return Err(Error::NoPlatform(self.path.clone()));
             }
-            let names: Vec<String> = suitable.iter().map(|one| one.name().to_owned()).collect();
-            return Err(self.too_many(&names));
+            let names = suitable.iter().map(|one| one.name().to_owned());
+            return Err(self.many_images(names.collect()));
         };
         let document = self.document(&blob(&one.digest))?;
         if one.is_index() {
             return self.oci(&document, depth + 1);
         }
-        let manifest: Manifest =
-            serde_json::from_slice(&document).context("the image's manifest is damaged")?;
+        let manifest: Manifest = serde_json::from_slice(&document)
+            .map_err(Error::document("the image's manifest", &self.path))?;
         let layers = manifest.layers.iter().map(|layer| blob(&layer.digest));
         Ok((
             self.document(&blob(&manifest.config.digest))?,
@@ -221,49 +222,50 @@ impl Archive {
         ))
     }
 
-    fn too_many(&self, names: &[String]) -> anyhow::Error {
-        anyhow::anyhow!(
-            "{} holds {} images ({}): save the wanted one alone",
-            self.path.display(),
-            names.len(),
-            names.join(", ")
-        )
+    fn many_images(&self, names: Vec<String>) -> Error {
+        Error::ManyImages {
+            path: self.path.clone(),
+            names,
+        }
     }
 
-    fn part(&self, name: &str) -> Result<io::Take<File>> {
-        let missing = || {
-            format!(
-                "{} has no {name}: save the image again",
-                self.path.display()
-            )
+    fn part(&self, name: &str) -> Result<io::Take<File>, Error> {
+        let missing = || Error::Missing {
+            path: self.path.clone(),
+            part: name.to_owned(),
         };
-        let mut place = self.entries.get(name).with_context(missing)?;
+        let mut place = self.entries.get(name).ok_or_else(missing)?;
         if let Place::Link(target) = place {
-            place = self.entries.get(target).with_context(missing)?;
+            place = self.entries.get(target).ok_or_else(missing)?;
         }
         let Place::File { at, length } = place else {
-            bail!(missing());
+            return Err(missing());
         };
-        let mut file = File::open(&self.path)?;
-        file.seek(SeekFrom::Start(*at))?;
+        let mut file = File::open(&self.path).map_err(Error::file("open the image", &self.path))?;
+        file.seek(SeekFrom::Start(*at))
+            .map_err(Error::file("read the image", &self.path))?;
         Ok(file.take(*length))
     }
 
-    fn document(&self, name: &str) -> Result<Vec<u8>> {
+    fn document(&self, name: &str) -> Result<Vec<u8>, Error> {
         let mut bytes = Vec::new();
         let mut part = self.part(name)?.take(LARGEST_DOCUMENT);
-        part.read_to_end(&mut bytes)?;
+        part.read_to_end(&mut bytes)
+            .map_err(Error::file("read the image", &self.path))?;
         Ok(bytes)
     }
 
     /// A layer's tar, unpacked.
-    pub(crate) fn layer(&self, name: &str) -> Result<Box<dyn Read>> {
+    pub(crate) fn layer(&self, name: &str) -> Result<Box<dyn Read>, Error> {
         let mut start = Vec::new();
-        self.part(name)?.take(4).read_to_end(&mut start)?;
+        let mut part = self.part(name)?.take(4);
+        part.read_to_end(&mut start).map_err(Error::layer(name))?;
         let part = BufReader::with_capacity(1 << 20, self.part(name)?);
         Ok(match start.as_slice() {
             [0x1f, 0x8b, ..] => Box::new(flate2::bufread::MultiGzDecoder::new(part)),
-            [0x28, 0xb5, 0x2f, 0xfd] => Box::new(zstd::Decoder::with_buffer(part)?),
+            [0x28, 0xb5, 0x2f, 0xfd] => {
+                Box::new(zstd::Decoder::with_buffer(part).map_err(Error::layer(name))?)
+            }
             _ => Box::new(part),
         })
     }
