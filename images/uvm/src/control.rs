@@ -277,6 +277,10 @@ fn started(reply: Reply) -> Option<Vec<Span>> {
     }
 }
 
+#[expect(
+    clippy::needless_pass_by_value,
+    reason = "`ask` hands over the reply to all that read one"
+)]
 fn slot_of(reply: Reply) -> Option<u8> {
     match reply {
         Reply::Slot(slot) => Some(slot),
@@ -284,6 +288,10 @@ fn slot_of(reply: Reply) -> Option<u8> {
     }
 }
 
+#[expect(
+    clippy::needless_pass_by_value,
+    reason = "`ask` hands over the reply to all that read one"
+)]
 fn figures(reply: Reply) -> Option<Figures> {
     match reply {
         Reply::Stats {
