@@ -41,7 +41,6 @@ const DISK_WAIT_MS: u32 = 5000;
 /// How many slots, the first ones, the layers of a container may take: half of what is baked by default. The others stay for
 /// more containers and for block volumes, which would have to be plugged.
 const LAYER_SLOTS: u8 = 4;
-/// The step that gives the guest the disks of a container's root.
 
 /// What the guest is told to make of a container's files.
 #[derive(Debug)]

@@ -239,12 +239,12 @@ mod tests {
     use std::io::Read;
 
     /// What the client gets of a VMM that answers with `sent` descriptors.
-    fn answer(reply: Reply, sent: usize, most: usize) -> Result<(Reply, Vec<OwnedFd>), VmmError> {
+    fn answer(reply: &Reply, sent: usize, most: usize) -> Result<(Reply, Vec<OwnedFd>), VmmError> {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let file = tempfile::tempfile().unwrap();
         std::os::unix::fs::FileExt::write_all_at(&file, b"of the VMM", 0).unwrap();
         // A reply is shorter than a socket's buffer, so it can be there before the request.
-        wire::send(&theirs, &reply, &vec![file.as_fd(); sent]).unwrap();
+        wire::send(&theirs, reply, &vec![file.as_fd(); sent]).unwrap();
         let answer = exchange(&ours, &Request::Stats, &[], most);
         let asked = wire::receive::<Request>(&theirs, 0).unwrap().unwrap();
         assert_eq!(asked.0, Request::Stats);
@@ -253,7 +253,7 @@ mod tests {
 
     #[test]
     fn descriptors_come_back_with_a_reply() {
-        let (reply, fds) = answer(Reply::Slot(3), 2, 2).unwrap();
+        let (reply, fds) = answer(&Reply::Slot(3), 2, 2).unwrap();
         assert_eq!((reply, fds.len()), (Reply::Slot(3), 2));
         let mut text = String::new();
         for fd in fds {
@@ -268,7 +268,7 @@ mod tests {
     #[test]
     fn reply_with_more_descriptors_than_were_asked_for_is_refused() {
         for (sent, most) in [(1, 0), (3, 2)] {
-            let answer = answer(Reply::Done, sent, most);
+            let answer = answer(&Reply::Done, sent, most);
             assert!(matches!(answer, Err(VmmError::Socket(_))), "{answer:?}");
         }
     }
@@ -279,7 +279,7 @@ mod tests {
             kind: RefusalKind::Busy,
             why: "there is a disk in this slot already".to_owned(),
         };
-        let error = answer(refused, 0, 0).unwrap_err();
+        let error = answer(&refused, 0, 0).unwrap_err();
         let VmmError::Refused { kind, why } = error else {
             panic!("{error:?}");
         };
