@@ -33,7 +33,7 @@ const COMES_TO_REST: Duration = Duration::from_millis(200);
 /// How long a guest may take to boot, on an emulated machine with other work.
 const BOOT_LIMIT: Duration = Duration::from_secs(90);
 /// How long one answer may take.
-const ANSWER_LIMIT: Duration = Duration::from_secs(180);
+const ANSWER_LIMIT: Duration = Duration::from_secs(60);
 /// `nobody`, whom the VMM becomes.
 const NOBODY: u32 = 65534;
 
