@@ -27,6 +27,6 @@ pub fn baked() -> Result<(Lease, Baked)> {
 
 /// Gives a resumed μVM whose sockets are in `dir` an identity of its own; what the agent says of it.
 pub async fn identify(dir: &Path) -> Result<SetIdentityResponse> {
-    let agent = Agent::connect(Vsock::new(dir.join("vsock"))).await?;
+    let agent = Agent::connect(&Vsock::new(dir.join("vsock"))).await?;
     Ok(agent.set_identity(&Identity::default()).await?)
 }

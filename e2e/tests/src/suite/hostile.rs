@@ -9,11 +9,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow, bail, ensure};
-use k8s_cri::v1::ContainerState;
+use anyhow::{Context, Result, anyhow, ensure};
 use kiln_e2e::harness::Case;
 use kiln_e2e::inventory::Inventory;
-use kiln_e2e::pod::{Resources, STEP};
+use kiln_e2e::pod::STEP;
 use kiln_e2e::{Container, ContainerSpec, Pod, PodSpec, Test, cases, wait};
 
 use super::faults::shim_of;
@@ -48,9 +47,6 @@ pub(crate) fn cases() -> Vec<Case> {
             .limit(400),
         vmm_that_was_taken_over_stays_in_its_jail.alone().limit(300),
         user_of_the_node_holds_up_no_pod.alone(),
-        pod_of_the_lowest_class_is_killed_first_when_memory_runs_out
-            .alone()
-            .limit(300),
     ];
     let named = |case: Case| case.only_with("kiln", "hostile");
     all.into_iter().map(named).collect()
@@ -372,53 +368,5 @@ async fn user_of_the_node_holds_up_no_pod(test: Test) -> Result<()> {
     first.remove().await?;
     drop(locks);
     same!(said()?, "ready\n");
-    Ok(())
-}
-
-/// Memory that two pods have together, instead of the node's: the kernel chooses whom to kill by the same rule.
-async fn pod_of_the_lowest_class_is_killed_first_when_memory_runs_out(test: Test) -> Result<()> {
-    const TOGETHER: u64 = 448 << 20;
-    let cgroup = Path::new("/sys/fs/cgroup").join(test.cgroup().trim_start_matches('/'));
-    let both = cgroup.join("kubepods");
-    std::fs::create_dir_all(&both)?;
-    let mut above: Vec<_> = both.ancestors().skip(1).take(3).collect();
-    above.reverse();
-    for above in above {
-        std::fs::write(above.join("cgroup.subtree_control"), "+memory +pids +cpu")
-            .with_context(|| format!("{}", above.display()))?;
-    }
-    std::fs::write(both.join("memory.max"), TOGETHER.to_string())?;
-
-    let guaranteed = test
-        .run_pod(&PodSpec::new().class("").handler("runc"))
-        .await?;
-    let kept = guaranteed
-        .start(
-            &ContainerSpec::testprog("kept", &["fill", "220"]).resources(Resources {
-                memory: 300 << 20,
-                oom_score_adj: -997,
-                ..Resources::default()
-            }),
-        )
-        .await?;
-    kept.log().wait_for("filled 220", STEP).await?;
-    let best_effort = test.run_pod(&PodSpec::new().class("besteffort")).await?;
-    let greedy = best_effort
-        .start(
-            &ContainerSpec::testprog("greedy", &["fill", "230"]).resources(Resources {
-                oom_score_adj: 1000,
-                ..Resources::default()
-            }),
-        )
-        .await?;
-    let status = greedy.wait().await?;
-    same!(
-        (status.exit_code, status.reason.as_str()),
-        (137, "OOMKilled")
-    );
-    match kept.status().await?.state() {
-        ContainerState::ContainerRunning => {}
-        state => bail!("the guaranteed pod's container is {state:?}"),
-    }
     Ok(())
 }

@@ -9,6 +9,7 @@ mod identity;
 mod kiln_run;
 mod logs;
 mod network;
+mod out_of_memory;
 mod overlay;
 mod pods;
 mod resources;
@@ -44,6 +45,7 @@ pub(crate) fn all() -> Vec<Case> {
         kiln_run::cases(),
         overlay::cases(),
         hostile::cases(),
+        out_of_memory::cases(),
         snapshotters::cases(),
         run_terminal::cases(),
         run_bake::cases(),
