@@ -177,7 +177,7 @@ async fn reach(machine: &Machine, socket: &Path, stage: &Stage<'_>) -> Result<Ag
         }
         loop {
             // A guest without a driver yet never answers: each try has a limit of its own.
-            let failed = match timeout(TRY_LIMIT, Agent::connect_once(&vsock)).await {
+            let failed = match timeout(TRY_LIMIT, Agent::connect(&vsock)).await {
                 Ok(Ok(agent)) => return Ok(agent),
                 Ok(Err(error)) => UvmError::from(error),
                 Err(_) => UvmError::Slow {

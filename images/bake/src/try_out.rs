@@ -20,8 +20,8 @@ use crate::failure::{Stage, console, listen, start};
 use crate::rehearsal;
 
 const RESUME_LIMIT: Duration = Duration::from_secs(30);
-/// How long all that is done with the resumed guest may take.
-const TRY_LIMIT: Duration = Duration::from_secs(90);
+/// How long each thing that is done with the resumed guest may take.
+const TRY_LIMIT: Duration = Duration::from_secs(30);
 
 /// Returns how long it took from the start to the identity's answer, and the pages that were needed.
 pub(crate) async fn try_out(
@@ -91,6 +91,7 @@ async fn resume(
             hostname: "kiln".to_owned(),
             ..Default::default()
         },
+        patient: false,
     };
     launch(machine, baked, host, launch_order, &Timeline::default()).await
 }

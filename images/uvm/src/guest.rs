@@ -18,9 +18,6 @@ use crate::{Error, random};
 
 /// No call but the wait for a process may take longer; a guest that doesn't answer is broken.
 const CALL_LIMIT: Duration = Duration::from_secs(60);
-/// How often a guest that does not answer in time is asked again: among many that are resumed at once, one may have to
-/// wait for its turn.
-const CONNECT_RETRIES: u32 = 2;
 /// How long the guest may take to bring online what was plugged.
 const GROW_LIMIT_MS: u32 = 30_000;
 /// Events of the guest that wait for whoever takes them.
@@ -189,23 +186,18 @@ fn not_connected(error: ConnectError) -> GuestError {
 }
 
 impl Agent {
-    /// Connects to the agent of a guest that runs.
-    pub async fn connect(vsock: Vsock) -> Result<Agent, GuestError> {
-        let mut tries = 0;
+    /// Connects to the agent of a guest that runs, however long it takes: for whoever has a limit of their own.
+    pub async fn connect_patiently(vsock: &Vsock) -> Result<Agent, GuestError> {
         loop {
-            match Agent::connect_once(&vsock).await {
-                Err(GuestError::Unreachable(ConnectError::Timeout { .. }))
-                    if tries < CONNECT_RETRIES =>
-                {
-                    tries += 1;
-                }
+            match Agent::connect(vsock).await {
+                Err(GuestError::Unreachable(ConnectError::Timeout { .. })) => {}
                 result => return result,
             }
         }
     }
 
-    /// Tries to connect to an agent that may not listen yet.
-    pub async fn connect_once(vsock: &Vsock) -> Result<Agent, GuestError> {
+    /// Connects to the agent of a guest that runs. One that does not answer in time is broken.
+    pub async fn connect(vsock: &Vsock) -> Result<Agent, GuestError> {
         let client = vsock.agent().await.map_err(not_connected)?;
         Ok(Agent {
             vsock: vsock.clone(),

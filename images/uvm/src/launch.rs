@@ -14,7 +14,7 @@ use crate::Error;
 use crate::baked::{Baked, Reading};
 use crate::control::{Control, Resume};
 use crate::ends::Ends;
-use crate::guest::{Agent, Identity};
+use crate::guest::{Agent, GuestError, Identity};
 use crate::machine::Machine;
 use crate::scratch::Scratch;
 use crate::size::Size;
@@ -52,6 +52,8 @@ pub struct Order {
     pub size: Size,
     /// What makes it one of its own.
     pub identity: Identity,
+    /// Whether its agent may take as long as it likes to answer: whoever says so has a limit of their own.
+    pub patient: bool,
 }
 
 /// Resumes the μVM in a VMM that waits for it and gives it its identity. When this returns, the gate for the user's
@@ -84,7 +86,9 @@ pub async fn launch(
     };
     let baked = resuming.await?;
     let set_up = async {
-        let agent = timeline.of(step::CONNECT, Agent::connect(vsock)).await?;
+        let agent = timeline
+            .of(step::CONNECT, connect(&vsock, order.patient))
+            .await?;
         let asked = timeline.now();
         let identity = agent.set_identity(&order.identity);
         let identity = timeline.of(step::IDENTITY, identity).await?;
@@ -101,6 +105,13 @@ pub async fn launch(
     };
     let grown = follow_growth(agent.clone(), size, timeline.clone());
     Ok(Uvm::new(machine, agent, grown, baked))
+}
+
+async fn connect(vsock: &Vsock, patient: bool) -> Result<Agent, GuestError> {
+    match patient {
+        true => Agent::connect_patiently(vsock).await,
+        false => Agent::connect(vsock).await,
+    }
 }
 
 fn resume(vmm: &Control, baked: &Baked, host: &HostSide, timeline: &Timeline) -> Result<(), Error> {

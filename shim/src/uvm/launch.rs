@@ -231,6 +231,7 @@ impl StoreLauncher {
                 scratch_limit: setup.overlay.content(),
                 scratch_flush: setup.overlay_flush == Flush::Disk,
             },
+            patient: false,
         };
         let uvm = launch(machine, baked, host, order, timeline).await?;
         let events = timeline.of("guest.events", uvm.agent().events()).await?;

@@ -217,10 +217,12 @@ async fn resume(start: &Start<'_>, name: &str, place: &Place, timeline: &Timelin
     let jail = jail::of_this_process(start.config.vmm_ids)?;
     // The budget is that of the pods, and root's as they are.
     let shares_budget = jail.is_some();
+    // A store without a fitting μVM costs no process.
+    let lease = timeline.time(step::FILES, || pick::lease(&start.config.store, size))?;
     let machine = timeline.time(step::SPAWN, || spawn(&start.vmm, jail, place))?;
     let (baked, host) = timeline.time(step::FILES, || {
-        let baked = Baked::open(pick::lease(&start.config.store, size)?)?;
-        anyhow::Ok((baked, host_side(start, place, limits, shares_budget)?))
+        let host = host_side(start, place, limits, shares_budget)?;
+        anyhow::Ok((Baked::open(lease)?, host))
     })?;
     let order = Order {
         size,
@@ -231,6 +233,7 @@ async fn resume(start: &Start<'_>, name: &str, place: &Place, timeline: &Timelin
             scratch_limit: limits.content(),
             ..Default::default()
         },
+        patient: true,
     };
     Ok(launch(machine, baked, host, order, timeline).await?)
 }
@@ -382,7 +385,7 @@ fn exec_in(options: &args::Exec) -> Result<u8> {
     };
     finish(async {
         let mut signals = Signals::listen()?;
-        let guest = Agent::connect(Vsock::new(socket)).await?;
+        let guest = Agent::connect(&Vsock::new(socket)).await?;
         guest::exec(&guest, &spec, &process, terminal::size()).await?;
         let session = Session::attach(&guest, &process).await;
         let code = async { session?.run(&mut signals).await }.await;
