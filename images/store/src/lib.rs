@@ -17,6 +17,8 @@ mod catalogue;
 mod content;
 mod error;
 pub mod private;
+#[cfg(any(test, feature = "test-utils"))]
+pub mod testing;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

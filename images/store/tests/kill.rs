@@ -10,10 +10,8 @@ use std::process::{Command, Stdio};
 use std::thread::sleep;
 use std::time::Duration;
 
-use kiln_store::{
-    Class, Cpu, Description, Digest, Error, Host, ImageKey, Kernel, Kind, Policy, SegmentDigest,
-    Store, Turn, Wanted,
-};
+use kiln_store::testing::description;
+use kiln_store::{Digest, Error, Host, ImageKey, Kind, Policy, SegmentDigest, Store, Turn, Wanted};
 use kiln_vmm_control::cpu::{Fingerprint, WORDS};
 
 const CHILD: &str = "KILN_STORE_TEST_ROOT";
@@ -31,33 +29,9 @@ fn bake(store: &Store, seed: u64) -> Result<Digest, Error> {
         .create(Kind::State)?
         .write_all_at(&seed.to_le_bytes(), 0)
         .unwrap();
-    let digest = Digest::of_bytes(&seed.to_le_bytes());
-    staging.commit(Description {
-        protocol: 1,
-        recipe: digest,
-        baked_at: seed,
-        kiln_version: "test".into(),
-        class: Class {
-            cpus: 1,
-            max_cpus: 1,
-            memory_mib: 4,
-            max_memory_mib: 4,
-            slots: 0,
-        },
-        kernel: Kernel {
-            release: "test".into(),
-            digest,
-            command_line: String::new(),
-        },
-        initramfs: digest,
-        agent_version: "test".into(),
-        cpu: Cpu {
-            vendor: "test".into(),
-            model: "test".into(),
-            features: Fingerprint([0; WORDS]),
-        },
-        guest_used_kib: 0,
-    })
+    let mut about = description(&seed.to_string());
+    about.baked_at = seed;
+    staging.commit(about)
 }
 
 /// Makes an image, or finds it.

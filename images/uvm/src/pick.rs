@@ -60,7 +60,8 @@ pub fn lease(store: &Path, size: Size) -> Result<Lease, PickError> {
 mod tests {
     use std::io::Write;
 
-    use kiln_store::{Class, Cpu, Description, Digest, Kernel, Kind};
+    use kiln_store::testing::description;
+    use kiln_store::{Class, Description, Digest, Kind};
     use kiln_vmm_control::cpu::Fingerprint;
 
     use super::*;
@@ -94,27 +95,11 @@ mod tests {
             let mut file = staging.create(kind).unwrap();
             file.write_all(name.as_bytes()).unwrap();
         }
-        let digest = Digest::of_bytes(name.as_bytes());
-        let mut about = Description {
-            recipe: digest,
-            baked_at: 1,
-            kiln_version: "0.1.0".into(),
-            class: class(),
-            kernel: Kernel {
-                release: "6.12".into(),
-                digest,
-                command_line: String::new(),
-            },
-            initramfs: digest,
-            agent_version: "0.1.0".into(),
-            protocol: PROTOCOL_VERSION,
-            cpu: Cpu {
-                vendor: "v".into(),
-                model: "m".into(),
-                features: Fingerprint::of_this_cpu(),
-            },
-            guest_used_kib: 0,
-        };
+        let mut about = description(name);
+        about.baked_at = 1;
+        about.class = class();
+        about.protocol = PROTOCOL_VERSION;
+        about.cpu.features = Fingerprint::of_this_cpu();
         change(&mut about);
         staging.commit(about).unwrap()
     }

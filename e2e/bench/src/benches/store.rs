@@ -7,7 +7,7 @@ use std::process::Command;
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
-use kiln_store::{Class, Cpu, Description, Digest, Host, Kernel, Kind, Manifest, Store, Wanted};
+use kiln_store::{Description, Digest, Host, Kind, Manifest, Store, Wanted, testing};
 use kiln_uvm::cpu::Fingerprint;
 
 use super::Settings;
@@ -113,37 +113,17 @@ fn host() -> Host {
 }
 
 fn description(number: u32) -> Description {
-    let digest = Digest::of_bytes(&number.to_le_bytes());
-    let mut features = Fingerprint::of_this_cpu();
+    let mut about = testing::description(&number.to_string());
+    about.cpu.features = Fingerprint::of_this_cpu();
     if number % 3 == 1 {
-        features.0[9] ^= 1 << (number % 32);
+        about.cpu.features.0[9] ^= 1 << (number % 32);
     }
-    Description {
-        recipe: digest,
-        baked_at: 1_700_000_000 + u64::from(number * 7919 % 10_007),
-        kiln_version: "0.1.0".into(),
-        class: Class {
-            cpus: 1,
-            max_cpus: 2 + number % 15,
-            memory_mib: 256,
-            max_memory_mib: 1024 << (number % 4),
-            slots: 8,
-        },
-        kernel: Kernel {
-            release: format!("6.12.{}", number % 20),
-            digest,
-            command_line: "quiet".into(),
-        },
-        initramfs: digest,
-        agent_version: "0.1.0".into(),
-        protocol: PROTOCOL - number % 2 * (number % PROTOCOL),
-        cpu: Cpu {
-            vendor: "vendor".into(),
-            model: "model".into(),
-            features,
-        },
-        guest_used_kib: 0,
-    }
+    about.baked_at = 1_700_000_000 + u64::from(number * 7919 % 10_007);
+    about.class.max_cpus = 2 + number % 15;
+    about.class.max_memory_mib = 1024 << (number % 4);
+    about.kernel.release = format!("6.12.{}", number % 20);
+    about.protocol = PROTOCOL - number % 2 * (number % PROTOCOL);
+    about
 }
 
 /// Starts a process that picks, and adds what it says.

@@ -1,7 +1,8 @@
 use std::os::unix::fs::FileExt;
 
 use kiln_agent_api::PROTOCOL_VERSION;
-use kiln_store::{Class, Cpu, Description, Kernel, Kind};
+use kiln_store::Kind;
+use kiln_store::testing::description;
 use kiln_uvm::cpu::{Fingerprint, WORDS};
 
 use super::*;
@@ -15,33 +16,13 @@ pub(crate) fn bake(store: &Store, name: &str) -> Digest {
         .unwrap()
         .write_all_at(b"state", 0)
         .unwrap();
-    let digest = Digest::of_bytes(name.as_bytes());
-    let about = Description {
-        recipe: digest,
-        baked_at: 1_763_726_399,
-        kiln_version: "0.1.0".into(),
-        class: Class {
-            cpus: 1,
-            max_cpus: 8,
-            memory_mib: 256,
-            max_memory_mib: 4096,
-            slots: 4,
-        },
-        kernel: Kernel {
-            release: "6.12".into(),
-            digest,
-            command_line: "quiet".into(),
-        },
-        initramfs: digest,
-        agent_version: "0.1.0".into(),
-        protocol: PROTOCOL_VERSION,
-        cpu: Cpu {
-            vendor: "AuthenticAMD".into(),
-            model: "EPYC".into(),
-            features: Fingerprint([7; WORDS]),
-        },
-        guest_used_kib: 1000,
-    };
+    let mut about = description(name);
+    about.class.max_cpus = 8;
+    about.class.max_memory_mib = 4096;
+    about.class.slots = 4;
+    about.baked_at = 1_763_726_399;
+    about.protocol = PROTOCOL_VERSION;
+    about.cpu.features = Fingerprint([7; WORDS]);
     staging.commit(about).unwrap()
 }
 

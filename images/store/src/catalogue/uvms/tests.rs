@@ -4,9 +4,9 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use super::manifest::tests::description;
 use super::*;
 use crate::content::disk::tests::FaultyDisk;
+use crate::testing::description;
 use crate::{CHUNK, Removed};
 
 /// A bake: `name` decides the recipe and the content.

@@ -2,8 +2,8 @@ use std::os::unix::fs::FileExt;
 
 use proptest::prelude::*;
 
-use super::super::manifest::tests::description;
 use super::*;
+use crate::testing::description;
 use crate::{Description, Object, Store};
 
 const NOW: Stamp = Stamp {

@@ -2,7 +2,7 @@ use std::fs;
 use std::os::unix::fs::FileExt;
 
 use super::*;
-use crate::catalogue::uvms::manifest::tests::description;
+use crate::testing::description;
 use crate::{Description, Kind, Policy, Why};
 
 const PROTOCOL: u32 = 4;
