@@ -7,10 +7,13 @@ mod faults;
 mod hostile;
 mod identity;
 mod kiln_run;
+mod last_words;
 mod logs;
+mod namespaces;
 mod network;
 mod overlay;
 mod pods;
+mod refusals;
 mod resources;
 mod run_bake;
 mod run_load;
@@ -18,6 +21,7 @@ mod run_net;
 mod run_seccomp;
 mod run_terminal;
 mod snapshotters;
+mod statistics;
 mod streams;
 mod tasks;
 mod vmm;
@@ -50,6 +54,10 @@ pub(crate) fn all() -> Vec<Case> {
         run_load::cases(),
         run_net::cases(),
         run_seccomp::cases(),
+        statistics::cases(),
+        namespaces::cases(),
+        refusals::cases(),
+        last_words::cases(),
     ]
     .into_iter()
     .flatten()
