@@ -16,6 +16,7 @@ use kiln_e2e::{Container, ContainerSpec, Pod, PodSpec, Test, cases, setup, wait}
 use kiln_test_images::import::Importer;
 use kiln_test_images::{Compression, Image, ImageBuilder, Layer};
 
+use super::faults::{children_of, parent};
 use super::overlay::inspect;
 use super::same;
 

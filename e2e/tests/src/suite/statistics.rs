@@ -214,10 +214,8 @@ async fn pressure_is_what_the_container_sees(test: Test) -> Result<()> {
     let message = MetricsRequest {
         filters: vec![format!("id=={}", main.id())],
     };
-    let answer = test
-        .client()
-        .tasks()
-        .metrics(request(CRI_NAMESPACE, message)?);
+    let mut tasks = test.client().tasks();
+    let answer = tasks.metrics(request(CRI_NAMESPACE, message)?);
     let metrics = answer.await?.into_inner().metrics;
     let data = metrics.first().and_then(|metric| metric.data.as_ref());
     let told = cpu_pressure(&data.context("no metrics")?.value).context("no pressure is told")?;
