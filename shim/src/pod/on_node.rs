@@ -1,6 +1,6 @@
 //! What the node has in place of a container's processes: one that stands for it.
 
-use std::path::PathBuf;
+use std::path::Path;
 use std::sync::Arc;
 
 use kiln_agent_api::proto::PidNamespace as Namespace;
@@ -70,16 +70,17 @@ impl Pod {
     /// Which PID namespace the guest is to put a container in, and the container whose it is, if it is one's.
     pub(super) fn pid_namespace(&self, spec: &Spec) -> Result<(Namespace, String)> {
         for (kind, path, process) in spec.shared_namespaces() {
-            self.owner(kind, path, process)?;
+            self.owner(kind, &path, process)?;
         }
         let owner = match spec.pid_namespace() {
             PidNamespace::Own => return Ok((Namespace::PID_OWN, String::new())),
             // The node's owner lets it mean that.
             PidNamespace::Host => Owner::Pod,
             PidNamespace::Of(pid) => {
-                self.owner("pid", format!("/proc/{pid}/ns/pid").into(), Some(pid))?
+                let path = format!("/proc/{pid}/ns/pid");
+                self.owner("pid", Path::new(&path), Some(pid))?
             }
-            PidNamespace::Other(path) => self.owner("pid", path, None)?,
+            PidNamespace::Other(path) => self.owner("pid", &path, None)?,
         };
         Ok(match owner {
             Owner::Pod => (Namespace::PID_POD, String::new()),
@@ -87,7 +88,7 @@ impl Pod {
         })
     }
 
-    fn owner(&self, kind: &str, path: PathBuf, process: Option<u32>) -> Result<Owner> {
+    fn owner(&self, kind: &str, path: &Path, process: Option<u32>) -> Result<Owner> {
         let foreign = || refusal::foreign_namespace(kind, &path.display().to_string());
         let pid = process.ok_or_else(foreign)?;
         let of_sandbox = lock(&self.sandbox).as_ref().map(|sandbox| sandbox.pid());

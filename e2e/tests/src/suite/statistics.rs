@@ -43,11 +43,11 @@ async fn inside(container: &Container, file: &str, word: &str) -> Result<u64> {
 async fn memory_and_cpu_are_what_the_container_sees(test: Test) -> Result<()> {
     let pod = test.pod().await?;
     pod.start(&ContainerSpec::pause("beside")).await?;
-    let spec = ContainerSpec::testprog("main", &["fill", "96", "16"]);
+    let spec = ContainerSpec::testprog("main", &["fill", "64", "16"]);
     let main = pod.start(&spec).await?;
-    main.log().wait_for("filled 96", STEP).await?;
+    main.log().wait_for("filled 64", STEP).await?;
     // A file that was read is memory of the container's, and not of its working set.
-    let script = "testprog write /data 33554432 > /dev/null; sync; cat /data /data > /dev/null; \
+    let script = "testprog write /data 16777216 > /dev/null; cat /data > /dev/null; \
                   testprog burn 2 > /dev/null";
     main.shell(script).await?;
 
