@@ -13,7 +13,7 @@ use kiln_e2e::{Container, ContainerSpec, Pod, Test, cases, wait};
 
 pub(crate) fn cases() -> Vec<Case> {
     cases![
-        memory_and_cpu_are_what_the_container_sees,
+        memory_and_cpu_are_what_the_container_sees.limit(400),
         processes_of_a_pod_are_those_of_its_containers,
         network_of_a_pod_is_its_own,
         // Where the runtime of the comparison tells it, too.
