@@ -361,6 +361,10 @@ fn hooks(spec: &Value) -> Result<(), Refusal> {
 fn namespaces(linux: &Value, policy: HostNamespaces) -> Result<(), Refusal> {
     let list = linux.get("namespaces").and_then(Value::as_array);
     let has = |kind: &str| list.is_some_and(|list| list.iter().any(|n| n["type"] == kind));
+    // A pod on the node's network has no host name of its own either: this is what was asked for.
+    if !has("network") {
+        return Err(host_network());
+    }
     let missing = ["pid", "ipc", "uts"].into_iter().find(|kind| !has(kind));
     let refusal = missing.and_then(|kind| host_namespace(kind, policy));
     refusal.map_or(Ok(()), Err)

@@ -164,6 +164,11 @@ fn namespaces_of_the_node_are_refused_unless_its_owner_lets_them_be_the_pods() {
         );
         assert_eq!(check(&spec, HostNamespaces::Pod), Ok(()));
     }
+    let mut spec = with("/hostname", json!("x"));
+    spec["linux"]["namespaces"] = json!([{"type": "pid"}, {"type": "ipc"}]);
+    for policy in [HostNamespaces::Refuse, HostNamespaces::Pod] {
+        assert_eq!(check(&spec, policy), Err(host_network()));
+    }
     let joined = json!([{"type": "pid"}, {"type": "ipc"}, {"type": "uts"},
         {"type": "time", "path": "/proc/1/ns/time"}]);
     let text = refused("/linux/namespaces", joined).unwrap();

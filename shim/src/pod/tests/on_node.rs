@@ -10,7 +10,8 @@ impl Bed {
         let path = bundle.join("config.json");
         let text = std::fs::read_to_string(&path).unwrap();
         let mut spec: serde_json::Value = serde_json::from_str(&text).unwrap();
-        spec["linux"]["namespaces"] = json!([pid, {"type": "ipc", "path": ipc}, {"type": "uts"}]);
+        spec["linux"]["namespaces"] =
+            json!([pid, {"type": "ipc", "path": ipc}, {"type": "uts"}, {"type": "network"}]);
         std::fs::write(path, spec.to_string()).unwrap();
         let stdio = StdioPaths::default();
         self.create_from(bundle, id, stdio, vec![]).await
