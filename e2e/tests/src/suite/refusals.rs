@@ -49,7 +49,7 @@ async fn pods_that_ask_for_the_nodes_namespaces_are_refused(test: Test) -> Resul
 async fn parts_of_a_specification_are_refused_by_name(test: Test) -> Result<()> {
     let hook = json!([{"path": "/bin/true"}]);
     let parts: [(&str, Value, &str); 8] = [
-        ("/process/apparmorProfile", json!("mine"), "\"mine\""),
+        ("/process/apparmorProfile", json!("mine"), "AppArmor"),
         ("/process/selinuxLabel", json!("u:r:mine_t:s0"), "mine_t"),
         (
             "/process/scheduler",
