@@ -91,14 +91,14 @@ async fn parts_of_a_specification_are_refused_by_name(test: Test) -> Result<()> 
 
 async fn devices_and_hugepages_of_the_node_are_refused_by_name(test: Test) -> Result<()> {
     let pod = test.pod().await?;
-    let device = |path: &str| ContainerSpec::pause("main").device(path, path, "rwm");
-    is_refusal(pod.create(&device("/dev/kmsg")).await, "/dev/kmsg")?;
+    let device = |name: &str, path: &str| ContainerSpec::pause(name).device(path, path, "rwm");
+    is_refusal(pod.start(&device("log", "/dev/kmsg")).await, "/dev/kmsg")?;
     // Its number is the guest's, too, but a guest has no guests.
-    is_refusal(pod.create(&device("/dev/kvm")).await, "/dev/kvm")?;
-    let pages = ContainerSpec::pause("main").hugepages(2 << 20);
-    is_refusal(pod.create(&pages).await, "hugepages-2Mi")?;
+    is_refusal(pod.start(&device("vms", "/dev/kvm")).await, "/dev/kvm")?;
+    let pages = ContainerSpec::pause("pages").hugepages(2 << 20);
+    is_refusal(pod.start(&pages).await, "hugepages-2Mi")?;
     // The kubelet says of each size that a container gets none.
-    let none = ContainerSpec::pause("main").hugepages(0);
+    let none = ContainerSpec::pause("none").hugepages(0);
     pod.start(&none).await?;
     Ok(())
 }
