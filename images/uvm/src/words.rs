@@ -17,7 +17,7 @@ const BEHIND: Duration = Duration::from_millis(500);
 /// How a VMM begins the lines in which it passes on the end of the guest's console.
 const OF_GUEST: &str = "the guest's last words: ";
 /// Lines of a console that are kept. No VMM passes on more.
-const MOST_LINES: usize = 30;
+const MOST_LINES: usize = 60;
 
 /// The last thing a VMM said, and what its guest said last.
 #[derive(Debug, Clone, Default)]

@@ -14,6 +14,8 @@ use kiln_uvm::end::End;
 use super::container::Container;
 use crate::spec::SpecMount;
 
+/// How a kernel begins its last message.
+const PANIC: &str = "Kernel panic";
 /// The kubelet reads no more.
 const LONGEST: usize = 4096;
 
@@ -42,14 +44,21 @@ fn text(end: &End) -> String {
         return text;
     }
     text += "\nThe end of its console:\n";
-    // The last lines are the ones that say why.
+    // A kernel says why before it says where: that line has its place, and the last ones have the rest.
+    let why = end.console.iter().position(|line| line.contains(PANIC));
+    let why = why.and_then(|at| Some((at, end.console.get(at)?)));
+    let kept = why.map_or(0, |(_, line)| line.len() + 1);
     let mut first = end.console.len();
-    let mut left = LONGEST.saturating_sub(text.len());
+    let mut left = LONGEST.saturating_sub(text.len() + kept);
     while let Some(line) = first.checked_sub(1).and_then(|n| end.console.get(n)) {
         let Some(rest) = left.checked_sub(line.len() + 1) else {
             break;
         };
         (left, first) = (rest, first - 1);
+    }
+    if let Some((_, line)) = why.filter(|(at, _)| *at < first) {
+        text += line;
+        text.push('\n');
     }
     text += &end.console.get(first..).unwrap_or_default().join("\n");
     text
@@ -124,8 +133,9 @@ mod tests {
     #[test]
     fn message_ends_with_the_console_and_is_no_longer_than_what_is_read() {
         assert_eq!(
-            text(&end(&["Kernel panic", "---[ end ]---"])),
-            "kiln: the pod's μVM has ended: the guest's kernel panicked\nThe end of its console:\nKernel panic\n---[ end ]---"
+            text(&end(&["Kernel panic: x", "at y"])),
+            "kiln: the pod's μVM has ended: the guest's kernel panicked\nThe end of its console:\n\
+             Kernel panic: x\nat y"
         );
         let long = "x".repeat(1000);
         let text = text(&end(&[&long, &long, &long, &long, &long, "the last"]));
