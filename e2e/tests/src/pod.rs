@@ -59,6 +59,8 @@ pub struct PodSpec {
     pub(crate) resources: Resources,
     pub(crate) share_processes: bool,
     pub(crate) host_network: bool,
+    pub(crate) host_processes: bool,
+    pub(crate) host_ipc: bool,
     pub(crate) privileged: bool,
     pub(crate) dns: Vec<String>,
     pub(crate) port_mappings: Vec<(i32, i32)>,
@@ -108,6 +110,18 @@ impl PodSpec {
         self
     }
 
+    /// Sees the node's processes.
+    pub fn host_processes(mut self) -> Self {
+        self.host_processes = true;
+        self
+    }
+
+    /// Uses the node's IPC.
+    pub fn host_ipc(mut self) -> Self {
+        self.host_ipc = true;
+        self
+    }
+
     /// Allows privileged containers.
     pub fn privileged(mut self) -> Self {
         self.privileged = true;
@@ -146,12 +160,12 @@ impl PodSpec {
             } else {
                 Mode::Pod
             }),
-            pid: mode(if self.share_processes {
-                Mode::Pod
-            } else {
-                Mode::Container
+            pid: mode(match (self.host_processes, self.share_processes) {
+                (true, _) => Mode::Node,
+                (false, true) => Mode::Pod,
+                (false, false) => Mode::Container,
             }),
-            ipc: mode(Mode::Pod),
+            ipc: mode(if self.host_ipc { Mode::Node } else { Mode::Pod }),
             ..Default::default()
         };
         let security = api::LinuxSandboxSecurityContext {
@@ -278,6 +292,19 @@ impl Pod {
             .context("CRI sent no status of the pod")
     }
 
+    /// The process that stands for it on the node.
+    pub async fn pid(&self) -> Result<u32> {
+        let request = api::PodSandboxStatusRequest {
+            pod_sandbox_id: self.id.clone(),
+            verbose: true,
+        };
+        let answer = self.cri.pod_sandbox_status(request).await?;
+        let info = answer.info.get("info").context("CRI tells nothing more")?;
+        let info: serde_json::Value = serde_json::from_str(info)?;
+        let pid = info["pid"].as_u64().context("CRI tells no process")?;
+        Ok(pid.try_into()?)
+    }
+
     /// Its first address.
     pub async fn ip(&self) -> Result<String> {
         let network = self
@@ -384,6 +411,7 @@ pub struct ContainerSpec {
     mounts: Vec<api::Mount>,
     devices: Vec<api::Device>,
     resources: Resources,
+    hugepages: Option<u64>,
     security: api::LinuxContainerSecurityContext,
     attempt: u32,
     stdin: bool,
@@ -404,6 +432,7 @@ impl ContainerSpec {
             mounts: Vec::new(),
             devices: Vec::new(),
             resources: Resources::default(),
+            hugepages: None,
             security: api::LinuxContainerSecurityContext {
                 namespace_options: Some(api::NamespaceOption {
                     network: mode(Mode::Pod),
@@ -595,6 +624,21 @@ impl ContainerSpec {
         self
     }
 
+    /// Sees the processes of one other container, and is seen there.
+    pub fn target(mut self, container: &Container) -> Self {
+        if let Some(namespaces) = &mut self.security.namespace_options {
+            namespaces.pid = mode(Mode::Target);
+            container.id().clone_into(&mut namespaces.target_id);
+        }
+        self
+    }
+
+    /// Hugepages of 2 MiB, in bytes.
+    pub fn hugepages(mut self, bytes: u64) -> Self {
+        self.hugepages = Some(bytes);
+        self
+    }
+
     /// Which start of this container it is: restarts count up.
     pub fn attempt(mut self, attempt: u32) -> Self {
         self.attempt = attempt;
@@ -625,6 +669,12 @@ impl ContainerSpec {
             image: self.image.clone(),
             ..Default::default()
         };
+        let mut resources = self.resources.to_api();
+        let limits = self.hugepages.map(|limit| api::HugepageLimit {
+            page_size: "2MB".to_owned(),
+            limit,
+        });
+        resources.hugepage_limits.extend(limits);
         api::ContainerConfig {
             metadata: Some(api::ContainerMetadata {
                 name: self.name.clone(),
@@ -649,7 +699,7 @@ impl ContainerSpec {
             stdin_once: self.stdin_once,
             tty: self.tty,
             linux: Some(api::LinuxContainerConfig {
-                resources: Some(self.resources.to_api()),
+                resources: Some(resources),
                 security_context: Some(self.security.clone()),
             }),
             ..Default::default()

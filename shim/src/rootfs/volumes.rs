@@ -4,12 +4,15 @@
 //! A path of the host becomes the same guest path for every container of the pod that mounts it the
 //! same way.
 
+use std::fs;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 
 use kiln_agent_api::{GUEST_FILES, GUEST_SHM};
 use kiln_uvm::share::Volume;
 
 use crate::error::Result;
+use crate::refusal::{self, Refusal};
 use crate::spec::SpecMount;
 use crate::uvm::Uvm;
 
@@ -20,6 +23,10 @@ enum Plan {
     Keep,
     /// The pod's shared memory, which is the guest's.
     SharedMemory,
+    /// A character device (a `hostPath` of that type), of which the guest has its own.
+    Device(&'static str),
+    /// A device that can't be had.
+    Refused(Refusal),
     /// It is shown from the host.
     Share(Volume),
 }
@@ -33,12 +40,31 @@ fn plan(mount: &SpecMount) -> Plan {
     if mount.destination == "/dev/shm" && source.file_name().is_some_and(|name| name == "shm") {
         return Plan::SharedMemory;
     }
+    if let Some(device) = device(source) {
+        return device;
+    }
     let follows = ["slave", "rslave", "shared", "rshared"];
     Plan::Share(Volume {
         source: source.to_owned(),
         read_only: mount.is_read_only(),
         follows_host: mount.options.iter().any(|o| follows.contains(&o.as_str())),
     })
+}
+
+/// What becomes of a mount whose source is a device of the node's.
+fn device(source: &Path) -> Option<Plan> {
+    let found = fs::metadata(source).ok()?;
+    let kind = found.file_type();
+    if kind.is_char_device() {
+        let number = (libc::major(found.rdev()), libc::minor(found.rdev()));
+        let own = refusal::guests_own((number.0.into(), number.1.into()));
+        return Some(match own {
+            Some(path) => Plan::Device(path),
+            None => Plan::Refused(refusal::nodes_device(&source.display().to_string())),
+        });
+    }
+    let disk = kind.is_block_device();
+    disk.then(|| Plan::Refused(refusal::bound_disk(&source.display().to_string())))
 }
 
 /// Makes ready what the mounts need, noting it in `shared`, and gives them back with guest paths.
@@ -52,6 +78,8 @@ pub(super) fn prepare(
         match plan(&mount) {
             Plan::Keep => {}
             Plan::SharedMemory => mount.source = GUEST_SHM.to_owned(),
+            Plan::Device(path) => mount.source = path.to_owned(),
+            Plan::Refused(refusal) => return Err(refusal.into()),
             Plan::Share(volume) => {
                 mount.source = uvm.share(&volume)?;
                 shared.push(volume);
@@ -143,6 +171,14 @@ mod tests {
             plan(&bind("/mnt", "/mnt", &["rbind", "rslave"])),
             shared("/mnt", false, true)
         );
+    }
+
+    #[test]
+    fn device_of_the_node_is_the_guests_own_of_that_number() {
+        let null = bind("/dev/null", "/etc/masked", &["rbind"]);
+        assert_eq!(plan(&null), Plan::Device("/dev/null"));
+        let zero = bind("/dev/zero", "/dev/x", &["rbind"]);
+        assert_eq!(plan(&zero), Plan::Device("/dev/zero"));
     }
 
     #[test]

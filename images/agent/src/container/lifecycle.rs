@@ -12,9 +12,10 @@ use nix::fcntl::OFlag;
 use nix::unistd::pipe2;
 
 use super::cgroup::Cgroup;
+use super::device_filter;
 use super::process::{Process, resize, size, wanted};
 use super::spec::{Guest, adapt, adapt_process, home_in};
-use super::{Container, Containers, Event, Mutable, Phase, checked_id, read_in_root};
+use super::{Container, Containers, Event, Mutable, Phase, checked_id, read_in_root, usage};
 use crate::error::{Action, AgentError};
 use crate::helper::{CreateJob, ExecJob, Fault, HelperError};
 use crate::reaper::Exit;
@@ -149,6 +150,9 @@ impl Containers {
         unfinished.cgroup = Some(cgroup.clone());
         if let Some(resources) = &resources {
             spans.now("resources", || self.hierarchy().apply(&cgroup, resources))?;
+            let rules = resources.devices().as_deref().unwrap_or_default();
+            let mounts = adapted.spec.mounts().as_deref().unwrap_or_default();
+            device_filter::attach(&cgroup, rules, mounts)?;
         }
 
         let process = adapted.spec.process().as_ref();
@@ -549,9 +553,9 @@ impl Containers {
     pub(crate) fn stats(&self, id: &str) -> Result<proto::StatsResponse> {
         let now = sys::now_ns();
         if id.is_empty() {
-            return Ok(self.hierarchy().pod().stats(now));
+            return Ok(usage::of(&self.hierarchy().pod(), now));
         }
-        Ok(self.get(id)?.cgroup.stats(now))
+        Ok(usage::of(&self.get(id)?.cgroup, now))
     }
 
     /// The processes in a container.

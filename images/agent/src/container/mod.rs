@@ -5,9 +5,12 @@
 //! requests, as far as their shape goes. Not trusted: whatever runs in a container.
 
 pub(crate) mod cgroup;
+mod device_filter;
+mod devices;
 mod lifecycle;
 pub(crate) mod process;
 pub(crate) mod spec;
+mod usage;
 
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;

@@ -15,6 +15,8 @@ use libcontainer::oci_spec::runtime::{
 };
 use thiserror::Error;
 
+use super::devices;
+
 /// Why a spec can't be run.
 #[derive(Debug, Error)]
 pub(crate) enum SpecError {
@@ -29,6 +31,11 @@ pub(crate) enum SpecError {
         "the seccomp profile uses SCMP_ACT_NOTIFY, whose listener would be on the host; use another action"
     )]
     SeccompNotify,
+    /// A device that the host thought the guest might have.
+    #[error(
+        "kiln: the device {0} is refused: the guest's kernel has no driver for it. Bake a μVM with a kernel that has, or run the pod with a runtime class of runc."
+    )]
+    NoDriver(String),
     /// Something in it that libcontainer's types don't take back.
     #[error("config.json cannot be adapted to the guest")]
     Build(#[from] libcontainer::oci_spec::OciSpecError),
@@ -94,6 +101,7 @@ pub(crate) fn adapt(mut spec: Spec, guest: &Guest) -> Result<Adapted, SpecError>
     let mut linux = spec.linux().clone().ok_or(SpecError::Missing("linux"))?;
     refuse_notify(&linux)?;
     swap_masks(&mut linux)?;
+    dropped.extend(devices::keep(&mut linux, devices::has_driver)?);
     let kept = keep_namespaces(&linux, guest.pid_namespace.as_deref())?;
     let own = |kind: LinuxNamespaceType| kept.iter().any(|namespace| namespace.typ() == kind);
     if !own(LinuxNamespaceType::Uts) {
@@ -135,6 +143,7 @@ pub(crate) fn adapt(mut spec: Spec, guest: &Guest) -> Result<Adapted, SpecError>
     spec.set_linux(Some(linux));
 
     let mounts = spec.mounts().clone().unwrap_or_default();
+    devices::check_mounts(&mounts)?;
     spec.set_mounts(Some(adapt_mounts(mounts, guest)?));
     keep_guest_hooks(&mut spec, &mut dropped);
     Ok(Adapted {
