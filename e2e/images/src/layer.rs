@@ -10,7 +10,7 @@ use crate::{Error, Result};
 
 /// All entries carry this modification time: 1 January 2025, so that it is visibly not "now" and
 /// not the epoch either (some tools take 0 for "none").
-const MTIME: u64 = 1_735_689_600;
+pub(crate) const MTIME: u64 = 1_735_689_600;
 
 /// How a layer's blob is compressed. Runtimes meet all three in the field.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -177,17 +177,20 @@ impl Layer {
             what: "a layer",
             source,
         };
-        let mut all = self.entries.clone();
-        for path in self.entries.keys() {
+        let parent_entry = Entry {
+            content: Content::Directory,
+            mode: 0o755,
+            owner: (0, 0),
+            xattrs: Vec::new(),
+        };
+        // By reference: what a layer holds can be a hundred megabytes.
+        let mut all: BTreeMap<&str, &Entry> = BTreeMap::new();
+        for (path, entry) in &self.entries {
             check(path)?;
+            all.insert(path, entry);
             let mut parent = path.as_str();
             while let Some((above, _)) = parent.rsplit_once('/') {
-                all.entry(above.to_owned()).or_insert(Entry {
-                    content: Content::Directory,
-                    mode: 0o755,
-                    owner: (0, 0),
-                    xattrs: Vec::new(),
-                });
+                all.entry(above).or_insert(&parent_entry);
                 parent = above;
             }
         }
