@@ -29,7 +29,6 @@ fn run() -> Result<(), Box<dyn Error>> {
         agnhost: agnhost.clone(),
         porter: porter.clone(),
     };
-    println!("fingerprint {}", sources.fingerprint()?);
     std::fs::create_dir_all(out)?;
     make(&sources, cache, out, &seen_as.to_string_lossy())?;
     Ok(())
