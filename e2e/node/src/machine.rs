@@ -18,6 +18,7 @@ use crate::cleanup;
 use crate::emulator::Emulator;
 use crate::image::Image;
 use crate::initramfs::Initramfs;
+use crate::parts;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Clock {
@@ -50,6 +51,8 @@ pub(crate) struct Options<'a> {
     pub(crate) memory_mib: u32,
     /// Files for the node: path in it, permissions, content.
     pub(crate) files: Vec<(String, u32, Vec<u8>)>,
+    /// Read-only disks, which the node finds by their serial numbers.
+    pub(crate) parts: &'a [parts::Disk],
     /// A tar archive, unpacked over the node's system.
     pub(crate) payload: &'a [u8],
     pub(crate) init: &'a [u8],
@@ -97,6 +100,7 @@ impl Machine {
                 "file=/proc/self/fd/{},format=raw,if=virtio,readonly=on,file.locking=off",
                 payload.as_raw_fd()
             ))
+            .args(part_arguments(options.parts))
             .args(["-device", "virtio-rng-pci", "-device", "virtio-serial-pci"])
             .arg("-chardev")
             .arg(format!("socket,id=channel,fd={}", theirs.as_raw_fd()))
@@ -106,18 +110,19 @@ impl Machine {
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());
 
-        let inherited = [
+        let mut inherited = vec![
             initramfs.as_raw_fd(),
             payload.as_raw_fd(),
             theirs.as_raw_fd(),
         ];
-        // SAFETY: the closure makes only system calls that are safe between fork and exec.
+        inherited.extend(options.parts.iter().map(|part| part.file.as_raw_fd()));
+        // SAFETY: the closure makes only system calls that are safe between fork and exec, and allocates nothing.
         unsafe {
             command.pre_exec(move || {
                 cleanup::unblock_signals()?;
                 nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL)?;
-                for fd in inherited {
-                    if nix::libc::fcntl(fd, nix::libc::F_SETFD, 0) != 0 {
+                for fd in &inherited {
+                    if nix::libc::fcntl(*fd, nix::libc::F_SETFD, 0) != 0 {
                         return Err(io::Error::last_os_error());
                     }
                 }
@@ -214,6 +219,22 @@ fn machine_arguments(clock: Clock, engine: &Engine) -> Vec<&'static str> {
         ],
     });
     arguments
+}
+
+/// After the disks whose names the node counts on.
+fn part_arguments(parts: &[parts::Disk]) -> Vec<String> {
+    let of_one = |part: &parts::Disk| {
+        let (name, fd) = (part.name, part.file.as_raw_fd());
+        [
+            "-drive".to_owned(),
+            format!(
+                "file=/proc/self/fd/{fd},format=raw,if=none,id=part-{name},readonly=on,file.locking=off"
+            ),
+            "-device".to_owned(),
+            format!("virtio-blk-pci,drive=part-{name},serial={name}"),
+        ]
+    };
+    parts.iter().flat_map(of_one).collect()
 }
 
 fn initramfs(options: &Options) -> Result<Vec<u8>> {
