@@ -92,15 +92,15 @@ impl Machine {
             ])
             .arg("-drive")
             .arg(format!(
-                "file={},format=raw,if=virtio,snapshot=on,cache=unsafe",
+                "file={},format=raw,if=none,id=system,snapshot=on,cache=unsafe",
                 options.image.disk.display()
             ))
-            .arg("-drive")
-            .arg(format!(
-                "file=/proc/self/fd/{},format=raw,if=virtio,readonly=on,file.locking=off",
-                payload.as_raw_fd()
-            ))
-            .args(part_arguments(options.parts))
+            .args(["-device", "virtio-blk-pci,drive=system"])
+            .args(read_only_disk("payload", &payload, ""))
+            .args(options.parts.iter().flat_map(|part| {
+                let serial = format!(",serial={}", part.name);
+                read_only_disk(&format!("part-{}", part.name), &part.file, &serial)
+            }))
             .args(["-device", "virtio-rng-pci", "-device", "virtio-serial-pci"])
             .arg("-chardev")
             .arg(format!("socket,id=channel,fd={}", theirs.as_raw_fd()))
@@ -221,20 +221,15 @@ fn machine_arguments(clock: Clock, engine: &Engine) -> Vec<&'static str> {
     arguments
 }
 
-/// After the disks whose names the node counts on.
-fn part_arguments(parts: &[parts::Disk]) -> Vec<String> {
-    let of_one = |part: &parts::Disk| {
-        let (name, fd) = (part.name, part.file.as_raw_fd());
-        [
-            "-drive".to_owned(),
-            format!(
-                "file=/proc/self/fd/{fd},format=raw,if=none,id=part-{name},readonly=on,file.locking=off"
-            ),
-            "-device".to_owned(),
-            format!("virtio-blk-pci,drive=part-{name},serial={name}"),
-        ]
-    };
-    parts.iter().flat_map(of_one).collect()
+/// The node names disks in the order in which they come here.
+fn read_only_disk(id: &str, file: &std::fs::File, properties: &str) -> [String; 4] {
+    let fd = file.as_raw_fd();
+    [
+        "-drive".to_owned(),
+        format!("file=/proc/self/fd/{fd},format=raw,if=none,id={id},readonly=on,file.locking=off"),
+        "-device".to_owned(),
+        format!("virtio-blk-pci,drive={id}{properties}"),
+    ]
 }
 
 fn initramfs(options: &Options) -> Result<Vec<u8>> {
