@@ -198,8 +198,23 @@ impl Layer {
         let is_hardlink = |entry: &Entry| matches!(entry.content, Content::Hardlink(_));
         let (links, others): (Vec<_>, Vec<_>) =
             all.iter().partition(|(_, entry)| is_hardlink(entry));
-        for (path, entry) in others.into_iter().chain(links) {
+        for (path, entry) in others {
             append(&mut tar, path, entry).map_err(failed)?;
+        }
+        for (path, link) in links {
+            // A link is the file that it leads to: whoever unpacks it sets mode and owner of both.
+            let target = match &link.content {
+                Content::Hardlink(target) => all.get(target.as_str()).copied(),
+                _ => None,
+            };
+            let target = target.unwrap_or(link);
+            let entry = Entry {
+                content: link.content.clone(),
+                mode: target.mode,
+                owner: target.owner,
+                xattrs: Vec::new(),
+            };
+            append(&mut tar, path, &entry).map_err(failed)?;
         }
         tar.into_inner().map_err(failed)
     }
@@ -285,6 +300,26 @@ mod tests {
             names(&layer.to_tar().unwrap()),
             ["a/", "b", "z/", "z/file", "a/link"]
         );
+    }
+
+    #[test]
+    fn a_hard_link_has_mode_and_owner_of_the_file_that_it_leads_to() {
+        let layer = Layer::new()
+            .file("bin/program", "x", 0o755)
+            .owned_by("bin/program", 1000, 2000)
+            .hardlink("bin/alias", "bin/program");
+        let tar = layer.to_tar().unwrap();
+        let mut archive = tar::Archive::new(&tar[..]);
+        let link = archive
+            .entries()
+            .unwrap()
+            .map(Result::unwrap)
+            .last()
+            .unwrap();
+        assert_eq!(link.path().unwrap().to_str(), Some("bin/alias"));
+        let header = link.header();
+        assert_eq!(header.mode().unwrap(), 0o755);
+        assert_eq!((header.uid().unwrap(), header.gid().unwrap()), (1000, 2000));
     }
 
     #[test]
