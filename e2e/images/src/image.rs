@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use tar::{EntryType, Header};
 
-use crate::{Error, Layer, Result};
+use crate::{Compression, Error, Layer, Result};
 
 const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 const CONFIG: &str = "application/vnd.oci.image.config.v1+json";
@@ -139,10 +139,27 @@ pub fn write_archive(images: &[(&str, &Image)], out: impl Write) -> Result<()> {
     archive.finish().map_err(failed)
 }
 
+/// What a layer of an image is made from.
+#[derive(Debug, Clone)]
+enum Source {
+    Built(Layer),
+    Archive(Vec<u8>, Compression),
+}
+
+impl Source {
+    /// The layer's tar, and how its blob is compressed.
+    fn tar(self) -> Result<(Vec<u8>, Compression)> {
+        match self {
+            Source::Built(layer) => Ok((layer.to_tar()?, layer.compression())),
+            Source::Archive(tar, compression) => Ok((tar, compression)),
+        }
+    }
+}
+
 /// An image being put together.
 #[derive(Debug, Clone, Default)]
 pub struct ImageBuilder {
-    layers: Vec<Layer>,
+    layers: Vec<Source>,
     entrypoint: Vec<String>,
     command: Vec<String>,
     environment: Vec<String>,
@@ -161,7 +178,13 @@ impl ImageBuilder {
 
     /// Puts a layer on top.
     pub fn layer(mut self, layer: Layer) -> Self {
-        self.layers.push(layer);
+        self.layers.push(Source::Built(layer));
+        self
+    }
+
+    /// Puts a layer on top whose tar another program wrote.
+    pub fn archive(mut self, tar: Vec<u8>, compression: Compression) -> Self {
+        self.layers.push(Source::Archive(tar, compression));
         self
     }
 
@@ -214,12 +237,12 @@ impl ImageBuilder {
     }
 
     /// Makes the blobs.
-    pub fn build(self) -> Result<Image> {
-        let mut layers = Vec::with_capacity(self.layers.len());
-        let mut diff_ids = Vec::with_capacity(self.layers.len());
-        for layer in &self.layers {
-            let tar = layer.to_tar()?;
-            let compression = layer.compression();
+    pub fn build(mut self) -> Result<Image> {
+        let sources = std::mem::take(&mut self.layers);
+        let mut layers = Vec::with_capacity(sources.len());
+        let mut diff_ids = Vec::with_capacity(sources.len());
+        for source in sources {
+            let (tar, compression) = source.tar()?;
             diff_ids.push(digest(&tar));
             layers.push(Blob::new(
                 compression.media_type(),
@@ -293,7 +316,7 @@ impl ImageBuilder {
 }
 
 /// This machine's architecture by its OCI name.
-fn architecture() -> &'static str {
+pub(crate) fn architecture() -> &'static str {
     match std::env::consts::ARCH {
         "x86_64" => "amd64",
         "aarch64" => "arm64",
@@ -302,9 +325,21 @@ fn architecture() -> &'static str {
 }
 
 fn digest(bytes: &[u8]) -> String {
-    let hash = Sha256::digest(bytes);
-    let hex: String = hash.iter().map(|byte| format!("{byte:02x}")).collect();
-    format!("sha256:{hex}")
+    format!("sha256:{}", hex(&Sha256::digest(bytes)))
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// A short name for these parts together, which another list of parts does not get.
+pub(crate) fn fingerprint<'a>(parts: impl IntoIterator<Item = &'a [u8]>) -> String {
+    let mut hasher = Sha256::new();
+    for part in parts {
+        hasher.update((part.len() as u64).to_le_bytes());
+        hasher.update(part);
+    }
+    hex(&hasher.finalize()[..8])
 }
 
 #[cfg(test)]

@@ -10,7 +10,7 @@ use crate::{Error, Result};
 
 /// All entries carry this modification time: 1 January 2025, so that it is visibly not "now" and
 /// not the epoch either (some tools take 0 for "none").
-const MTIME: u64 = 1_735_689_600;
+pub(crate) const MTIME: u64 = 1_735_689_600;
 
 /// How a layer's blob is compressed. Runtimes meet all three in the field.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -177,17 +177,20 @@ impl Layer {
             what: "a layer",
             source,
         };
-        let mut all = self.entries.clone();
-        for path in self.entries.keys() {
+        let parent_entry = Entry {
+            content: Content::Directory,
+            mode: 0o755,
+            owner: (0, 0),
+            xattrs: Vec::new(),
+        };
+        // By reference: what a layer holds can be a hundred megabytes.
+        let mut all: BTreeMap<&str, &Entry> = BTreeMap::new();
+        for (path, entry) in &self.entries {
             check(path)?;
+            all.insert(path, entry);
             let mut parent = path.as_str();
             while let Some((above, _)) = parent.rsplit_once('/') {
-                all.entry(above.to_owned()).or_insert(Entry {
-                    content: Content::Directory,
-                    mode: 0o755,
-                    owner: (0, 0),
-                    xattrs: Vec::new(),
-                });
+                all.entry(above).or_insert(&parent_entry);
                 parent = above;
             }
         }
@@ -195,8 +198,23 @@ impl Layer {
         let is_hardlink = |entry: &Entry| matches!(entry.content, Content::Hardlink(_));
         let (links, others): (Vec<_>, Vec<_>) =
             all.iter().partition(|(_, entry)| is_hardlink(entry));
-        for (path, entry) in others.into_iter().chain(links) {
+        for (path, entry) in others {
             append(&mut tar, path, entry).map_err(failed)?;
+        }
+        for (path, link) in links {
+            // A link is the file that it leads to: whoever unpacks it sets mode and owner of both.
+            let target = match &link.content {
+                Content::Hardlink(target) => all.get(target.as_str()).copied(),
+                _ => None,
+            };
+            let target = target.unwrap_or(link);
+            let entry = Entry {
+                content: link.content.clone(),
+                mode: target.mode,
+                owner: target.owner,
+                xattrs: Vec::new(),
+            };
+            append(&mut tar, path, &entry).map_err(failed)?;
         }
         tar.into_inner().map_err(failed)
     }
@@ -282,6 +300,26 @@ mod tests {
             names(&layer.to_tar().unwrap()),
             ["a/", "b", "z/", "z/file", "a/link"]
         );
+    }
+
+    #[test]
+    fn a_hard_link_has_mode_and_owner_of_the_file_that_it_leads_to() {
+        let layer = Layer::new()
+            .file("bin/program", "x", 0o755)
+            .owned_by("bin/program", 1000, 2000)
+            .hardlink("bin/alias", "bin/program");
+        let tar = layer.to_tar().unwrap();
+        let mut archive = tar::Archive::new(&tar[..]);
+        let link = archive
+            .entries()
+            .unwrap()
+            .map(Result::unwrap)
+            .last()
+            .unwrap();
+        assert_eq!(link.path().unwrap().to_str(), Some("bin/alias"));
+        let header = link.header();
+        assert_eq!(header.mode().unwrap(), 0o755);
+        assert_eq!((header.uid().unwrap(), header.gid().unwrap()), (1000, 2000));
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! Parts: programs that no Debian package has, each a read-only disk of the node, cached by a hash of its recipe.
 
 mod go;
+mod suite_images;
 
 use std::fs::{self, File};
 use std::os::unix::process::CommandExt;
@@ -12,6 +13,7 @@ use clap::ValueEnum;
 
 use crate::{cache, cleanup};
 use go::{GoModule, Program};
+use suite_images::SuiteImages;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Part {
@@ -27,6 +29,8 @@ pub(crate) enum Part {
     Kubernetes,
     /// Kubernetes' own tests of a node
     NodeTests,
+    /// the images that Kubernetes' own tests pull
+    SuiteImages,
 }
 
 /// How a part's content comes about.
@@ -69,6 +73,7 @@ impl Part {
             Part::Gvisor => "gvisor",
             Part::Kubernetes => "kubernetes",
             Part::NodeTests => "node-tests",
+            Part::SuiteImages => "suite-images",
         }
     }
 
@@ -80,6 +85,7 @@ impl Part {
             Part::Gvisor => &GVISOR,
             Part::Kubernetes => &KUBERNETES,
             Part::NodeTests => &NODE_TESTS,
+            Part::SuiteImages => &SuiteImages,
         }
     }
 }
@@ -218,6 +224,20 @@ fn disk(name: &'static str, recipe: &dyn Recipe, folder: &Path) -> Result<Disk> 
 }
 
 impl Workshop {
+    /// For a step on the way, whose content is not the part's.
+    fn within(&self, step: &str) -> Result<Workshop> {
+        let folder = self.scratch.join(step);
+        let workshop = Workshop {
+            content: folder.join("content"),
+            scratch: folder.join("scratch"),
+            log: self.log.clone(),
+        };
+        for folder in [&workshop.content, &workshop.scratch] {
+            fs::create_dir_all(folder).with_context(|| format!("creating {}", folder.display()))?;
+        }
+        Ok(workshop)
+    }
+
     /// Runs a program whose words go to the log. `remedy` says what helps if it fails.
     fn run(&self, command: &mut Command, remedy: &str) -> Result<()> {
         let log = File::options()

@@ -22,9 +22,10 @@ use std::process::ExitCode;
 use anyhow::{Context, Result, bail};
 
 const USAGE: &str = "\
-testprog COMMAND [ARGUMENTS]
+testprog COMMAND [ARGUMENTS]    (or COMMAND, if the program has that name)
   pause                      wait for TERM or INT, reaping orphans
   started                    print `started` and then pause
+  nonewprivs                 print the effective user, which a set-user-id bit may have chosen
   report                     print what this process sees, as JSON
   fill MIB [STEP]            touch MIB of memory in steps, print each, hold it
   burn SECONDS [THREADS]     use CPU, then print what was used
@@ -54,14 +55,25 @@ testprog COMMAND [ARGUMENTS]
   guest PORT                 be a guest that runs the scripts that come over vsock";
 
 fn main() -> ExitCode {
-    let arguments: Vec<String> = std::env::args().skip(1).collect();
-    match run(&arguments) {
+    match run(&command_line(std::env::args())) {
         Ok(code) => code,
         Err(error) => {
             eprintln!("testprog: {error:#}");
             ExitCode::from(2)
         }
     }
+}
+
+/// The commands that images have as programs of their own, which are this program under other names.
+const NAMES: [&str; 2] = ["pause", "nonewprivs"];
+
+/// Command and arguments: the program's name comes first if it is a command's.
+fn command_line(words: impl IntoIterator<Item = String>) -> Vec<String> {
+    let mut words = words.into_iter();
+    let program = words.next().unwrap_or_default();
+    let name = program.rsplit('/').next().unwrap_or_default();
+    let command = NAMES.contains(&name).then(|| name.to_owned());
+    command.into_iter().chain(words).collect()
 }
 
 fn run(arguments: &[String]) -> Result<ExitCode> {
@@ -74,6 +86,7 @@ fn run(arguments: &[String]) -> Result<ExitCode> {
             text::say("started")?;
             return process::pause();
         }
+        "nonewprivs" => text::say(&process::effective_user())?,
         "report" => text::say(&report::report().to_string())?,
         "fill" => load::fill(number(rest, 0)?, optional(rest, 1)?.unwrap_or(8))?,
         "burn" => load::burn(fraction(rest, 0)?, optional(rest, 1)?.unwrap_or(1))?,
@@ -177,6 +190,21 @@ mod tests {
                 "{error:#}"
             );
         }
+    }
+
+    #[test]
+    fn a_program_with_a_commands_name_is_that_command() {
+        let split = |text: &str| -> Vec<String> { text.split(' ').map(str::to_owned).collect() };
+        for (line, meant) in [
+            ("/bin/testprog exit 3", "exit 3"),
+            ("./testprog pause", "pause"),
+            ("/pause", "pause"),
+            ("nonewprivs", "nonewprivs"),
+        ] {
+            assert_eq!(command_line(split(line)), split(meant), "{line}");
+        }
+        assert!(command_line(split("/bin/testprog")).is_empty());
+        assert!(command_line([]).is_empty());
     }
 
     #[test]

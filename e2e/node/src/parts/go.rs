@@ -107,6 +107,25 @@ impl Recipe for GoModule {
 }
 
 impl GoModule {
+    /// Where the source of the module is that was built in `workshop`.
+    pub(super) fn source(&self, workshop: &Workshop) -> Result<PathBuf> {
+        let output = Command::new(find_go()?)
+            .args(["list", "-m", "-f", "{{.Dir}}", self.of])
+            .envs(self.environment())
+            .current_dir(&workshop.scratch)
+            .output()
+            .context("running go list")?;
+        let folder = String::from_utf8_lossy(&output.stdout).trim().to_owned();
+        if !output.status.success() || folder.is_empty() {
+            bail!(
+                "go list does not say where {} is: {}",
+                self.of,
+                String::from_utf8_lossy(&output.stderr).trim()
+            );
+        }
+        Ok(PathBuf::from(folder))
+    }
+
     fn arguments(&self, program: &Program, output: &Path) -> Result<Vec<String>> {
         let verb: &[&str] = match program.kind {
             Kind::Program => &["build"],
