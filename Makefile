@@ -3,8 +3,11 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
-# Which Debian the node VM runs: trixie (containerd 1.7) or sid (containerd 2.x).
+# What the node VM runs: trixie (Debian's containerd 1.7), sid (Debian's containerd 2.x), or k8s (sid with upstream's newest
+# containerd, Kubernetes, etcd and critest).
 NODE ?= trixie
+# Parts that the node gets beside those of its suite (docs/node.md): PARTS=gvisor.
+PARTS ?=
 # Which runtimes are tested and measured.
 RUNTIMES ?= runc kiln
 # Only the end-to-end tests whose name contains this.
@@ -30,7 +33,7 @@ SHIPPED := kiln kiln-vmm containerd-shim-kiln-v2
 TESTERS := kiln-e2e kiln-testprog kiln-bench kiln-floor kiln-demo kiln-vmm-hostile
 put = $(foreach program,$(1),$(if $(wildcard $(BIN)/$(program)),--put $(BIN)/$(program):$(2)/$(program)))
 
-NODE_VM = $(BIN)/kiln-node-vm --suite $(NODE) $(call put,$(SHIPPED),/usr/local/bin) --put $(AGENT):/usr/local/bin/kiln-agent
+NODE_VM = $(BIN)/kiln-node-vm --suite $(NODE) $(addprefix --part ,$(PARTS)) $(call put,$(SHIPPED),/usr/local/bin) --put $(AGENT):/usr/local/bin/kiln-agent
 NODE_TEST = $(NODE_VM) $(call put,$(TESTERS),/opt/kiln-e2e)
 RESULTS = target/e2e
 # Tests that passed before their node died.
@@ -45,7 +48,7 @@ help: ## This list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## Install what building and testing need (Debian packages, cargo-deny), once
-	@e2e/node/setup-host
+	@e2e/node/setup-host $(if $(PARTS)$(filter k8s,$(NODE)),go)
 	@e2e/setup-tools
 
 build: setup ## Build everything
@@ -110,5 +113,5 @@ lint: setup ## Formatting, lints and dependencies, as strict as they are meant
 fmt: ## Format the code
 	@cargo fmt --all
 
-clean-node: ## Remove the cached node images
-	@rm -rf "$${KILN_CACHE:-$${XDG_CACHE_HOME:-$$HOME/.cache}/kiln}/node"
+clean-node: ## Remove the cached node images and parts
+	@cache="$${KILN_CACHE:-$${XDG_CACHE_HOME:-$$HOME/.cache}/kiln}"; rm -rf "$$cache/node" "$$cache/parts"

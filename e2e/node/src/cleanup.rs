@@ -70,10 +70,6 @@ impl TemporaryFolder {
     pub(crate) fn path(&self) -> &Path {
         &self.path
     }
-
-    pub(crate) fn keep_as(self, place: &Path) -> Result<()> {
-        fs::rename(&self.path, place).with_context(|| format!("renaming to {}", place.display()))
-    }
 }
 
 impl Drop for TemporaryFolder {

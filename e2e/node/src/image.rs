@@ -4,28 +4,39 @@
 //! a change there does not build a disk.
 
 use std::fs::{self, File};
-use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
-use clap::ValueEnum;
 
-use crate::cleanup;
+use crate::cache;
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(crate) enum Suite {
-    /// containerd 1.7
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Debian {
     Trixie,
-    /// containerd 2.x
     Sid,
 }
 
-impl Suite {
+impl Debian {
     pub(crate) fn name(self) -> &'static str {
         match self {
-            Suite::Trixie => "trixie",
-            Suite::Sid => "sid",
+            Debian::Trixie => "trixie",
+            Debian::Sid => "sid",
+        }
+    }
+
+    fn packages(self) -> Vec<&'static str> {
+        match self {
+            Debian::Trixie => PACKAGES.to_vec(),
+            Debian::Sid => [PACKAGES, KUBERNETES_PACKAGES].concat(),
+        }
+    }
+
+    /// Packages whose files alone are wanted: their post-installation fails where no system runs.
+    fn unpacked(self) -> &'static [&'static str] {
+        match self {
+            Debian::Trixie => &[],
+            Debian::Sid => &["docker-registry"],
         }
     }
 }
@@ -50,6 +61,18 @@ const PACKAGES: &[&str] = &[
     "runc",
     "strace",
     "tcpdump",
+];
+
+/// What kubelet, kube-proxy and the tests of both call or look for.
+const KUBERNETES_PACKAGES: &[&str] = &[
+    "apparmor",
+    "conntrack",
+    "curl",
+    "ethtool",
+    "ipset",
+    "mount",
+    "openssl",
+    "socat",
 ];
 
 /// Fetches both guest kernels (the first is the node's own too) without their post-installation, which
@@ -79,6 +102,13 @@ done
 rm -rf "$root"/var/lib/apt/lists/* "$root"/usr/share/doc/* "$root"/usr/share/man/*
 "#;
 
+/// Unpacks a package over the system.
+const UNPACK: &str = r#"
+set -eu
+root=$1 package=$2
+chroot "$root" sh -c "cd /tmp && apt-get -q download $package && dpkg -x $package*.deb / && rm $package*.deb"
+"#;
+
 /// What a boot needs from a built image.
 #[derive(Debug)]
 pub(crate) struct Image {
@@ -88,21 +118,15 @@ pub(crate) struct Image {
 }
 
 /// The image for this recipe, from the cache or built now. Others who ask for it meanwhile wait.
-pub(crate) fn prepare(suite: Suite) -> Result<Image> {
-    let folder = cache_folder()?.join("node");
-    let finished = folder.join(format!("{}-{}", suite.name(), recipe_hash(suite)));
-    if !finished.is_dir() {
-        fs::create_dir_all(&folder).with_context(|| format!("creating {}", folder.display()))?;
-        let lock = File::create(folder.join(format!("{}.lock", suite.name())))?;
-        // SAFETY: flock only takes a descriptor, which is open.
-        if unsafe { nix::libc::flock(lock.as_raw_fd(), nix::libc::LOCK_EX) } != 0 {
-            return Err(std::io::Error::last_os_error()).context("waiting for another image build");
-        }
-        remove_stale(&folder, suite, &finished)?;
-        if !finished.is_dir() {
-            build(suite, &folder, &finished)?;
-        }
-    }
+pub(crate) fn prepare(debian: Debian) -> Result<Image> {
+    let entry = cache::Entry {
+        folder: cache::folder()?.join("node"),
+        name: debian.name(),
+        hash: recipe_hash(debian),
+        ending: "",
+    };
+    entry.prepare(|work| build(debian, work))?;
+    let finished = entry.path();
     Ok(Image {
         disk: finished.join("disk.img"),
         kernel: finished.join("vmlinuz"),
@@ -110,62 +134,43 @@ pub(crate) fn prepare(suite: Suite) -> Result<Image> {
     })
 }
 
-fn cache_folder() -> Result<PathBuf> {
-    let set = |name| {
-        std::env::var_os(name)
-            .filter(|value| !value.is_empty())
-            .map(PathBuf::from)
-    };
-    set("KILN_CACHE")
-        .or_else(|| set("XDG_CACHE_HOME").map(|folder| folder.join("kiln")))
-        .or_else(|| set("HOME").map(|folder| folder.join(".cache/kiln")))
-        .context("no folder for the cache: set KILN_CACHE or HOME")
-}
-
-fn recipe_hash(suite: Suite) -> String {
+fn recipe_hash(debian: Debian) -> String {
     let mut hasher = blake3::Hasher::new();
     hasher.update(&RECIPE_VERSION.to_le_bytes());
-    hasher.update(suite.name().as_bytes());
-    hasher.update(PACKAGES.join(" ").as_bytes());
+    hasher.update(debian.name().as_bytes());
+    hasher.update(debian.packages().join(" ").as_bytes());
     hasher.update(KERNELS.as_bytes());
-    hasher.finalize().to_hex()[..16].to_owned()
-}
-
-/// Half-built images (of builders that were killed: we hold the lock) and those of older recipes.
-fn remove_stale(folder: &Path, suite: Suite, current: &Path) -> Result<()> {
-    for entry in fs::read_dir(folder)? {
-        let path = entry?.path();
-        let ours = path
-            .file_name()
-            .and_then(|name| name.to_str())
-            .is_some_and(|name| name.starts_with(&format!("{}-", suite.name())));
-        if ours && path != current {
-            fs::remove_dir_all(&path).with_context(|| format!("removing {}", path.display()))?;
-        }
+    for package in debian.unpacked() {
+        hasher.update(package.as_bytes());
+        hasher.update(UNPACK.as_bytes());
     }
-    Ok(())
+    cache::short_hash(&hasher)
 }
 
-fn build(suite: Suite, folder: &Path, finished: &Path) -> Result<()> {
-    let name = suite.name();
+fn build(debian: Debian, work: &Path) -> Result<PathBuf> {
+    let name = debian.name();
     eprintln!("node: building the {name} image from Debian packages: one to three minutes, once");
-    let work = folder.join(format!("{name}-building"));
-    fs::create_dir_all(&work)?;
-    let work = cleanup::TemporaryFolder::new(work);
-    let tree = work.path().join("tree");
-    let disk = work.path().join("disk.img");
+    let tree = work.join("tree");
+    let disk = work.join("disk.img");
 
     // fakeroot keeps owners and device nodes right without being root.
-    let hook = work.path().join("kernels");
-    fs::write(&hook, KERNELS.replace("SUITE", name))?;
-    let tarball = work.path().join("system.tar");
+    let kernels = work.join("kernels");
+    fs::write(&kernels, KERNELS.replace("SUITE", name))?;
+    let unpack = work.join("unpack");
+    fs::write(&unpack, UNPACK)?;
+    let tarball = work.join("system.tar");
     run(Command::new("mmdebstrap")
         .args([
             "--variant=apt",
             "--aptopt=Acquire::Check-Valid-Until \"false\"",
         ])
-        .arg(format!("--include={}", PACKAGES.join(",")))
-        .arg(format!("--customize-hook=sh {} \"$1\"", hook.display()))
+        .arg(format!("--include={}", debian.packages().join(",")))
+        .args(
+            debian.unpacked().iter().map(|package| {
+                format!("--customize-hook=sh {} \"$1\" {package}", unpack.display())
+            }),
+        )
+        .arg(format!("--customize-hook=sh {} \"$1\"", kernels.display()))
         .arg(name)
         .arg(&tarball))?;
     run(Command::new("fakeroot")
@@ -180,17 +185,18 @@ fn build(suite: Suite, folder: &Path, finished: &Path) -> Result<()> {
     let version = newest(&tree.join("usr/lib/modules"))?;
     fs::copy(
         tree.join(format!("boot/vmlinuz-{version}")),
-        work.path().join("vmlinuz"),
+        work.join("vmlinuz"),
     )?;
     let driver = format!("usr/lib/modules/{version}/kernel/drivers/block/virtio_blk.ko.xz");
-    let unpacked = File::create(work.path().join("virtio_blk.ko"))?;
+    let unpacked = File::create(work.join("virtio_blk.ko"))?;
     run(Command::new("xz")
         .arg("-dc")
         .arg(tree.join(driver))
         .stdout(unpacked))?;
     fs::remove_dir_all(&tree)?;
-    fs::remove_file(&hook)?;
-    work.keep_as(finished)
+    fs::remove_file(&kernels)?;
+    fs::remove_file(&unpack)?;
+    Ok(work.to_owned())
 }
 
 fn newest(modules: &Path) -> Result<String> {
@@ -219,27 +225,7 @@ mod tests {
 
     #[test]
     fn suites_have_images_of_their_own() {
-        assert_ne!(recipe_hash(Suite::Trixie), recipe_hash(Suite::Sid));
-        assert_eq!(recipe_hash(Suite::Sid), recipe_hash(Suite::Sid));
-    }
-
-    #[test]
-    fn stale_images_of_the_suite_go_and_others_stay() {
-        let folder = tempfile::tempdir().unwrap();
-        for name in ["trixie-building", "trixie-old", "trixie-new", "sid-old"] {
-            fs::create_dir(folder.path().join(name)).unwrap();
-        }
-        remove_stale(
-            folder.path(),
-            Suite::Trixie,
-            &folder.path().join("trixie-new"),
-        )
-        .unwrap();
-        let mut left: Vec<_> = fs::read_dir(folder.path())
-            .unwrap()
-            .map(|e| e.unwrap().file_name())
-            .collect();
-        left.sort();
-        assert_eq!(left, ["sid-old", "trixie-new"]);
+        assert_ne!(recipe_hash(Debian::Trixie), recipe_hash(Debian::Sid));
+        assert_eq!(recipe_hash(Debian::Sid), recipe_hash(Debian::Sid));
     }
 }

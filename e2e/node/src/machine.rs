@@ -18,6 +18,7 @@ use crate::cleanup;
 use crate::emulator::Emulator;
 use crate::image::Image;
 use crate::initramfs::Initramfs;
+use crate::parts;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Clock {
@@ -50,6 +51,8 @@ pub(crate) struct Options<'a> {
     pub(crate) memory_mib: u32,
     /// Files for the node: path in it, permissions, content.
     pub(crate) files: Vec<(String, u32, Vec<u8>)>,
+    /// Read-only disks, which the node finds by their serial numbers.
+    pub(crate) parts: &'a [parts::Disk],
     /// A tar archive, unpacked over the node's system.
     pub(crate) payload: &'a [u8],
     pub(crate) init: &'a [u8],
@@ -89,14 +92,15 @@ impl Machine {
             ])
             .arg("-drive")
             .arg(format!(
-                "file={},format=raw,if=virtio,snapshot=on,cache=unsafe",
+                "file={},format=raw,if=none,id=system,snapshot=on,cache=unsafe",
                 options.image.disk.display()
             ))
-            .arg("-drive")
-            .arg(format!(
-                "file=/proc/self/fd/{},format=raw,if=virtio,readonly=on,file.locking=off",
-                payload.as_raw_fd()
-            ))
+            .args(["-device", "virtio-blk-pci,drive=system"])
+            .args(read_only_disk("payload", &payload, ""))
+            .args(options.parts.iter().flat_map(|part| {
+                let serial = format!(",serial={}", part.name);
+                read_only_disk(&format!("part-{}", part.name), &part.file, &serial)
+            }))
             .args(["-device", "virtio-rng-pci", "-device", "virtio-serial-pci"])
             .arg("-chardev")
             .arg(format!("socket,id=channel,fd={}", theirs.as_raw_fd()))
@@ -106,18 +110,19 @@ impl Machine {
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());
 
-        let inherited = [
+        let mut inherited = vec![
             initramfs.as_raw_fd(),
             payload.as_raw_fd(),
             theirs.as_raw_fd(),
         ];
-        // SAFETY: the closure makes only system calls that are safe between fork and exec.
+        inherited.extend(options.parts.iter().map(|part| part.file.as_raw_fd()));
+        // SAFETY: the closure makes only system calls that are safe between fork and exec, and allocates nothing.
         unsafe {
             command.pre_exec(move || {
                 cleanup::unblock_signals()?;
                 nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL)?;
-                for fd in inherited {
-                    if nix::libc::fcntl(fd, nix::libc::F_SETFD, 0) != 0 {
+                for fd in &inherited {
+                    if nix::libc::fcntl(*fd, nix::libc::F_SETFD, 0) != 0 {
                         return Err(io::Error::last_os_error());
                     }
                 }
@@ -214,6 +219,17 @@ fn machine_arguments(clock: Clock, engine: &Engine) -> Vec<&'static str> {
         ],
     });
     arguments
+}
+
+/// The node names disks in the order in which they come here.
+fn read_only_disk(id: &str, file: &std::fs::File, properties: &str) -> [String; 4] {
+    let fd = file.as_raw_fd();
+    [
+        "-drive".to_owned(),
+        format!("file=/proc/self/fd/{fd},format=raw,if=none,id={id},readonly=on,file.locking=off"),
+        "-device".to_owned(),
+        format!("virtio-blk-pci,drive={id}{properties}"),
+    ]
 }
 
 fn initramfs(options: &Options) -> Result<Vec<u8>> {

@@ -1,12 +1,15 @@
 //! The node VM: a Debian machine with real KVM, containerd and runc, on any host.
 
+mod cache;
 mod cleanup;
 mod emulator;
 mod image;
 mod initramfs;
 mod machine;
+mod parts;
 mod payload;
 mod session;
+mod suite;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -17,10 +20,11 @@ use anyhow::{Context, Result};
 use clap::Parser;
 
 use emulator::Emulator;
-use image::Suite;
 use machine::{Clock, Engine, Machine};
+use parts::Part;
 use payload::Put;
 use session::{Input, Session};
+use suite::Suite;
 
 /// Boots a node VM, runs a command in it (or a shell), and leaves nothing behind.
 #[derive(Debug, Parser)]
@@ -29,12 +33,15 @@ struct Cli {
     /// Which Debian the node runs, and with it which containerd.
     #[arg(long, default_value = "trixie")]
     suite: Suite,
+    /// Gives the node a part beside those of its suite: programs built once, which lie on its path.
+    #[arg(long, value_name = "NAME")]
+    part: Vec<Part>,
     /// How time passes in the node.
     #[arg(long, default_value = "wall")]
     clock: Clock,
-    /// The node's memory in MiB.
-    #[arg(long, default_value_t = 8192)]
-    memory: u32,
+    /// The node's memory in MiB; by default 8192, and 12288 of suite k8s.
+    #[arg(long)]
+    memory: Option<u32>,
     /// The node's init program (kiln-node-init); by default the one beside this program.
     #[arg(long)]
     init: Option<PathBuf>,
@@ -53,7 +60,7 @@ struct Cli {
     /// Shows the node's console.
     #[arg(long)]
     console: bool,
-    /// Makes the image if it is not in the cache yet, and boots nothing.
+    /// Makes image and parts if they are not in the cache yet, and boots nothing.
     #[arg(long)]
     image_only: bool,
     /// The command and its arguments; a shell if there is none.
@@ -86,11 +93,19 @@ fn main() -> ExitCode {
 
 fn run(cli: &Cli) -> Result<ExitCode> {
     cleanup::on_signals()?;
-    let image = image::prepare(cli.suite)?;
+    let image = image::prepare(cli.suite.debian())?;
+    let mut parts = cli.suite.parts().to_vec();
+    for part in &cli.part {
+        if !parts.contains(part) {
+            parts.push(*part);
+        }
+    }
+    let disks = parts::prepare(&parts)?;
     if cli.image_only {
         return Ok(ExitCode::SUCCESS);
     }
-    machine::check_memory(cli.memory)?;
+    let memory_mib = cli.memory.unwrap_or(cli.suite.memory_mib());
+    machine::check_memory(memory_mib)?;
     let engine = machine::choose_engine(cli.clock);
     let emulator = match &engine {
         Engine::Kvm => {
@@ -114,8 +129,9 @@ fn run(cli: &Cli) -> Result<ExitCode> {
         clock: cli.clock,
         engine: &engine,
         emulator: &emulator,
-        memory_mib: cli.memory,
-        files: payload::system_files(cli.suite),
+        memory_mib,
+        files: payload::system_files(cli.suite, &parts),
+        parts: &disks,
         payload: &payload::archive(&cli.put)?,
         init: &init,
         show_console: cli.console,

@@ -5,7 +5,8 @@ use std::str::FromStr;
 
 use anyhow::{Context, Result};
 
-use crate::image::Suite;
+use crate::parts::Part;
+use crate::suite::Suite;
 
 /// A pair of paths, `FROM:TO`.
 #[derive(Debug, Clone)]
@@ -29,14 +30,9 @@ impl FromStr for Put {
 }
 
 /// The node's configuration, readable as files under `system/`.
-pub(crate) fn system_files(suite: Suite) -> Vec<(String, u32, Vec<u8>)> {
-    let containerd: &[u8] = match suite {
-        Suite::Trixie => include_bytes!("../system/containerd-1.7.toml"),
-        Suite::Sid => include_bytes!("../system/containerd-2.toml"),
-    };
-    let files: [(&str, u32, &[u8]); 8] = [
+pub(crate) fn system_files(suite: Suite, parts: &[Part]) -> Vec<(String, u32, Vec<u8>)> {
+    let mut files: Vec<(&str, u32, &[u8])> = vec![
         ("kiln-node/setup", 0o755, include_bytes!("../system/setup")),
-        ("etc/containerd/config.toml", 0o644, containerd),
         (
             "etc/kiln/config.toml",
             0o644,
@@ -68,9 +64,53 @@ pub(crate) fn system_files(suite: Suite) -> Vec<(String, u32, Vec<u8>)> {
             b"127.0.0.1 localhost node\n::1 localhost\n",
         ),
     ];
-    files
+    if suite == Suite::K8s {
+        files.push((
+            "kiln-node/setup-k8s",
+            0o755,
+            include_bytes!("../system/setup-k8s"),
+        ));
+        files.push((
+            "etc/crictl.yaml",
+            0o644,
+            include_bytes!("../system/crictl.yaml"),
+        ));
+        files.push((
+            "usr/local/bin/sudo",
+            0o755,
+            include_bytes!("../system/sudo"),
+        ));
+    }
+    let containerd = containerd_configuration(suite, parts);
+    let mut files: Vec<_> = files
+        .into_iter()
         .map(|(path, permissions, content)| (path.to_owned(), permissions, content.to_vec()))
-        .into()
+        .collect();
+    files.push((
+        "etc/containerd/config.toml".to_owned(),
+        0o644,
+        containerd.into_bytes(),
+    ));
+    files
+}
+
+/// The pieces that hold for such a node, one after the other. No two of them set the same table.
+fn containerd_configuration(suite: Suite, parts: &[Part]) -> String {
+    let mut pieces = match suite {
+        Suite::Trixie => vec![include_str!("../system/containerd-1.7.toml")],
+        Suite::Sid => vec![include_str!("../system/containerd-2.toml")],
+        Suite::K8s => vec![
+            include_str!("../system/containerd-2.toml"),
+            include_str!("../system/containerd-k8s.toml"),
+        ],
+    };
+    if parts.contains(&Part::Gvisor) {
+        pieces.push(match suite {
+            Suite::Trixie => include_str!("../system/containerd-1.7-gvisor.toml"),
+            Suite::Sid | Suite::K8s => include_str!("../system/containerd-2-gvisor.toml"),
+        });
+    }
+    pieces.join("\n")
 }
 
 /// A tar archive of the caller's files. Its paths are relative to the node's root.
@@ -86,4 +126,35 @@ pub(crate) fn archive(puts: &[Put]) -> Result<Vec<u8>> {
         added.with_context(|| format!("packing {} for the node", put.from.display()))?;
     }
     archive.into_inner().context("packing files for the node")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GVISOR: &str = "runtimes.gvisor]";
+
+    #[test]
+    fn gvisor_is_a_handler_where_its_part_is() {
+        for suite in [Suite::Trixie, Suite::Sid, Suite::K8s] {
+            let with = containerd_configuration(suite, &[Part::Gvisor]);
+            assert!(with.contains(GVISOR), "{with}");
+            let without = containerd_configuration(suite, suite.parts());
+            assert!(!without.contains(GVISOR), "{without}");
+        }
+    }
+
+    #[test]
+    fn no_piece_of_the_configuration_sets_what_another_sets() {
+        let whole = containerd_configuration(Suite::K8s, &[Part::Gvisor]);
+        let mut tables: Vec<_> = whole
+            .lines()
+            .map(str::trim)
+            .filter(|line| line.starts_with('['))
+            .collect();
+        let all = tables.len();
+        tables.sort_unstable();
+        tables.dedup();
+        assert_eq!(tables.len(), all, "{whole}");
+    }
 }
