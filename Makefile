@@ -33,7 +33,8 @@ SHIPPED := kiln kiln-vmm containerd-shim-kiln-v2
 TESTERS := kiln-e2e kiln-testprog kiln-bench kiln-floor kiln-demo kiln-vmm-hostile
 put = $(foreach program,$(1),$(if $(wildcard $(BIN)/$(program)),--put $(BIN)/$(program):$(2)/$(program)))
 
-NODE_VM = $(BIN)/kiln-node-vm --suite $(NODE) $(addprefix --part ,$(PARTS)) $(call put,$(SHIPPED),/usr/local/bin) --put $(AGENT):/usr/local/bin/kiln-agent
+NODE_VM = $(BIN)/kiln-node-vm --suite $(NODE) $(addprefix --part ,$(PARTS)) $(call put,$(SHIPPED),/usr/local/bin) --put $(AGENT):/usr/local/bin/kiln-agent \
+    $(if $(filter k8s,$(NODE)),$(call put,kiln-k8s kiln-testprog,/usr/local/bin))
 NODE_TEST = $(NODE_VM) $(call put,$(TESTERS),/opt/kiln-e2e)
 RESULTS = target/e2e
 # Tests that passed before their node died.
@@ -42,7 +43,7 @@ comma := ,
 space := $() $()
 quote = '$(subst ','\'',$(1))'
 
-.PHONY: help setup build node demo test test-unit test-fuzz test-e2e bench doctor fuzz lint fmt clean-node
+.PHONY: help setup build node demo test test-unit test-fuzz test-e2e test-k8s bench doctor fuzz lint fmt clean-node
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -89,6 +90,13 @@ test-e2e: build ## Run the end-to-end tests (T=… selects)
 	    status=0; run || status=$$?; \
 	fi; \
 	[ $$status -eq 0 ] || echo "logs of failed tests: $(RESULTS)"; exit $$status
+
+test-k8s: NODE := k8s
+test-k8s: build ## Run the tests on a Kubernetes cluster in the node VM (T=… selects)
+	@rm -rf target/k8s; $(NODE_VM) --timeout 5000 \
+	    --get /var/log/kiln-e2e:target/k8s --get /var/log/k8s:target/k8s/cluster --env KILN_E2E_OUT=/var/log/kiln-e2e \
+	    --env KILN_E2E_RUNTIMES=$(subst $(space),$(comma),$(RUNTIMES)) -- kiln-k8s test $(T) \
+	    || { echo "logs of failed tests, and of the cluster: target/k8s"; exit 1; }
 
 bench: build ## Run the benches on the counted clock (BENCH=… selects); writes target/bench
 	@mkdir -p target/bench

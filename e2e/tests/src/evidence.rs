@@ -46,47 +46,60 @@ impl Marks {
 
 /// Writes all that can be had into the folder of `test`; what cannot be had is noted there.
 pub async fn keep(test: &Test, marks: &Marks, failure: &str) -> Result<PathBuf> {
-    let folder = folder().join(test.to_string().replace("::", "."));
-    if folder.exists() {
-        fs::remove_dir_all(&folder).with_context(|| format!("{}", folder.display()))?;
-    }
-    fs::create_dir_all(&folder).with_context(|| format!("cannot create {}", folder.display()))?;
-    let mut kept = Kept {
-        folder: folder.clone(),
-    };
-    kept.put("failure.txt", Ok(failure.to_owned()))?;
-    kept.put("containerd.log", tail(&containerd_log(), marks.containerd))?;
-    // The kernel's buffer is a ring: if it has turned over, all of it is newer than the mark.
-    let kernel = kernel_log();
-    let since = kernel.get(marks.kernel..).unwrap_or(&kernel);
-    kept.put("kernel.log", Ok(since.to_owned()))?;
+    let mut kept = Kept::of_node(&test.to_string(), marks, failure)?;
     kept.put("cri.txt", cri_state(test).await)?;
     kept.put("plain.txt", plain::describe(test.client()).await)?;
-    kept.put("node.txt", node_state())?;
     kept.copy(&test.scratch().join("logs"), "container-logs")?;
-    for root in [
-        "/run/containerd/io.containerd.runtime.v2.task",
-        "/run/kiln",
-        "/var/log/kiln",
-    ] {
-        kept.copy(Path::new(root), root.trim_start_matches('/'))?;
-    }
-    Ok(folder)
+    Ok(kept.folder)
 }
 
-struct Kept {
+/// What is kept of one test.
+#[derive(Debug)]
+pub struct Kept {
     folder: PathBuf,
 }
 
 impl Kept {
-    fn put(&mut self, name: &str, content: Result<String>) -> Result<()> {
+    /// What the node itself has to say.
+    pub fn of_node(test: &str, marks: &Marks, failure: &str) -> Result<Self> {
+        let folder = folder().join(test.replace("::", "."));
+        if folder.exists() {
+            fs::remove_dir_all(&folder).with_context(|| format!("{}", folder.display()))?;
+        }
+        fs::create_dir_all(&folder)
+            .with_context(|| format!("cannot create {}", folder.display()))?;
+        let mut kept = Kept { folder };
+        kept.put("failure.txt", Ok(failure.to_owned()))?;
+        kept.put("containerd.log", tail(&containerd_log(), marks.containerd))?;
+        // The kernel's buffer is a ring: if it has turned over, all of it is newer than the mark.
+        let kernel = kernel_log();
+        let since = kernel.get(marks.kernel..).unwrap_or(&kernel);
+        kept.put("kernel.log", Ok(since.to_owned()))?;
+        kept.put("node.txt", node_state())?;
+        for root in [
+            "/run/containerd/io.containerd.runtime.v2.task",
+            "/run/kiln",
+            "/var/log/kiln",
+        ] {
+            kept.copy(Path::new(root), root.trim_start_matches('/'))?;
+        }
+        Ok(kept)
+    }
+
+    /// Where it is.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// Writes a file, or why its content could not be had.
+    pub fn put(&mut self, name: &str, content: Result<String>) -> Result<()> {
         let content = content.unwrap_or_else(|error| format!("could not be had: {error:#}\n"));
         let path = self.folder.join(name);
         fs::write(&path, content).with_context(|| format!("{}", path.display()))
     }
 
     /// Copies the regular files of a tree, without root file systems and without what is long.
-    fn copy(&mut self, from: &Path, to: &str) -> Result<()> {
+    pub fn copy(&mut self, from: &Path, to: &str) -> Result<()> {
         copy_tree(from, &self.folder.join(to), 5)
     }
 }

@@ -16,21 +16,50 @@ use tokio::runtime::Runtime;
 use crate::evidence::{self, Marks};
 use crate::{Test, setup};
 
-/// How long a test may take, unless it says otherwise: several times what it needs on an emulated
-/// machine with other work.
-const LIMIT: Duration = Duration::from_secs(180);
+/// What a test works with: made for one run of it, and in charge of removing all that the run made.
+pub trait Subject: Clone + std::fmt::Display + Send + Sized + 'static {
+    /// How long a test may take, unless it says otherwise: several times what it needs on an emulated
+    /// machine with other work.
+    const LIMIT: Duration;
+    /// How long the removal of what a test made may take.
+    const CLEAN_UP_LIMIT: Duration;
+
+    /// Prepares a run: `name` is the test's, `handler` the runtime's.
+    fn prepare(name: &str, handler: &str) -> impl Future<Output = Result<Self>> + Send;
+
+    /// Writes what helps to understand a failure; where it is.
+    fn keep(&self, marks: &Marks, failure: &str) -> impl Future<Output = Result<PathBuf>> + Send;
+
+    /// Removes all that the run made and checks that no trace of it is left on the node.
+    fn clean_up(&self) -> impl Future<Output = Result<()>> + Send;
+}
+
+impl Subject for Test {
+    const LIMIT: Duration = Duration::from_secs(180);
+    const CLEAN_UP_LIMIT: Duration = Duration::from_secs(90);
+
+    async fn prepare(name: &str, handler: &str) -> Result<Self> {
+        Test::new(name, handler).await
+    }
+
+    async fn keep(&self, marks: &Marks, failure: &str) -> Result<PathBuf> {
+        evidence::keep(self, marks, failure).await
+    }
+
+    async fn clean_up(&self) -> Result<()> {
+        Test::clean_up(self).await
+    }
+}
+
 /// How many of the longest tests are told of at the end: they are what a whole run waits for.
 const TOLD: usize = 12;
 /// Tests whose limit is above this begin. Others keep their order: the heavy ones among them are not to meet.
 const LONGEST: Duration = Duration::from_secs(400);
-/// How long the removal of what a test made may take.
-const CLEAN_UP_LIMIT: Duration = Duration::from_secs(90);
 
-type Body = dyn Fn(Test) -> Pin<Box<dyn Future<Output = Result<()>> + Send>> + Send + Sync;
+type Body<T> = dyn Fn(T) -> Pin<Box<dyn Future<Output = Result<()>> + Send>> + Send + Sync;
 
 /// One test, for any runtime.
-#[derive(Clone)]
-pub struct Case {
+pub struct Case<T = Test> {
     name: &'static str,
     limit: Duration,
     alone: bool,
@@ -40,20 +69,30 @@ pub struct Case {
     fails: Option<(&'static str, u32)>,
     /// The major version of containerd that brings what it needs.
     needs: u32,
-    body: Arc<Body>,
+    body: Arc<Body<T>>,
 }
 
-impl Case {
-    /// A test: `body` runs it with the runtime that its [`Test`] names.
+// Derived, it would want tests to be cloned.
+impl<T> Clone for Case<T> {
+    fn clone(&self) -> Self {
+        Case {
+            body: Arc::clone(&self.body),
+            ..*self
+        }
+    }
+}
+
+impl<T: Subject> Case<T> {
+    /// A test: `body` runs it with the runtime that its [`Subject`] names.
     pub fn new<F, Fut>(name: &'static str, body: F) -> Self
     where
-        F: Fn(Test) -> Fut + Send + Sync + 'static,
+        F: Fn(T) -> Fut + Send + Sync + 'static,
         Fut: Future<Output = Result<()>> + Send + 'static,
     {
-        let body: Arc<Body> = Arc::new(move |test| Box::pin(body(test)));
+        let body: Arc<Body<T>> = Arc::new(move |test| Box::pin(body(test)));
         Case {
             name,
-            limit: LIMIT,
+            limit: T::LIMIT,
             alone: false,
             only: None,
             fails: None,
@@ -136,9 +175,7 @@ fn passed_before() -> Vec<String> {
 
 /// Runs the tests that the command line selects; the exit code says whether all passed.
 pub fn main(cases: &[Case]) -> std::process::ExitCode {
-    let mut arguments = Arguments::from_args();
-    // Three at a time keep two emulated CPUs busy: a pod start waits a good part of its time.
-    arguments.test_threads.get_or_insert(3);
+    let arguments = Arguments::from_args();
     let mut containerd = 0;
     if !arguments.list {
         match prepare(arguments.filter.as_deref()) {
@@ -149,6 +186,17 @@ pub fn main(cases: &[Case]) -> std::process::ExitCode {
             }
         }
     }
+    run_selected(cases, arguments, containerd)
+}
+
+/// Runs the tests that `arguments` select, on a node that is ready for them; the exit code says whether all passed.
+pub fn run_selected<T: Subject>(
+    cases: &[Case<T>],
+    mut arguments: Arguments,
+    containerd: u32,
+) -> std::process::ExitCode {
+    // Three at a time keep two emulated CPUs busy: a pod start waits a good part of its time.
+    arguments.test_threads.get_or_insert(3);
     let passed = passed_before();
     let shared = Arc::new(Shared::default());
     let mut selected: Vec<_> = handlers()
@@ -159,7 +207,7 @@ pub fn main(cases: &[Case]) -> std::process::ExitCode {
         .collect();
     // Nothing is to wait: not for the last one of many, so the longest begin, and not to be alone, so those end.
     selected.sort_by_key(|(_, case, _)| (case.alone, Reverse(case.limit.max(LONGEST))));
-    let trial = |(name, case, handler): (String, Case, String)| {
+    let trial = |(name, case, handler): (String, Case<T>, String)| {
         let shared = Arc::clone(&shared);
         let skipped = case.is_skipped(&handler, containerd);
         let trial = Trial::test(name, move || {
@@ -259,7 +307,7 @@ struct Took {
 }
 
 impl Shared {
-    fn took(&self, case: &Case, handler: &str, time: Duration) {
+    fn took<T>(&self, case: &Case<T>, handler: &str, time: Duration) {
         let took = Took {
             seconds: time.as_secs_f64(),
             alone: case.alone,
@@ -284,7 +332,7 @@ impl Shared {
 
 /// Runs a test. One that ran into what an emulated machine is known to do to a guest is repeated once, with nothing else
 /// running. Every repetition is printed with its reason and counted, and there are [`REPEATS`] in a run.
-fn run(case: &Case, handler: &str, shared: &Shared) -> Result<()> {
+fn run<T: Subject>(case: &Case<T>, handler: &str, shared: &Shared) -> Result<()> {
     let first = if case.alone {
         let _alone = shared.alone.write();
         attempt_blocking(case, handler, shared)?
@@ -310,7 +358,11 @@ fn run(case: &Case, handler: &str, shared: &Shared) -> Result<()> {
     }
 }
 
-fn attempt_blocking(case: &Case, handler: &str, shared: &Shared) -> Result<Option<Failure>> {
+fn attempt_blocking<T: Subject>(
+    case: &Case<T>,
+    handler: &str,
+    shared: &Shared,
+) -> Result<Option<Failure>> {
     let start = Instant::now();
     let runtime = runtime()?;
     let (outcome, place) = runtime.block_on(attempt(case, handler))?;
@@ -365,9 +417,9 @@ fn with_place(error: &anyhow::Error, place: &str) -> anyhow::Error {
 }
 
 /// One attempt, with the place of the evidence if it did not pass.
-async fn attempt(case: &Case, handler: &str) -> Result<(Outcome, String)> {
+async fn attempt<T: Subject>(case: &Case<T>, handler: &str) -> Result<(Outcome, String)> {
     let marks = Marks::set();
-    let test = Test::new(case.name, handler).await?;
+    let test = T::prepare(case.name, handler).await?;
     // As a task of its own, so that a panic ends only the test.
     let mut body = tokio::spawn((case.body)(test.clone()));
     let mut outcome = match tokio::time::timeout(case.limit, &mut body).await {
@@ -385,9 +437,9 @@ async fn attempt(case: &Case, handler: &str) -> Result<(Outcome, String)> {
         Outcome::Failed(error) => place = keep(&test, &marks, &format!("{error:?}")).await,
         Outcome::TimedOut => place = keep(&test, &marks, "not finished in time").await,
     }
-    let cleaned = match tokio::time::timeout(CLEAN_UP_LIMIT, test.clean_up()).await {
+    let cleaned = match tokio::time::timeout(T::CLEAN_UP_LIMIT, test.clean_up()).await {
         Ok(result) => result,
-        Err(_) => Err(anyhow!("not finished in {} s", CLEAN_UP_LIMIT.as_secs())),
+        Err(_) => Err(anyhow!("not finished in {} s", T::CLEAN_UP_LIMIT.as_secs())),
     };
     if let Err(error) = cleaned {
         let error = error.context("removing what the test made");
@@ -402,9 +454,9 @@ async fn attempt(case: &Case, handler: &str) -> Result<(Outcome, String)> {
     Ok((outcome, place))
 }
 
-async fn keep(test: &Test, marks: &Marks, failure: &str) -> String {
-    let keeping = evidence::keep(test, marks, failure);
-    match tokio::time::timeout(CLEAN_UP_LIMIT, keeping).await {
+async fn keep<T: Subject>(test: &T, marks: &Marks, failure: &str) -> String {
+    let keeping = test.keep(marks, failure);
+    match tokio::time::timeout(T::CLEAN_UP_LIMIT, keeping).await {
         Ok(Ok(folder)) => folder.display().to_string(),
         Ok(Err(error)) => format!("could not be kept: {error:#}"),
         Err(_) => "could not be kept in time".to_owned(),

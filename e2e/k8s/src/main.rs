@@ -1,0 +1,96 @@
+//! `kiln-k8s`: brings a one-node cluster up or down, and runs the tests that need one.
+
+mod suite;
+
+use std::process::{Command, ExitCode};
+
+use anyhow::{Context, Result};
+use clap::{Parser, Subcommand};
+use kiln_e2e::{harness, setup};
+use kiln_k8s::cluster::Cluster;
+use kiln_k8s::remove_leftovers;
+use libtest_mimic::Arguments;
+
+/// A Kubernetes cluster of one node, and end-to-end tests by its API.
+#[derive(Debug, Parser)]
+#[command(name = "kiln-k8s", version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Action,
+}
+
+#[derive(Debug, Subcommand)]
+enum Action {
+    /// Brings the cluster up, with the tests' images and a baked μVM, and leaves it running.
+    Up,
+    /// Stops the cluster.
+    Down,
+    /// Brings the cluster up unless it runs, and runs tests.
+    Test {
+        /// As a test program of Rust has them: a part of tests' names, --list, --test-threads N and so on.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
+}
+
+fn main() -> ExitCode {
+    let done = match Cli::parse().command {
+        Action::Up => up().map(|()| {
+            let config = Cluster::default().layout().kubeconfig("admin");
+            println!("export KUBECONFIG={}", config.display());
+            ExitCode::SUCCESS
+        }),
+        Action::Down => Cluster::default()
+            .down()
+            .map(|()| ExitCode::SUCCESS)
+            .map_err(Into::into),
+        Action::Test { arguments } => test(arguments),
+    };
+    done.unwrap_or_else(|error| {
+        eprintln!("kiln-k8s: {error:#}");
+        ExitCode::FAILURE
+    })
+}
+
+#[tokio::main(worker_threads = 2)]
+async fn up() -> Result<()> {
+    // The μVM first: both are busy work for a CPU.
+    let kiln = harness::handlers()
+        .iter()
+        .any(|handler| setup::needs_bake(handler));
+    if kiln || installed("kiln") {
+        setup::bake()?;
+        println!("a μVM is baked");
+    }
+    let containerd = kiln_e2e::api::connect().await?;
+    setup::import(&containerd, &setup::Images::make()?).await?;
+    let cluster = Cluster::default();
+    cluster.up(|ready| println!("{ready}")).await?;
+    remove_leftovers(&cluster.client().await?)
+        .await
+        .context("cannot remove an earlier run's namespaces")
+}
+
+fn installed(program: &str) -> bool {
+    Command::new(program)
+        .arg("--version")
+        .output()
+        .is_ok_and(|output| output.status.success())
+}
+
+fn test(arguments: Vec<String>) -> Result<ExitCode> {
+    let program = "kiln-k8s test".to_owned();
+    let arguments = Arguments::from_iter(std::iter::once(program).chain(arguments));
+    if arguments.list {
+        return Ok(harness::run_selected(&suite::all(), arguments, u32::MAX));
+    }
+    let cluster = Cluster::default();
+    let was_up = cluster.is_up();
+    up()?;
+    // Kubernetes of today needs a containerd of today: no test is skipped for its age.
+    let code = harness::run_selected(&suite::all(), arguments, u32::MAX);
+    if !was_up {
+        cluster.down()?;
+    }
+    Ok(code)
+}
