@@ -8,6 +8,7 @@ mod hostile;
 mod identity;
 mod kiln_run;
 mod logs;
+mod mounts;
 mod network;
 mod overlay;
 mod pods;
@@ -20,6 +21,7 @@ mod run_terminal;
 mod snapshotters;
 mod streams;
 mod tasks;
+mod users;
 mod vmm;
 mod volumes;
 
@@ -37,6 +39,8 @@ pub(crate) fn all() -> Vec<Case> {
         fault_matrix::cases(),
         logs::cases(),
         volumes::cases(),
+        mounts::cases(),
+        users::cases(),
         network::cases(),
         resources::cases(),
         tasks::cases(),
