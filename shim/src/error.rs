@@ -106,7 +106,9 @@ impl From<ShareError> for Error {
     fn from(error: ShareError) -> Self {
         match error {
             ShareError::Closed => Self::Unavailable(error.to_string()),
-            ShareError::System { .. } => Self::failed("share a volume with the μVM", error),
+            ShareError::System { .. } | ShareError::Owners { .. } => {
+                Self::failed("share a volume with the μVM", error)
+            }
         }
     }
 }

@@ -9,6 +9,7 @@ pub mod cgroup;
 pub mod cleanup;
 pub mod error;
 pub mod events;
+mod features;
 pub mod log;
 pub mod network;
 pub mod oom;

@@ -57,6 +57,17 @@ pub fn host_namespace(kind: &str, policy: HostNamespaces) -> Option<Refusal> {
     })
 }
 
+/// Mounts that are to reach the node.
+pub fn propagation(source: &str, destination: &str) -> Refusal {
+    Refusal {
+        what: format!(
+            "mount propagation from the container to the node (Bidirectional) of the volume {source} at {destination}"
+        ),
+        why: "what is mounted in a μVM can't be mounted on the node",
+        remedy: "Use HostToContainer, or run the pod with a runtime class of runc",
+    }
+}
+
 /// A namespace that belongs to no container of the pod.
 pub fn foreign_namespace(kind: &str, path: &str) -> Refusal {
     Refusal {

@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use kiln_agent_api::users::{IdMap, IdRange};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -49,6 +50,46 @@ pub struct SpecMount {
     pub source: String,
     /// Options as in fstab.
     pub options: Vec<String>,
+    /// Which users the files are to belong to, if not to whom they do.
+    #[serde(rename = "uidMappings")]
+    pub uid_mappings: Vec<Mapping>,
+    /// Which groups, likewise.
+    #[serde(rename = "gidMappings")]
+    pub gid_mappings: Vec<Mapping>,
+}
+
+/// Ids of a container and the ones they are outside of its user namespace.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Mapping {
+    /// The first in the container.
+    #[serde(rename = "containerID")]
+    pub container_id: u32,
+    /// The first outside.
+    #[serde(rename = "hostID")]
+    pub host_id: u32,
+    /// How many.
+    pub size: u32,
+}
+
+impl From<Mapping> for IdRange {
+    fn from(mapping: Mapping) -> Self {
+        Self {
+            inside: mapping.container_id,
+            outside: mapping.host_id,
+            count: mapping.size,
+        }
+    }
+}
+
+/// The map of these; none if there is no mapping at all.
+fn id_map(users: &[Mapping], groups: &[Mapping]) -> Option<IdMap> {
+    let ranges = |list: &[Mapping]| list.iter().copied().map(IdRange::from).collect();
+    let any = !(users.is_empty() && groups.is_empty());
+    any.then(|| IdMap {
+        users: ranges(users),
+        groups: ranges(groups),
+    })
 }
 
 impl SpecMount {
@@ -57,9 +98,14 @@ impl SpecMount {
         self.kind == "bind" || self.options.iter().any(|o| o == "bind" || o == "rbind")
     }
 
-    /// Whether it is to be read only.
-    pub fn is_read_only(&self) -> bool {
-        self.options.iter().any(|o| o == "ro")
+    /// Whether an option is among its own.
+    pub fn has(&self, option: &str) -> bool {
+        self.options.iter().any(|o| o == option)
+    }
+
+    /// To whom its files are to belong, if not to whom they do.
+    pub fn owners(&self) -> Option<IdMap> {
+        id_map(&self.uid_mappings, &self.gid_mappings)
     }
 }
 
@@ -188,6 +234,29 @@ impl Spec {
             let process = process_of(&path, kind);
             Some((kind, path, process))
         })
+    }
+
+    /// The map of the user namespace, if it is to have one. A path, which names the pod's on the host, says nothing
+    /// that the map doesn't.
+    pub fn user_namespace(&self) -> Result<Option<IdMap>> {
+        if self.namespace("user").is_none() {
+            return Ok(None);
+        }
+        let mappings = |pointer: &str| match self.value.pointer(pointer) {
+            None | Some(Value::Null) => Ok(Vec::new()),
+            Some(list) => Vec::<Mapping>::deserialize(list)
+                .map_err(|e| Error::InvalidArgument(format!("the OCI spec's {pointer}: {e}"))),
+        };
+        let users = mappings("/linux/uidMappings")?;
+        let groups = mappings("/linux/gidMappings")?;
+        if users.is_empty() || groups.is_empty() {
+            return Err(Error::InvalidArgument(
+                "kiln: a user namespace without uidMappings and gidMappings is refused: one of the \
+                 host's can't be joined from a μVM. State the mappings"
+                    .into(),
+            ));
+        }
+        Ok(id_map(&users, &groups))
     }
 
     fn namespace(&self, kind: &str) -> Option<Option<PathBuf>> {
@@ -342,8 +411,12 @@ impl Spec {
                     .get("path")
                     .and_then(Value::as_str)
                     .is_some_and(|p| !p.is_empty());
-                kind != "network" && !joined
+                kind == "user" || (kind != "network" && !joined)
             });
+            // The guest makes the pod's by the mappings.
+            for namespace in list.iter_mut().filter(|n| n["type"] == "user") {
+                *namespace = json!({"type": "user"});
+            }
         }
         serde_json::to_vec(&value).map_err(|e| Error::failed("write the guest's OCI spec", e))
     }
@@ -464,6 +537,7 @@ mod tests {
             kind: "bind".into(),
             source: "/run/kiln/volumes/0".into(),
             options: vec!["rbind".into()],
+            ..SpecMount::default()
         };
         let guest: Value = serde_json::from_slice(&spec.for_guest(&[mount]).unwrap()).unwrap();
         let text = guest.to_string();
@@ -541,6 +615,44 @@ mod tests {
         let guest: Value = serde_json::from_slice(&spec.for_guest(&[]).unwrap()).unwrap();
         let left = guest["linux"]["devices"].as_array().unwrap();
         assert_eq!((left.len(), &left[0]["path"]), (1, &json!("/dev/kvm")));
+    }
+
+    #[test]
+    fn a_user_namespace_is_its_map_and_keeps_no_path_of_the_host() {
+        let mappings = json!([{"containerID": 0, "hostID": 131_072, "size": 65_536}]);
+        let mut value = json!({"linux": {
+            "namespaces": [{"type": "user", "path": "/proc/7/ns/user"}],
+            "uidMappings": mappings, "gidMappings": mappings,
+        }});
+        let found = spec(&value).user_namespace().unwrap().unwrap();
+        assert_eq!(
+            (found.user(0), found.group(65_535)),
+            (Some(131_072), Some(196_607))
+        );
+        let guest: Value = serde_json::from_slice(&spec(&value).for_guest(&[]).unwrap()).unwrap();
+        assert_eq!(guest["linux"]["namespaces"], json!([{"type": "user"}]));
+        assert_eq!(guest["linux"]["uidMappings"], mappings);
+
+        value["linux"]["gidMappings"] = json!(null);
+        let error = spec(&value).user_namespace().unwrap_err().to_string();
+        assert!(error.contains("gidMappings"), "{error}");
+        assert_eq!(spec(&json!({"linux": {}})).user_namespace().unwrap(), None);
+    }
+
+    #[test]
+    fn a_mounts_owners_are_read() {
+        let spec = spec(&json!({"mounts": [
+            {"destination": "/a", "uidMappings": [{"containerID": 0, "hostID": 9, "size": 2}]},
+            {"destination": "/b"},
+        ]}));
+        let owners: Vec<_> = spec
+            .mounts()
+            .unwrap()
+            .iter()
+            .map(SpecMount::owners)
+            .collect();
+        assert_eq!(owners[0].as_ref().and_then(|map| map.user(1)), Some(10));
+        assert_eq!(owners[1], None);
     }
 
     #[test]

@@ -61,6 +61,7 @@ pub struct PodSpec {
     pub(crate) host_network: bool,
     pub(crate) host_processes: bool,
     pub(crate) host_ipc: bool,
+    pub(crate) users_at: Option<u32>,
     pub(crate) privileged: bool,
     pub(crate) dns: Vec<String>,
     pub(crate) port_mappings: Vec<(i32, i32)>,
@@ -122,6 +123,12 @@ impl PodSpec {
         self
     }
 
+    /// A user namespace whose root is this user of the node, as `hostUsers: false` has it.
+    pub fn users_at(mut self, first: u32) -> Self {
+        self.users_at = Some(first);
+        self
+    }
+
     /// Allows privileged containers.
     pub fn privileged(mut self) -> Self {
         self.privileged = true;
@@ -166,6 +173,7 @@ impl PodSpec {
                 (false, false) => Mode::Container,
             }),
             ipc: mode(if self.host_ipc { Mode::Node } else { Mode::Pod }),
+            userns_options: self.users_at.map(user_namespace),
             ..Default::default()
         };
         let security = api::LinuxSandboxSecurityContext {
@@ -239,6 +247,25 @@ use api::NamespaceMode as Mode;
 
 fn mode(mode: Mode) -> i32 {
     mode.into()
+}
+
+/// How many users a pod has of its own, as kubelet counts.
+const USERS: u32 = 65_536;
+
+fn mappings(first: u32) -> Vec<api::IdMapping> {
+    vec![api::IdMapping {
+        host_id: first,
+        container_id: 0,
+        length: USERS,
+    }]
+}
+
+fn user_namespace(first: u32) -> api::UserNamespace {
+    api::UserNamespace {
+        mode: mode(Mode::Pod),
+        uids: mappings(first),
+        gids: mappings(first),
+    }
 }
 
 /// A running pod. It is removed when its test ends, or by [`Pod::remove`].
@@ -516,6 +543,34 @@ impl ContainerSpec {
     pub fn mount_following_host(self, host: impl AsRef<Path>, path: &str) -> Self {
         let mode = api::MountPropagation::PropagationHostToContainer;
         self.add_mount(host.as_ref(), path, false, mode)
+    }
+
+    /// A directory of the node that must not be written to, nor what is mounted below it.
+    pub fn mount_all_read_only(self, host: impl AsRef<Path>, path: &str) -> Self {
+        let private = api::MountPropagation::PropagationPrivate;
+        let mut spec = self.add_mount(host.as_ref(), path, true, private);
+        if let Some(mount) = spec.mounts.last_mut() {
+            mount.recursive_read_only = true;
+        }
+        spec
+    }
+
+    /// A directory of the node that shares mounts with it both ways.
+    pub fn mount_both_ways(self, host: impl AsRef<Path>, path: &str) -> Self {
+        let mode = api::MountPropagation::PropagationBidirectional;
+        self.add_mount(host.as_ref(), path, false, mode)
+    }
+
+    /// Runs in its pod's user namespace ([`PodSpec::users_at`]), with the volumes so far as its own.
+    pub fn users_at(mut self, first: u32) -> Self {
+        if let Some(namespaces) = &mut self.security.namespace_options {
+            namespaces.userns_options = Some(user_namespace(first));
+        }
+        for mount in &mut self.mounts {
+            mount.uid_mappings = mappings(first);
+            mount.gid_mappings = mappings(first);
+        }
+        self
     }
 
     fn add_mount(

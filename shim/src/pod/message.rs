@@ -21,7 +21,7 @@ const LONGEST: usize = 4096;
 
 /// The file, if one of the mounts is the kubelet's for it. It is in the kubelet's own directory, where no container writes.
 pub(super) fn file(mounts: &[SpecMount]) -> Option<PathBuf> {
-    let mounts = mounts.iter().filter(|m| m.is_bind() && !m.is_read_only());
+    let mounts = mounts.iter().filter(|m| m.is_bind() && !m.has("ro") && !m.has("rro"));
     let mut sources = mounts.map(|m| Path::new(&m.source));
     sources
         .find(|source| is_kubelets(source))

@@ -147,6 +147,15 @@ impl Pod {
             // No network namespace of its own means the host's, and a VM can't be in that.
             None => return Err(refusal::host_network().into()),
         };
+        let users = spec.user_namespace()?;
+        if spec.role() == Role::Sandbox && users.is_some() && netns.is_none() {
+            return Err(Error::InvalidArgument(
+                "kiln: a user namespace (hostUsers: false) is refused: this containerd leaves it to the runtime to make \
+                 the pod's network namespace, and connects it only after the μVM has begun. Use containerd 2.1 or \
+                 later"
+                    .into(),
+            ));
+        }
         // A sandbox's spec has the pause program's score, which is not the pod's.
         let own_score = match spec.role() {
             Role::Sandbox => 0,

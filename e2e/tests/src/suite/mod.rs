@@ -9,6 +9,7 @@ mod identity;
 mod kiln_run;
 mod last_words;
 mod logs;
+mod mounts;
 mod namespaces;
 mod network;
 mod out_of_memory;
@@ -25,6 +26,7 @@ mod snapshotters;
 mod statistics;
 mod streams;
 mod tasks;
+mod users;
 mod vmm;
 mod volumes;
 
@@ -42,6 +44,8 @@ pub(crate) fn all() -> Vec<Case> {
         fault_matrix::cases(),
         logs::cases(),
         volumes::cases(),
+        mounts::cases(),
+        users::cases(),
         network::cases(),
         resources::cases(),
         tasks::cases(),
