@@ -291,7 +291,7 @@ impl Containers {
     /// The pod's PID namespace as a file: by its process's number, which is nobody's in there, the root of a user
     /// namespace could not open it.
     fn pod_pid_namespace(&self, pid: i32) -> Result<PathBuf> {
-        let path = self.namespaces().join("pid");
+        let path = self.namespaces().join(format!("pid-{pid}"));
         if !path.exists() {
             fs::File::open(format!("/proc/{pid}/ns/pid"))
                 .and_then(|namespace| keep(namespace.as_fd(), &path))
@@ -302,13 +302,13 @@ impl Containers {
 
     /// The first process of the pod's shared PID namespace; made when first needed.
     async fn pod_init(&self, users: Option<&Users>) -> Result<i32> {
-        let mut init = self.pod_init.lock().await;
-        if let Some(pid) = *init {
-            return Ok(pid);
-        }
         let users = users.map(|users| users.path.clone());
-        let made = self.environment.helper.pod_init(users).await?;
-        *init = Some(made.pid);
+        let mut init = self.pod_init.lock().await;
+        if let Some(pid) = init.get(&users) {
+            return Ok(*pid);
+        }
+        let made = self.environment.helper.pod_init(users.clone()).await?;
+        init.insert(users, made.pid);
         Ok(made.pid)
     }
 

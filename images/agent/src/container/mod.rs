@@ -148,8 +148,8 @@ pub(crate) struct Environment {
 pub(crate) struct Containers {
     environment: Environment,
     table: Mutex<Table>,
-    /// The first process of the PID namespace that containers may share.
-    pod_init: tokio::sync::Mutex<Option<i32>>,
+    /// The first processes of the PID namespaces that containers may share, by the user namespace that these belong to.
+    pod_init: tokio::sync::Mutex<BTreeMap<Option<PathBuf>, i32>>,
     /// The user namespaces that containers run in.
     users: AllUsers,
     next_name: AtomicU64,
