@@ -75,7 +75,7 @@ spec:
 "#,
     )
     .await?;
-    is_evicted(&test, "small").await
+    is_evicted(&test).await
 }
 
 async fn ephemeral_storage_over_its_limit_evicts_the_pod(test: Test) -> Result<()> {
@@ -95,16 +95,17 @@ spec:
 "#,
     )
     .await?;
-    is_evicted(&test, "main").await
+    is_evicted(&test).await
 }
 
-async fn is_evicted(test: &Test, named: &str) -> Result<()> {
+/// Waits until the pod is evicted for the limit of 4 MiB that both tests set.
+async fn is_evicted(test: &Test) -> Result<()> {
     let pod = test.ended("pod").await?;
     same!(pods::phase(&pod), "Failed");
     same!(pods::reason(&pod), "Evicted");
     let message = pod.status.and_then(|status| status.message);
     let message = message.unwrap_or_default();
-    ensure!(message.contains(named), "{message}");
+    ensure!(message.contains("4Mi"), "{message}");
     Ok(())
 }
 
@@ -133,7 +134,7 @@ spec:
       - {path: memory, resourceFieldRef: {containerName: main, resource: limits.memory, divisor: 1Mi}}
   - name: all
     projected:
-      defaultMode: 0440
+      defaultMode: 0o440
       sources:
       - serviceAccountToken: {path: token, audience: somebody, expirationSeconds: 3600}
       - secret: {name: secret}
