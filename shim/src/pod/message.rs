@@ -21,7 +21,9 @@ const LONGEST: usize = 4096;
 
 /// The file, if one of the mounts is the kubelet's for it. It is in the kubelet's own directory, where no container writes.
 pub(super) fn file(mounts: &[SpecMount]) -> Option<PathBuf> {
-    let mounts = mounts.iter().filter(|m| m.is_bind() && !m.has("ro") && !m.has("rro"));
+    let mounts = mounts
+        .iter()
+        .filter(|m| m.is_bind() && !m.has("ro") && !m.has("rro"));
     let mut sources = mounts.map(|m| Path::new(&m.source));
     sources
         .find(|source| is_kubelets(source))
@@ -99,6 +101,7 @@ mod tests {
             kind: "bind".into(),
             source: source.into(),
             options: options.iter().map(|o| (*o).to_owned()).collect(),
+            ..SpecMount::default()
         }
     }
 

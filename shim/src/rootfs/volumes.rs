@@ -320,6 +320,7 @@ mod tests {
             kind: "tmpfs".into(),
             source: "shm".into(),
             options: vec!["size=65536k".into()],
+            ..SpecMount::default()
         };
         let mut mounts = vec![own.clone(), shm];
         add_pods_own(&mut mounts, true);
