@@ -266,19 +266,26 @@ fn load(program: &[Instruction]) -> io::Result<OwnedFd> {
         license: c"Apache-2.0".as_ptr().addr() as u64,
         rest: [0; 4],
     };
-    // SAFETY: the kernel reads the attributes, whose size it is told, and from them as many instructions as are said, and a
-    // string with an end. All live until the call returns.
-    let fd = unsafe {
-        libc::syscall(
-            libc::SYS_bpf,
-            PROG_LOAD,
-            &raw const attributes,
-            size_of::<Load>(),
-        )
+    let fd = loop {
+        // SAFETY: the kernel reads the attributes, whose size it is told, and from them as many instructions as are said,
+        // and a string with an end. All live until the call returns.
+        let fd = unsafe {
+            libc::syscall(
+                libc::SYS_bpf,
+                PROG_LOAD,
+                &raw const attributes,
+                size_of::<Load>(),
+            )
+        };
+        if fd >= 0 {
+            break fd;
+        }
+        let error = io::Error::last_os_error();
+        // The kernel leaves off checking a program when a signal arrives, such as that of a child's end.
+        if error.kind() != io::ErrorKind::WouldBlock {
+            return Err(error);
+        }
     };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
     let fd = libc::c_int::try_from(fd).map_err(io::Error::other)?;
     // SAFETY: the kernel has just made this descriptor for us; nobody else owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })

@@ -39,7 +39,10 @@ fn row_of_the_list_tells_class_kernel_and_pin() {
     let row = list_row(&store.entry(id).unwrap());
     assert_eq!(row[0], id.short());
     assert_eq!(row[1], "2025-11-21 11:59");
-    assert_eq!(row[2..6], ["1-8", "256-4096 MiB", "4", "6.12"]);
+    assert_eq!(
+        row[2..6],
+        ["1-8", "256-4096 MiB", "4", "6.12.95+deb12-cloud-amd64"]
+    );
     assert_eq!(row[7], "pinned");
 }
 

@@ -60,8 +60,14 @@ async fn container_ends_with_the_process_that_stands_for_it() {
     let pid = bed.create("c", Some("container")).await.unwrap();
     bed.pod.start("c", "").await.unwrap();
     kill(pid);
-    let exit = tokio::time::timeout(5 * SECOND, bed.pod.wait("c", ""));
-    assert_eq!(exit.await.unwrap().unwrap().status, 137);
+    let killed = async {
+        while !bed.uvm.was_called("kill") {
+            tokio::time::sleep(SECOND / 100).await;
+        }
+    };
+    tokio::time::timeout(5 * SECOND, killed).await.unwrap();
+    bed.uvm.end("c", "", 137);
+    assert_eq!(bed.pod.wait("c", "").await.unwrap().status, 137);
     assert!(!bed.uvm.was_called("stop"), "the pod goes on");
 }
 
