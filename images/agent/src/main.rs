@@ -28,7 +28,6 @@ mod stdio;
 mod storage;
 mod sys;
 mod uevent;
-mod users;
 mod written;
 
 use std::io::{self, Write};

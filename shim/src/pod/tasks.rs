@@ -13,7 +13,6 @@ use super::{Container, Kind, Phase, Pod, Process, lock};
 use crate::bootstrap::is_identifier;
 use crate::error::{Error, Result};
 use crate::events::{Event, Exit};
-use crate::refusal;
 use crate::rootfs::{Storage, Wanted};
 use crate::spec::{Role, Spec};
 use crate::stdio::StdioPaths;
@@ -65,7 +64,6 @@ impl Pod {
             return Err(Error::AlreadyExists(format!("container {}", task.id)));
         }
         let spec = Spec::load(&task.bundle)?;
-        spec.check(self.config.host_namespaces)?;
         let process = Arc::new(Process::new(&task.id, "", task.stdio.clone())?);
         let (kind, uvm) = match spec.role() {
             Role::Sandbox => (Kind::Pause, self.launch(self.setup_for(&spec)?).await?),
@@ -77,7 +75,6 @@ impl Pod {
             task.bundle.clone(),
             kind,
             process,
-            self.stand_in(uvm.as_ref(), &task.id)?,
             &spec,
         ));
         if kind == Kind::Guest {
@@ -86,7 +83,7 @@ impl Pod {
         }
         lock(&self.containers).insert(task.id.clone(), Arc::clone(&container));
         self.adjust_oom_score();
-        let pid = container.pid();
+        let pid = uvm.pid();
         self.publisher.publish(&Event::Create {
             container: task.id,
             bundle: task.bundle.display().to_string(),
@@ -116,7 +113,6 @@ impl Pod {
             pod_files: lock(&self.sandbox).is_some(),
             timeline: &container.timeline,
         };
-        let (pid_namespace, pid_namespace_container) = self.pid_namespace(spec)?;
         let (storage, guest) = Storage::prepare(&wanted, &self.config, uvm).await?;
         let (tty_width, tty_height) = spec.console_size();
         let request = proto::CreateContainerRequest {
@@ -125,8 +121,12 @@ impl Pod {
             stdio: Some(container.init.agent_stdio()).into(),
             mounts: guest.mounts,
             rootfs: guest.rootfs,
-            pid_namespace: pid_namespace.into(),
-            pid_namespace_container,
+            pid_namespace: match spec.pid_namespace() {
+                Some(None) => proto::PidNamespace::PID_OWN,
+                // The pod's, or (no entry at all) the host's, which for a μVM is the pod's.
+                Some(Some(_)) | None => proto::PidNamespace::PID_POD,
+            }
+            .into(),
             tty_width,
             tty_height,
             ..Default::default()
@@ -162,7 +162,7 @@ impl Pod {
                 process.name()
             )));
         }
-        let pid = container.pid();
+        let pid = self.pid();
         if exec.is_empty() {
             if container.kind == Kind::Guest {
                 let (uvm, timeline) = (self.uvm()?, &container.timeline);
@@ -231,9 +231,6 @@ impl Pod {
                 "{id} is the pod's sandbox, which has no file system to run anything in"
             )));
         }
-        let parsed: serde_json::Value = serde_json::from_slice(spec)
-            .map_err(|e| Error::InvalidArgument(format!("the process of exec {exec}: {e}")))?;
-        refusal::check_process(&parsed).map_err(Error::from)?;
         let process = Arc::new(Process::new(id, exec, stdio)?);
         container.add_exec(Exec {
             process,
@@ -313,7 +310,7 @@ impl Pod {
             Phase::Stopped => true,
             Phase::Created => false,
         };
-        let pid = container.pid();
+        let pid = self.pid();
         process
             .drain(if started { DRAIN } else { Duration::ZERO })
             .await;
@@ -409,18 +406,18 @@ impl Pod {
         let process = container.process(exec)?;
         Ok(TaskState {
             bundle: container.bundle.clone(),
-            pid: container.pid(),
+            pid: self.pid(),
             phase: process.phase(),
             stdio: process.stdio().clone(),
             exit: process.exit(),
         })
     }
 
-    /// The processes of a container. They have no ids on the host; the first one goes by that of the process that stands for
-    /// the container, as in every other answer, the others by the guest's.
+    /// The processes of a container. They have no ids on the host; the first one goes by the VMM's, as in every other answer, the others by the guest's.
     pub async fn pids(&self, id: &str) -> Result<Vec<u32>> {
         let container = self.container(id)?;
-        let mut processes = vec![container.pid()];
+        let first = self.pid();
+        let mut processes = vec![first];
         if container.kind == Kind::Guest && container.init.phase() != Phase::Stopped {
             let mut inside = self.uvm()?.guest().pids(id).await?;
             inside.sort_unstable();
@@ -466,13 +463,8 @@ impl Pod {
         Ok((guest.stats(of).await?, guest.network().await?))
     }
 
-    /// Whether a container is known.
-    pub(super) fn has_container(&self, id: &str) -> bool {
+    /// Whether a container is known; for `Connect`.
+    pub fn has_container(&self, id: &str) -> bool {
         lock(&self.containers).contains_key(id)
-    }
-
-    /// A container's process id on the node; 0 for one that is not known.
-    pub fn pid_of(&self, id: &str) -> u32 {
-        lock(&self.containers).get(id).map_or(0, |c| c.pid())
     }
 }

@@ -249,7 +249,6 @@ impl StoreLauncher {
         }
         Ok(RunningUvm {
             uvm,
-            netns: setup.netns.clone(),
             events: tokio::sync::Mutex::new(events),
             share,
             scored,
@@ -329,7 +328,7 @@ impl Launcher for StoreLauncher {
         };
         tracing::info!(
             pod = setup.id,
-            pid = uvm.uvm.pid(),
+            pid = uvm.pid(),
             us = timeline.now(),
             "the μVM runs"
         );

@@ -7,15 +7,11 @@ mod faults;
 mod hostile;
 mod identity;
 mod kiln_run;
-mod last_words;
 mod logs;
-mod mounts;
-mod namespaces;
 mod network;
 mod out_of_memory;
 mod overlay;
 mod pods;
-mod refusals;
 mod resources;
 mod run_bake;
 mod run_load;
@@ -23,10 +19,8 @@ mod run_net;
 mod run_seccomp;
 mod run_terminal;
 mod snapshotters;
-mod statistics;
 mod streams;
 mod tasks;
-mod users;
 mod vmm;
 mod volumes;
 
@@ -44,8 +38,6 @@ pub(crate) fn all() -> Vec<Case> {
         fault_matrix::cases(),
         logs::cases(),
         volumes::cases(),
-        mounts::cases(),
-        users::cases(),
         network::cases(),
         resources::cases(),
         tasks::cases(),
@@ -60,10 +52,6 @@ pub(crate) fn all() -> Vec<Case> {
         run_load::cases(),
         run_net::cases(),
         run_seccomp::cases(),
-        statistics::cases(),
-        namespaces::cases(),
-        refusals::cases(),
-        last_words::cases(),
     ]
     .into_iter()
     .flatten()
