@@ -21,7 +21,7 @@ use crate::rehearsal;
 
 const RESUME_LIMIT: Duration = Duration::from_secs(30);
 /// How long each thing that is done with the resumed guest may take.
-const TRY_LIMIT: Duration = Duration::from_secs(30);
+const TRY_LIMIT: Duration = Duration::from_secs(60);
 
 /// Returns how long it took from the start to the identity's answer, and the pages that were needed.
 pub(crate) async fn try_out(
