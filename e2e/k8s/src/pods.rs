@@ -97,7 +97,7 @@ fn state<'a>(pod: &'a Pod, name: &str) -> Option<&'a ContainerState> {
 mod tests {
     use super::*;
 
-    fn pod(status: serde_json::Value) -> Pod {
+    fn pod(status: &serde_json::Value) -> Pod {
         serde_json::from_value(serde_json::json!({"status": status})).unwrap()
     }
 
@@ -109,7 +109,7 @@ mod tests {
                 "state": {"running": {}},
             }])
         };
-        let pod = pod(serde_json::json!({
+        let pod = pod(&serde_json::json!({
             "phase": "Running",
             "conditions": [{"type": "Ready", "status": "False"}, {"type": "PodScheduled", "status": "True"}],
             "containerStatuses": status("main"),
