@@ -19,7 +19,7 @@ use crate::bake::{BakeError, Order, Work};
 use crate::failure::{Stage, console, listen, start};
 use crate::rehearsal;
 
-const RESUME_LIMIT: Duration = Duration::from_secs(60);
+const RESUME_LIMIT: Duration = Duration::from_secs(30);
 /// How long each thing that is done with the resumed guest may take.
 const TRY_LIMIT: Duration = Duration::from_secs(60);
 
