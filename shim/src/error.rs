@@ -11,6 +11,8 @@ use kiln_uvm::guest::GuestError;
 use kiln_uvm::share::ShareError;
 use ttrpc::{Code, get_status};
 
+use crate::refusal::Refusal;
+
 /// What went wrong, by what the caller can make of it.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -23,6 +25,9 @@ pub enum Error {
     /// The request itself is wrong.
     #[error("{0}")]
     InvalidArgument(String),
+    /// The specification asks for what can't be had in a μVM.
+    #[error(transparent)]
+    Refused(#[from] Refusal),
     /// The thing is not in a state in which that can be done.
     #[error("{0}")]
     FailedPrecondition(String),
@@ -66,7 +71,7 @@ impl Error {
         match self {
             Self::NotFound(_) => Code::NOT_FOUND,
             Self::AlreadyExists(_) => Code::ALREADY_EXISTS,
-            Self::InvalidArgument(_) => Code::INVALID_ARGUMENT,
+            Self::InvalidArgument(_) | Self::Refused(_) => Code::INVALID_ARGUMENT,
             Self::FailedPrecondition(_) => Code::FAILED_PRECONDITION,
             Self::Unimplemented(_) => Code::UNIMPLEMENTED,
             Self::ResourceExhausted(_) => Code::RESOURCE_EXHAUSTED,
@@ -101,7 +106,9 @@ impl From<ShareError> for Error {
     fn from(error: ShareError) -> Self {
         match error {
             ShareError::Closed => Self::Unavailable(error.to_string()),
-            ShareError::System { .. } => Self::failed("share a volume with the μVM", error),
+            ShareError::System { .. } | ShareError::Owners { .. } => {
+                Self::failed("share a volume with the μVM", error)
+            }
         }
     }
 }

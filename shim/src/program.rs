@@ -19,7 +19,7 @@ use crate::server::Shim;
 use crate::spec::Spec;
 use crate::time::timestamp;
 use crate::uvm::Launcher;
-use crate::{cleanup, log};
+use crate::{cleanup, features, log};
 use kiln_node::config::{AnswerForm, Config};
 
 /// The longest input anybody sends.
@@ -56,6 +56,7 @@ fn info() -> Result<()> {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             ..Default::default()
         }),
+        features: MessageField::some(features::message()),
         ..Default::default()
     };
     io::stdout().write_all(&info.write_to_bytes()?)?;

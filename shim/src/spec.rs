@@ -7,10 +7,14 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use kiln_agent_api::users::{IdMap, IdRange};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
+use kiln_node::config::HostNamespaces;
+
 use crate::error::{Error, Result};
+use crate::refusal;
 use crate::size::{Limits, Resources};
 
 const CONTAINER_TYPE: &str = "io.kubernetes.cri.container-type";
@@ -46,6 +50,46 @@ pub struct SpecMount {
     pub source: String,
     /// Options as in fstab.
     pub options: Vec<String>,
+    /// Which users the files are to belong to, if not to whom they do.
+    #[serde(rename = "uidMappings")]
+    pub uid_mappings: Vec<Mapping>,
+    /// Which groups, likewise.
+    #[serde(rename = "gidMappings")]
+    pub gid_mappings: Vec<Mapping>,
+}
+
+/// Ids of a container and the ones they are outside of its user namespace.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Mapping {
+    /// The first in the container.
+    #[serde(rename = "containerID")]
+    pub container_id: u32,
+    /// The first outside.
+    #[serde(rename = "hostID")]
+    pub host_id: u32,
+    /// How many.
+    pub size: u32,
+}
+
+impl From<Mapping> for IdRange {
+    fn from(mapping: Mapping) -> Self {
+        Self {
+            inside: mapping.container_id,
+            outside: mapping.host_id,
+            count: mapping.size,
+        }
+    }
+}
+
+/// The map of these; none if there is no mapping at all.
+fn id_map(users: &[Mapping], groups: &[Mapping]) -> Option<IdMap> {
+    let ranges = |list: &[Mapping]| list.iter().copied().map(IdRange::from).collect();
+    let any = !(users.is_empty() && groups.is_empty());
+    any.then(|| IdMap {
+        users: ranges(users),
+        groups: ranges(groups),
+    })
 }
 
 impl SpecMount {
@@ -54,9 +98,14 @@ impl SpecMount {
         self.kind == "bind" || self.options.iter().any(|o| o == "bind" || o == "rbind")
     }
 
-    /// Whether it is to be read only.
-    pub fn is_read_only(&self) -> bool {
-        self.options.iter().any(|o| o == "ro")
+    /// Whether an option is among its own.
+    pub fn has(&self, option: &str) -> bool {
+        self.options.iter().any(|o| o == option)
+    }
+
+    /// To whom its files are to belong, if not to whom they do.
+    pub fn owners(&self) -> Option<IdMap> {
+        id_map(&self.uid_mappings, &self.gid_mappings)
     }
 }
 
@@ -69,6 +118,19 @@ pub struct BlockDevice {
     pub number: (i64, i64),
     /// Whether it may not be written to.
     pub read_only: bool,
+}
+
+/// Which PID namespace a container is to be in.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum PidNamespace {
+    /// One of its own.
+    Own,
+    /// That of a process of the node.
+    Of(u32),
+    /// One by another path.
+    Other(PathBuf),
+    /// The node's.
+    Host,
 }
 
 /// A specification.
@@ -152,9 +214,49 @@ impl Spec {
         self.namespace("network")
     }
 
-    /// The PID namespace, likewise.
-    pub fn pid_namespace(&self) -> Option<Option<PathBuf>> {
-        self.namespace("pid")
+    /// The PID namespace.
+    pub fn pid_namespace(&self) -> PidNamespace {
+        match self.namespace("pid") {
+            None => PidNamespace::Host,
+            Some(None) => PidNamespace::Own,
+            Some(Some(path)) => match process_of(&path, "pid") {
+                Some(pid) => PidNamespace::Of(pid),
+                None => PidNamespace::Other(path),
+            },
+        }
+    }
+
+    /// The namespaces of the kind that the pod shares, with the processes that are said to have them; none for
+    /// a path that names no process.
+    pub fn shared_namespaces(&self) -> impl Iterator<Item = (&'static str, PathBuf, Option<u32>)> {
+        ["ipc", "uts"].into_iter().filter_map(|kind| {
+            let path = self.namespace(kind)??;
+            let process = process_of(&path, kind);
+            Some((kind, path, process))
+        })
+    }
+
+    /// The map of the user namespace, if it is to have one. A path, which names the pod's on the host, says nothing
+    /// that the map doesn't.
+    pub fn user_namespace(&self) -> Result<Option<IdMap>> {
+        if self.namespace("user").is_none() {
+            return Ok(None);
+        }
+        let mappings = |pointer: &str| match self.value.pointer(pointer) {
+            None | Some(Value::Null) => Ok(Vec::new()),
+            Some(list) => Vec::<Mapping>::deserialize(list)
+                .map_err(|e| Error::InvalidArgument(format!("the OCI spec's {pointer}: {e}"))),
+        };
+        let users = mappings("/linux/uidMappings")?;
+        let groups = mappings("/linux/gidMappings")?;
+        if users.is_empty() || groups.is_empty() {
+            return Err(Error::InvalidArgument(
+                "kiln: a user namespace without uidMappings and gidMappings is refused: one of the \
+                 host's can't be joined from a μVM. State the mappings"
+                    .into(),
+            ));
+        }
+        Ok(id_map(&users, &groups))
     }
 
     fn namespace(&self, kind: &str) -> Option<Option<PathBuf>> {
@@ -236,17 +338,19 @@ impl Spec {
         }
     }
 
-    /// The block devices meant for this container. The list of devices alone does not tell: a privileged container's names
-    /// every device of the host, but only one that is given has a rule of its own.
+    /// The block devices meant for this container.
     pub fn block_devices(&self) -> Vec<BlockDevice> {
-        let number = |entry: &Value| Some((entry["major"].as_i64()?, entry["minor"].as_i64()?));
+        let Some(linux) = self.value.get("linux") else {
+            return Vec::new();
+        };
         let list = |pointer: &str| {
-            let list = self.value.pointer(pointer).and_then(Value::as_array);
+            let list = linux.pointer(pointer).and_then(Value::as_array);
             list.into_iter().flatten().filter(|entry| is_block(entry))
         };
+        let number = |entry: &Value| Some((entry["major"].as_i64()?, entry["minor"].as_i64()?));
         let given = |entry: &Value| {
             let wanted = number(entry)?;
-            let rule = list("/linux/resources/devices")
+            let rule = list("/resources/devices")
                 .find(|rule| rule["allow"] == true && number(rule) == Some(wanted))?;
             Some(BlockDevice {
                 path: entry["path"].as_str()?.to_owned(),
@@ -254,7 +358,12 @@ impl Spec {
                 read_only: !rule["access"].as_str()?.contains('w'),
             })
         };
-        list("/linux/devices").filter_map(given).collect()
+        list("/devices").filter_map(given).collect()
+    }
+
+    /// Looks for what a container in a μVM can't have.
+    pub fn check(&self, policy: HostNamespaces) -> Result<()> {
+        Ok(refusal::check(&self.value, policy)?)
     }
 
     /// The specification for the agent: `mounts` in place of the spec's own, no path of the host
@@ -274,21 +383,21 @@ impl Spec {
         if let Some(root) = value.get_mut("root").and_then(Value::as_object_mut) {
             root.insert("path".into(), "rootfs".into());
         }
-        // Hooks are programs of the host.
-        remove(&mut value, "", "hooks");
-        // The guest has no AppArmor profiles and no SELinux policy; the VM is the confinement.
+        // Programs of the host, which are refused, but for those that run in the container.
+        if let Some(hooks) = value.get_mut("hooks").and_then(Value::as_object_mut) {
+            hooks.retain(|kind, _| kind == "startContainer");
+        }
+        // Engines' own; others are refused. The guest has no profiles and no policy; the VM is the confinement.
         remove(&mut value, "/process", "apparmorProfile");
         remove(&mut value, "/process", "selinuxLabel");
         remove(&mut value, "/linux", "mountLabel");
-        // Their numbers are the host's; those the container is given are among the mounts.
+        // The others' numbers are the host's. Disks that the container is given are among the mounts.
         if let Some(list) = value
             .pointer_mut("/linux/devices")
             .and_then(Value::as_array_mut)
         {
-            list.retain(|entry| !is_block(entry));
+            list.retain(refusal::is_guests_own);
         }
-        // Cache and bandwidth classes of the host's CPUs.
-        remove(&mut value, "/linux", "intelRdt");
         if let Some(list) = value
             .pointer_mut("/linux/namespaces")
             .and_then(Value::as_array_mut)
@@ -302,11 +411,23 @@ impl Spec {
                     .get("path")
                     .and_then(Value::as_str)
                     .is_some_and(|p| !p.is_empty());
-                kind != "network" && !joined
+                kind == "user" || (kind != "network" && !joined)
             });
+            // The guest makes the pod's by the mappings.
+            for namespace in list.iter_mut().filter(|n| n["type"] == "user") {
+                *namespace = json!({"type": "user"});
+            }
         }
         serde_json::to_vec(&value).map_err(|e| Error::failed("write the guest's OCI spec", e))
     }
+}
+
+/// The process that a path like `/proc/7/ns/pid` names.
+fn process_of(path: &Path, kind: &str) -> Option<u32> {
+    let path = path.to_str()?.strip_prefix("/proc/")?;
+    let (pid, rest) = path.split_once('/')?;
+    let namespace = rest.strip_prefix("ns/")?;
+    (namespace == kind).then(|| pid.parse().ok())?
 }
 
 /// The limits of a whole pod from CRI's annotations on its sandbox.
@@ -377,7 +498,7 @@ mod tests {
             spec.network_namespace(),
             Some(Some("/run/netns/cni-1".into()))
         );
-        assert_eq!(spec.pid_namespace(), Some(None));
+        assert_eq!(spec.pid_namespace(), PidNamespace::Own);
         assert_eq!(spec.hostname(), Some("web-0"));
         assert_eq!(spec.sysctls().len(), 1);
     }
@@ -397,7 +518,10 @@ mod tests {
             "ociVersion": "1.2.0",
             "process": {"args": ["sh"], "apparmorProfile": "cri", "selinuxLabel": "x", "novel": 1},
             "root": {"path": "/run/containerd/x/rootfs", "readonly": true},
-            "hooks": {"prestart": [{"path": "/usr/bin/nvidia"}]},
+            "hooks": {
+                "prestart": [{"path": "/usr/bin/nvidia"}],
+                "startContainer": [{"path": "/inside"}],
+            },
             "mounts": [{"destination": "/data", "type": "bind", "source": "/var/lib/kubelet/x"}],
             "linux": {
                 "mountLabel": "x",
@@ -413,6 +537,7 @@ mod tests {
             kind: "bind".into(),
             source: "/run/kiln/volumes/0".into(),
             options: vec!["rbind".into()],
+            ..SpecMount::default()
         };
         let guest: Value = serde_json::from_slice(&spec.for_guest(&[mount]).unwrap()).unwrap();
         let text = guest.to_string();
@@ -426,6 +551,7 @@ mod tests {
             assert!(!text.contains(host), "{host} in {text}");
         }
         assert_eq!(guest["process"]["novel"], 1);
+        assert_eq!(guest["hooks"]["startContainer"][0]["path"], "/inside");
         assert_eq!(guest["root"]["readonly"], true);
         assert_eq!(
             guest["linux"]["namespaces"],
@@ -462,6 +588,71 @@ mod tests {
         let guest: Value = serde_json::from_slice(&spec.for_guest(&[]).unwrap()).unwrap();
         let left = guest["linux"]["devices"].as_array().unwrap();
         assert_eq!((left.len(), &left[0]["path"]), (1, &json!("/dev/fuse")));
+    }
+
+    #[test]
+    fn processes_that_namespaces_are_of_are_read_from_their_paths() {
+        let with = |entries: Value| spec(&json!({"linux": {"namespaces": entries}}));
+        let pid = |path: &str| with(json!([{"type": "pid", "path": path}])).pid_namespace();
+        assert_eq!(pid("/proc/71/ns/pid"), PidNamespace::Of(71));
+        for other in ["/proc/71/ns/net", "/proc/self/ns/pid", "/run/pidns/x"] {
+            assert_eq!(pid(other), PidNamespace::Other(other.into()));
+        }
+        assert_eq!(with(json!([])).pid_namespace(), PidNamespace::Host);
+        let shared = with(json!([
+            {"type": "ipc", "path": "/proc/71/ns/ipc"}, {"type": "uts", "path": "/run/x"},
+        ]));
+        let shared: Vec<_> = shared.shared_namespaces().map(|n| (n.0, n.2)).collect();
+        assert_eq!(shared, [("ipc", Some(71)), ("uts", None)]);
+    }
+
+    #[test]
+    fn devices_of_the_host_go_to_no_guest() {
+        let spec = spec(&json!({"linux": {"devices": [
+            {"path": "/dev/nvidia0", "type": "c", "major": 195, "minor": 0},
+            {"path": "/dev/kvm", "type": "c", "major": 10, "minor": 232},
+        ]}}));
+        let guest: Value = serde_json::from_slice(&spec.for_guest(&[]).unwrap()).unwrap();
+        let left = guest["linux"]["devices"].as_array().unwrap();
+        assert_eq!((left.len(), &left[0]["path"]), (1, &json!("/dev/kvm")));
+    }
+
+    #[test]
+    fn a_user_namespace_is_its_map_and_keeps_no_path_of_the_host() {
+        let mappings = json!([{"containerID": 0, "hostID": 131_072, "size": 65_536}]);
+        let mut value = json!({"linux": {
+            "namespaces": [{"type": "user", "path": "/proc/7/ns/user"}],
+            "uidMappings": mappings, "gidMappings": mappings,
+        }});
+        let found = spec(&value).user_namespace().unwrap().unwrap();
+        assert_eq!(
+            (found.user(0), found.group(65_535)),
+            (Some(131_072), Some(196_607))
+        );
+        let guest: Value = serde_json::from_slice(&spec(&value).for_guest(&[]).unwrap()).unwrap();
+        assert_eq!(guest["linux"]["namespaces"], json!([{"type": "user"}]));
+        assert_eq!(guest["linux"]["uidMappings"], mappings);
+
+        value["linux"]["gidMappings"] = json!(null);
+        let error = spec(&value).user_namespace().unwrap_err().to_string();
+        assert!(error.contains("gidMappings"), "{error}");
+        assert_eq!(spec(&json!({"linux": {}})).user_namespace().unwrap(), None);
+    }
+
+    #[test]
+    fn a_mounts_owners_are_read() {
+        let spec = spec(&json!({"mounts": [
+            {"destination": "/a", "uidMappings": [{"containerID": 0, "hostID": 9, "size": 2}]},
+            {"destination": "/b"},
+        ]}));
+        let owners: Vec<_> = spec
+            .mounts()
+            .unwrap()
+            .iter()
+            .map(SpecMount::owners)
+            .collect();
+        assert_eq!(owners[0].as_ref().and_then(|map| map.user(1)), Some(10));
+        assert_eq!(owners[1], None);
     }
 
     #[test]

@@ -38,9 +38,10 @@ fn convert(stats: &proto::StatsResponse, network: &proto::NetworkState) -> wire:
             nr_periods: stats.cpu.nr_periods,
             nr_throttled: stats.cpu.nr_throttled,
             throttled_usec: stats.cpu.throttled_usec,
+            psi: pressure(stats.cpu_pressure.as_ref()),
             ..Default::default()
         }),
-        memory: MessageField::some(memory(&stats.memory)),
+        memory: MessageField::some(memory(stats)),
         memory_events: MessageField::some(memory_events(&stats.memory)),
         io: MessageField::some(wire::IOStat {
             usage: stats
@@ -56,6 +57,7 @@ fn convert(stats: &proto::StatsResponse, network: &proto::NetworkState) -> wire:
                     ..Default::default()
                 })
                 .collect(),
+            psi: pressure(stats.io_pressure.as_ref()),
             ..Default::default()
         }),
         network: network
@@ -79,7 +81,28 @@ fn convert(stats: &proto::StatsResponse, network: &proto::NetworkState) -> wire:
     }
 }
 
-fn memory(memory: &proto::MemoryStats) -> wire::MemoryStat {
+/// Nothing, where the guest's kernel does not count it: no figure is not the figure 0.
+fn pressure(pressure: Option<&proto::Pressure>) -> MessageField<wire::PSIStats> {
+    let data = |stall: &MessageField<proto::Stall>| {
+        let data = stall.as_ref().map(|stall| wire::PSIData {
+            avg10: stall.avg10,
+            avg60: stall.avg60,
+            avg300: stall.avg300,
+            total: stall.total_usec,
+            ..Default::default()
+        });
+        MessageField::from(data)
+    };
+    let stats = pressure.map(|pressure| wire::PSIStats {
+        some: data(&pressure.some),
+        full: data(&pressure.full),
+        ..Default::default()
+    });
+    stats.into()
+}
+
+fn memory(stats: &proto::StatsResponse) -> wire::MemoryStat {
+    let memory = &stats.memory;
     let stat = |key: &str| memory.stat.get(key).copied().unwrap_or(0);
     let sum = |key: &str| {
         let of = |kind: &str| stat(&format!("{key}_{kind}"));
@@ -124,6 +147,7 @@ fn memory(memory: &proto::MemoryStats) -> wire::MemoryStat {
         max_usage: memory.peak,
         swap_usage: memory.swap_current,
         swap_limit: memory.swap_max,
+        psi: pressure(stats.memory_pressure.as_ref()),
         ..Default::default()
     }
 }
@@ -167,6 +191,17 @@ mod tests {
         assert_eq!(out.memory_events.oom_kill, 1);
         assert_eq!(out.cpu.usage_usec, 1234);
         assert_eq!(out.pids.limit, 0);
+    }
+
+    #[test]
+    fn pressure_is_told_where_it_is_counted() {
+        let mut stats = proto::StatsResponse::new();
+        let some = stats.cpu_pressure.mut_or_insert_default();
+        some.some.mut_or_insert_default().avg10 = 2.5;
+        some.full.mut_or_insert_default().total_usec = 7;
+        let out = convert(&stats, &proto::NetworkState::new());
+        assert_eq!((out.cpu.psi.some.avg10, out.cpu.psi.full.total), (2.5, 7));
+        assert!(out.memory.psi.is_none() && out.io.psi.is_none());
     }
 
     #[test]

@@ -66,7 +66,7 @@ impl Bed {
         }
         let spec = json!({
             "annotations": annotations,
-            "linux": {"namespaces": [{"type": "network"}]},
+            "linux": {"namespaces": ["network", "pid", "ipc", "uts"].map(|kind| json!({"type": kind}))},
         });
         fs::write(bundle.join("config.json"), spec.to_string()).unwrap();
         bundle

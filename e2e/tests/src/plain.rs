@@ -42,6 +42,7 @@ pub struct PlainSpec {
     netns: Option<PathBuf>,
     image: String,
     snapshotter: String,
+    changes: Vec<(String, Value)>,
 }
 
 impl PlainSpec {
@@ -65,7 +66,14 @@ impl PlainSpec {
             netns: None,
             image: catalog::BUSYBOX.to_owned(),
             snapshotter: SNAPSHOTTER.to_owned(),
+            changes: Vec::new(),
         }
+    }
+
+    /// With another value in its specification, at a JSON pointer whose last word may be new.
+    pub fn change(mut self, pointer: &str, value: Value) -> Self {
+        self.changes.push((pointer.to_owned(), value));
+        self
     }
 
     /// Of another image, by a snapshotter that has it unpacked.
@@ -123,7 +131,7 @@ impl PlainSpec {
             Some(path) => json!({"type": "network", "path": path}),
             None => json!({"type": "network"}),
         });
-        json!({
+        let mut spec = json!({
             "ociVersion": "1.1.0",
             "process": self.process(),
             "root": {"path": "rootfs", "readonly": false},
@@ -144,7 +152,14 @@ impl PlainSpec {
                 "maskedPaths": ["/proc/kcore", "/proc/keys", "/proc/timer_list"],
                 "readonlyPaths": ["/proc/sys", "/proc/sysrq-trigger"],
             },
-        })
+        });
+        for (pointer, value) in &self.changes {
+            let (parent, name) = pointer.rsplit_once('/').unwrap_or_default();
+            if let Some(parent) = spec.pointer_mut(parent) {
+                parent[name] = value.clone();
+            }
+        }
+        spec
     }
 }
 

@@ -59,6 +59,9 @@ pub struct PodSpec {
     pub(crate) resources: Resources,
     pub(crate) share_processes: bool,
     pub(crate) host_network: bool,
+    pub(crate) host_processes: bool,
+    pub(crate) host_ipc: bool,
+    pub(crate) users_at: Option<u32>,
     pub(crate) privileged: bool,
     pub(crate) dns: Vec<String>,
     pub(crate) port_mappings: Vec<(i32, i32)>,
@@ -108,6 +111,24 @@ impl PodSpec {
         self
     }
 
+    /// Sees the node's processes.
+    pub fn host_processes(mut self) -> Self {
+        self.host_processes = true;
+        self
+    }
+
+    /// Uses the node's IPC.
+    pub fn host_ipc(mut self) -> Self {
+        self.host_ipc = true;
+        self
+    }
+
+    /// A user namespace whose root is this user of the node, as `hostUsers: false` has it.
+    pub fn users_at(mut self, first: u32) -> Self {
+        self.users_at = Some(first);
+        self
+    }
+
     /// Allows privileged containers.
     pub fn privileged(mut self) -> Self {
         self.privileged = true;
@@ -146,12 +167,13 @@ impl PodSpec {
             } else {
                 Mode::Pod
             }),
-            pid: mode(if self.share_processes {
-                Mode::Pod
-            } else {
-                Mode::Container
+            pid: mode(match (self.host_processes, self.share_processes) {
+                (true, _) => Mode::Node,
+                (false, true) => Mode::Pod,
+                (false, false) => Mode::Container,
             }),
-            ipc: mode(Mode::Pod),
+            ipc: mode(if self.host_ipc { Mode::Node } else { Mode::Pod }),
+            userns_options: self.users_at.map(user_namespace),
             ..Default::default()
         };
         let security = api::LinuxSandboxSecurityContext {
@@ -227,6 +249,25 @@ fn mode(mode: Mode) -> i32 {
     mode.into()
 }
 
+/// How many users a pod has of its own, as kubelet counts.
+const USERS: u32 = 65_536;
+
+fn mappings(first: u32) -> Vec<api::IdMapping> {
+    vec![api::IdMapping {
+        host_id: first,
+        container_id: 0,
+        length: USERS,
+    }]
+}
+
+fn user_namespace(first: u32) -> api::UserNamespace {
+    api::UserNamespace {
+        mode: mode(Mode::Pod),
+        uids: mappings(first),
+        gids: mappings(first),
+    }
+}
+
 /// A running pod. It is removed when its test ends, or by [`Pod::remove`].
 #[derive(Debug, Clone)]
 pub struct Pod {
@@ -276,6 +317,19 @@ impl Pod {
             .await?
             .status
             .context("CRI sent no status of the pod")
+    }
+
+    /// The process that stands for it on the node.
+    pub async fn pid(&self) -> Result<u32> {
+        let request = api::PodSandboxStatusRequest {
+            pod_sandbox_id: self.id.clone(),
+            verbose: true,
+        };
+        let answer = self.cri.pod_sandbox_status(request).await?;
+        let info = answer.info.get("info").context("CRI tells nothing more")?;
+        let info: serde_json::Value = serde_json::from_str(info)?;
+        let pid = info["pid"].as_u64().context("CRI tells no process")?;
+        Ok(pid.try_into()?)
     }
 
     /// Its first address.
@@ -384,6 +438,7 @@ pub struct ContainerSpec {
     mounts: Vec<api::Mount>,
     devices: Vec<api::Device>,
     resources: Resources,
+    hugepages: Option<u64>,
     security: api::LinuxContainerSecurityContext,
     attempt: u32,
     stdin: bool,
@@ -404,6 +459,7 @@ impl ContainerSpec {
             mounts: Vec::new(),
             devices: Vec::new(),
             resources: Resources::default(),
+            hugepages: None,
             security: api::LinuxContainerSecurityContext {
                 namespace_options: Some(api::NamespaceOption {
                     network: mode(Mode::Pod),
@@ -487,6 +543,34 @@ impl ContainerSpec {
     pub fn mount_following_host(self, host: impl AsRef<Path>, path: &str) -> Self {
         let mode = api::MountPropagation::PropagationHostToContainer;
         self.add_mount(host.as_ref(), path, false, mode)
+    }
+
+    /// A directory of the node that must not be written to, nor what is mounted below it.
+    pub fn mount_all_read_only(self, host: impl AsRef<Path>, path: &str) -> Self {
+        let private = api::MountPropagation::PropagationPrivate;
+        let mut spec = self.add_mount(host.as_ref(), path, true, private);
+        if let Some(mount) = spec.mounts.last_mut() {
+            mount.recursive_read_only = true;
+        }
+        spec
+    }
+
+    /// A directory of the node that shares mounts with it both ways.
+    pub fn mount_both_ways(self, host: impl AsRef<Path>, path: &str) -> Self {
+        let mode = api::MountPropagation::PropagationBidirectional;
+        self.add_mount(host.as_ref(), path, false, mode)
+    }
+
+    /// Runs in its pod's user namespace ([`PodSpec::users_at`]), with the volumes so far as its own.
+    pub fn users_at(mut self, first: u32) -> Self {
+        if let Some(namespaces) = &mut self.security.namespace_options {
+            namespaces.userns_options = Some(user_namespace(first));
+        }
+        for mount in &mut self.mounts {
+            mount.uid_mappings = mappings(first);
+            mount.gid_mappings = mappings(first);
+        }
+        self
     }
 
     fn add_mount(
@@ -595,6 +679,21 @@ impl ContainerSpec {
         self
     }
 
+    /// Sees the processes of one other container, and is seen there.
+    pub fn target(mut self, container: &Container) -> Self {
+        if let Some(namespaces) = &mut self.security.namespace_options {
+            namespaces.pid = mode(Mode::Target);
+            container.id().clone_into(&mut namespaces.target_id);
+        }
+        self
+    }
+
+    /// Hugepages of 2 MiB, in bytes.
+    pub fn hugepages(mut self, bytes: u64) -> Self {
+        self.hugepages = Some(bytes);
+        self
+    }
+
     /// Which start of this container it is: restarts count up.
     pub fn attempt(mut self, attempt: u32) -> Self {
         self.attempt = attempt;
@@ -625,6 +724,12 @@ impl ContainerSpec {
             image: self.image.clone(),
             ..Default::default()
         };
+        let mut resources = self.resources.to_api();
+        let limits = self.hugepages.map(|limit| api::HugepageLimit {
+            page_size: "2MB".to_owned(),
+            limit,
+        });
+        resources.hugepage_limits.extend(limits);
         api::ContainerConfig {
             metadata: Some(api::ContainerMetadata {
                 name: self.name.clone(),
@@ -649,7 +754,7 @@ impl ContainerSpec {
             stdin_once: self.stdin_once,
             tty: self.tty,
             linux: Some(api::LinuxContainerConfig {
-                resources: Some(self.resources.to_api()),
+                resources: Some(resources),
                 security_context: Some(self.security.clone()),
             }),
             ..Default::default()

@@ -2,7 +2,8 @@
 //!
 //! Owned here: the protobuf package `kiln.agent.v1` (`proto/agent.proto`, the reference for every
 //! call), the numbers both sides must agree on, the devices of a baked μVM by slot ([`slots`]), the
-//! header that opens a stdio stream ([`stream`]), what kind of reason a refusal has ([`Refusal`]), and the host's way in through the VMM's vsock socket ([`client`]). Nothing here knows of KVM,
+//! header that opens a stdio stream ([`stream`]), what kind of reason a refusal has ([`Refusal`]),
+//! the maps of user namespaces ([`users`]), and the host's way in through the VMM's vsock socket ([`client`]). Nothing here knows of KVM,
 //! containerd or the agent's inside.
 //!
 //! ```no_run
@@ -19,6 +20,7 @@ pub mod client;
 mod refusal;
 pub mod slots;
 pub mod stream;
+pub mod users;
 
 pub use refusal::{Refusal, RefusalKind, refusal};
 

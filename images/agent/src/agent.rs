@@ -130,7 +130,7 @@ impl Agent {
         let mounts = request.mounts;
         if !mounts.is_empty() {
             let each = spans
-                .of("mount", blocking(move || Ok(storage::add(&mounts)?)))
+                .of("mount", blocking(move || Ok(storage::add(&mounts, None)?)))
                 .await?;
             spans.within("mount", each);
         }

@@ -67,7 +67,9 @@ impl AgentError {
         match self {
             Self::GateShut | Self::State(_) => RefusalKind::REFUSAL_STATE,
             Self::Invalid(_) | Self::Spec(_) => RefusalKind::REFUSAL_USAGE,
-            Self::Storage(StorageError::Path(_)) => RefusalKind::REFUSAL_USAGE,
+            Self::Storage(StorageError::Path(_) | StorageError::NoUsers(_)) => {
+                RefusalKind::REFUSAL_USAGE
+            }
             Self::Network(NetworkError::Parse { .. }) => RefusalKind::REFUSAL_USAGE,
             Self::NotFound(_) | Self::Network(NetworkError::NoInterface(..)) => {
                 RefusalKind::REFUSAL_NOT_FOUND

@@ -28,6 +28,7 @@ mod stdio;
 mod storage;
 mod sys;
 mod uevent;
+mod users;
 mod written;
 
 use std::io::{self, Write};

@@ -5,7 +5,7 @@
 
 use std::fs;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
 
@@ -15,6 +15,7 @@ use thiserror::Error;
 use crate::{sys, uevent};
 
 const CPUS: &str = "/sys/devices/system/cpu";
+const MEMINFO: &str = "/proc/meminfo";
 const MEMORY: &str = "/sys/devices/system/memory";
 /// How long to wait if the host doesn't say.
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -56,7 +57,7 @@ pub(crate) fn set(wanted: &proto::Resources) -> Result<proto::ResourceState> {
         milliseconds => Duration::from_millis(milliseconds.into()),
     };
     if wanted.cpus > 0 {
-        set_cpus(wanted.cpus, limit)?;
+        set_cpus(Path::new(CPUS), wanted.cpus, limit)?;
     }
     if wanted.memory_bytes > 0 {
         let enough = || -> Result<bool> { Ok(online_memory()? >= wanted.memory_bytes) };
@@ -75,11 +76,12 @@ pub(crate) fn set(wanted: &proto::Resources) -> Result<proto::ResourceState> {
 
 /// What the guest has.
 pub(crate) fn state() -> Result<proto::ResourceState> {
-    let meminfo = read("/proc/meminfo")?;
+    let meminfo = read(Path::new(MEMINFO))?;
+    let cpus = |file| read(&Path::new(CPUS).join(file));
     let of = |key: &str| meminfo_bytes(&meminfo, key);
     let mut state = proto::ResourceState::new();
-    state.cpus_present = count(&read(&format!("{CPUS}/present"))?);
-    state.cpus_online = count(&read(&format!("{CPUS}/online"))?);
+    state.cpus_present = count(&cpus("present")?);
+    state.cpus_online = count(&cpus("online")?);
     state.mem_total_bytes = of("MemTotal");
     state.mem_free_bytes = of("MemFree");
     state.mem_available_bytes = of("MemAvailable");
@@ -127,7 +129,7 @@ fn shrink_slabs() -> io::Result<()> {
 }
 
 fn free_memory() -> io::Result<u64> {
-    let meminfo = fs::read_to_string("/proc/meminfo")?;
+    let meminfo = fs::read_to_string(MEMINFO)?;
     Ok(meminfo_bytes(&meminfo, "MemFree"))
 }
 
@@ -172,38 +174,52 @@ fn take_free_memory() -> io::Result<Vec<sys::Pages>> {
     Ok(taken)
 }
 
-fn set_cpus(wanted: u32, limit: Duration) -> Result<()> {
-    let present = || -> Result<bool> {
-        Ok(list(&read(&format!("{CPUS}/present"))?).len() >= wanted as usize)
+/// Makes the first `wanted` CPUs the online ones. `folder` is the kernel's on CPUs.
+fn set_cpus(folder: &Path, wanted: u32, limit: Duration) -> Result<()> {
+    let present = || -> Result<Vec<u32>> { Ok(list(&read(&folder.join("present"))?)) };
+    // A CPU counts as present before the kernel has made the file that switches it; that it is there is announced.
+    let ready = |cpus: &[u32]| {
+        let first = cpus.iter().take(wanted as usize);
+        first.filter(|cpu| has_switch(folder, **cpu)).count()
     };
-    let in_time = uevent::wait_until(limit, present)?;
-    let cpus = list(&read(&format!("{CPUS}/present"))?);
+    let in_time = uevent::wait_until(limit, || -> Result<bool> {
+        Ok(ready(&present()?) >= wanted as usize)
+    })?;
+    let cpus = present()?;
     if !in_time {
-        let wanted = format!("{wanted} CPUs");
+        let have = match (ready(&cpus), cpus.len()) {
+            (ready, there) if ready == there => there.to_string(),
+            (ready, there) => format!("{there}, of which {ready} can be switched on"),
+        };
         return Err(ResourceError::Timeout {
-            wanted,
-            have: cpus.len().to_string(),
+            wanted: format!("{wanted} CPUs"),
+            have,
             limit,
         });
     }
-    let online = list(&read(&format!("{CPUS}/online"))?);
+    let online = list(&read(&folder.join("online"))?);
     for (position, cpu) in cpus.iter().enumerate() {
         let shall = position < wanted as usize;
-        // CPU 0 has no switch.
         if *cpu != 0 && shall != online.contains(cpu) {
-            write(
-                &format!("{CPUS}/cpu{cpu}/online"),
-                if shall { "1" } else { "0" },
-            )?;
+            write(&switch(folder, *cpu), if shall { "1" } else { "0" })?;
         }
     }
     Ok(())
 }
 
+fn switch(folder: &Path, cpu: u32) -> PathBuf {
+    folder.join(format!("cpu{cpu}/online"))
+}
+
+/// CPU 0 has none and needs none.
+fn has_switch(folder: &Path, cpu: u32) -> bool {
+    cpu == 0 || switch(folder, cpu).exists()
+}
+
 /// Memory blocks that come are for movable pages, so that they can go again.
 pub(crate) fn online_new_memory_by_itself() -> Result<()> {
-    let path = format!("{MEMORY}/auto_online_blocks");
-    if Path::new(&path).exists() {
+    let path = Path::new(MEMORY).join("auto_online_blocks");
+    if path.exists() {
         write(&path, "online_movable")
     } else {
         Ok(())
@@ -212,12 +228,13 @@ pub(crate) fn online_new_memory_by_itself() -> Result<()> {
 
 /// The sum of all online memory blocks; without memory hot-plug in the kernel, all memory.
 fn online_memory() -> Result<u64> {
-    let size_path = format!("{MEMORY}/block_size_bytes");
-    if !Path::new(&size_path).exists() {
-        return Ok(meminfo_bytes(&read("/proc/meminfo")?, "MemTotal"));
+    let size_path = Path::new(MEMORY).join("block_size_bytes");
+    if !size_path.exists() {
+        return Ok(meminfo_bytes(&read(Path::new(MEMINFO))?, "MemTotal"));
     }
     let size = u64::from_str_radix(read(&size_path)?.trim(), 16).unwrap_or(0);
-    let entries = fs::read_dir(MEMORY).map_err(|source| file_error("list", MEMORY, source))?;
+    let entries =
+        fs::read_dir(MEMORY).map_err(|source| file_error("list", Path::new(MEMORY), source))?;
     let blocks = entries
         .flatten()
         .filter(|entry| {
@@ -261,18 +278,18 @@ fn count(text: &str) -> u32 {
     u32::try_from(list(text).len()).unwrap_or(u32::MAX)
 }
 
-fn read(path: &str) -> Result<String> {
+fn read(path: &Path) -> Result<String> {
     fs::read_to_string(path).map_err(|source| file_error("read", path, source))
 }
 
-fn write(path: &str, value: &str) -> Result<()> {
+fn write(path: &Path, value: &str) -> Result<()> {
     fs::write(path, value).map_err(|source| file_error("write to", path, source))
 }
 
-fn file_error(action: &'static str, path: &str, source: io::Error) -> ResourceError {
+fn file_error(action: &'static str, path: &Path, source: io::Error) -> ResourceError {
     ResourceError::File {
         action,
-        path: path.to_owned(),
+        path: path.display().to_string(),
         source,
     }
 }
@@ -286,6 +303,37 @@ mod tests {
         assert_eq!(list("0\n"), [0]);
         assert_eq!(list("0,2-4\n"), [0, 2, 3, 4]);
         assert!(list("\n").is_empty());
+    }
+
+    /// The kernel's folder for two CPUs, of which the second has only just come.
+    fn two_cpus() -> tempfile::TempDir {
+        let folder = tempfile::tempdir().expect("folder");
+        let path = |name: &str| folder.path().join(name);
+        fs::write(path("present"), "0-1\n").expect("file");
+        fs::write(path("online"), "0\n").expect("file");
+        fs::create_dir(path("cpu1")).expect("folder");
+        folder
+    }
+
+    #[test]
+    fn a_cpu_is_switched_on_once_it_has_a_switch() {
+        let folder = two_cpus();
+        let switch = switch(folder.path(), 1);
+        let error = set_cpus(folder.path(), 2, Duration::ZERO).expect_err("no switch yet");
+        let text = error.to_string();
+        assert!(text.contains("2, of which 1 can be switched on"), "{text}");
+        assert!(!switch.exists());
+        fs::write(&switch, "0").expect("file");
+        set_cpus(folder.path(), 2, Duration::ZERO).expect("both");
+        assert_eq!(fs::read_to_string(&switch).expect("file"), "1");
+    }
+
+    #[test]
+    fn one_cpu_does_not_wait_for_the_switch_of_another() {
+        let folder = two_cpus();
+        set_cpus(folder.path(), 1, Duration::ZERO).expect("one");
+        let error = set_cpus(folder.path(), 3, Duration::ZERO).expect_err("three");
+        assert!(error.to_string().contains("3 CPUs"), "{error}");
     }
 
     #[test]

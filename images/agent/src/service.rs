@@ -144,7 +144,7 @@ impl proto::Agent for Service {
         self.gated(|_| async move {
             let mut spans = Spans::new();
             let mounts = request.mounts;
-            let add = move || Ok(crate::storage::add(&mounts)?);
+            let add = move || Ok(crate::storage::add(&mounts, None)?);
             let each = spans.of("mount", crate::container::blocking(add)).await?;
             spans.within("mount", each);
             Ok(proto::AddMountsResponse {

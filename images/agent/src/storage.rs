@@ -2,6 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, Write};
+use std::os::fd::AsFd;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -12,6 +13,7 @@ use thiserror::Error;
 
 use crate::disk;
 use crate::spans::Spans;
+use crate::users::{self, Users};
 
 /// Why something is not mounted, or still is.
 #[derive(Debug, Error)]
@@ -56,6 +58,19 @@ pub(crate) enum StorageError {
         /// What the kernel said.
         source: io::Error,
     },
+    /// The owners of its files can't be mapped.
+    #[error(
+        "cannot map the owners of what is mounted on {target} for the container's user namespace: {source}"
+    )]
+    Owners {
+        /// Where.
+        target: String,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// A mount of the pod that wants a container's user namespace.
+    #[error("the mount on {0} is for a container with a user namespace, and there is none")]
+    NoUsers(String),
     /// A path that could mean something else than it says.
     #[error("{0:?} is not an absolute path without \"..\"")]
     Path(String),
@@ -143,11 +158,12 @@ fn parse_options(kind: &str, options: &[String]) -> Options {
     parsed
 }
 
-/// Mounts all, in order; if one fails, unmounts those before it. Blocks the thread. Returns what each took.
-pub(crate) fn add(mounts: &[proto::Mount]) -> Result<Spans> {
+/// Mounts all, in order; if one fails, unmounts those before it. Blocks the thread. Returns what each took. `users` is the
+/// container's user namespace, if these are its mounts and it has one.
+pub(crate) fn add(mounts: &[proto::Mount], users: Option<&Users>) -> Result<Spans> {
     let mut spans = Spans::new();
     for (done, mount) in mounts.iter().enumerate() {
-        if let Err(error) = spans.now(&mount.type_, || add_one(mount)) {
+        if let Err(error) = spans.now(&mount.type_, || add_one(mount, users)) {
             for earlier in mounts[..done].iter().rev() {
                 // The first error is the one to report.
                 detach(&earlier.target);
@@ -158,10 +174,27 @@ pub(crate) fn add(mounts: &[proto::Mount]) -> Result<Spans> {
     Ok(spans)
 }
 
-fn add_one(wanted: &proto::Mount) -> Result<()> {
+fn add_one(wanted: &proto::Mount, users: Option<&Users>) -> Result<()> {
     checked(&wanted.target)?;
+    let no_users = || StorageError::NoUsers(wanted.target.clone());
+    let owner = match wanted.owned_by_user_namespace {
+        true => {
+            let map = &users.ok_or_else(no_users)?.map;
+            Some(map.user(0).zip(map.group(0)).ok_or_else(no_users)?)
+        }
+        false => None,
+    };
+    let owners = match wanted.idmapped {
+        true => Some(users.ok_or_else(no_users)?),
+        false => None,
+    };
     for folder in &wanted.make_directories {
-        make_folder(checked(folder)?, 0o755)?;
+        let folder = checked(folder)?;
+        make_folder(folder, 0o755)?;
+        if let Some((uid, gid)) = owner {
+            std::os::unix::fs::chown(folder, Some(uid), Some(gid))
+                .map_err(|source| file_error("give away", folder, source))?;
+        }
     }
     let disk = disk::find(wanted)?;
     let source = disk.as_deref().unwrap_or(&wanted.source);
@@ -207,6 +240,17 @@ fn add_one(wanted: &proto::Mount) -> Result<()> {
             data,
         )
         .map_err(refused)?;
+    }
+    if let Some(users) = owners {
+        let mapped = File::open(&users.path)
+            .and_then(|namespace| users::map_owners(target, namespace.as_fd()));
+        mapped.map_err(|source| {
+            detach(target);
+            StorageError::Owners {
+                target: target.to_owned(),
+                source,
+            }
+        })?;
     }
     if let Some(propagation) = options.propagation {
         mount(nothing, target, nothing, propagation, nothing).map_err(|error| {

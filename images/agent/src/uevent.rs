@@ -1,7 +1,9 @@
 //! The kernel's announcements of devices, for those who wait for one.
 
-use std::io;
+use std::fs::{File, OpenOptions};
+use std::io::{self, Seek, SeekFrom};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -14,9 +16,8 @@ const KERNEL_GROUP: u32 = 1;
 /// No announcement is longer.
 const MAX_MESSAGE: usize = 8 * 1024;
 
-/// How soon a waiter looks without an announcement; each time it waits twice as long, but never longer than the second.
-const FIRST_LOOK: Duration = Duration::from_millis(1);
-const LAST_LOOK: Duration = Duration::from_millis(64);
+/// What the kernel logs. That an empty disk has got a size is announced to nobody, but logged.
+const LOG: &str = "/dev/kmsg";
 
 /// Announcements from the moment this is made.
 #[derive(Debug)]
@@ -40,31 +41,6 @@ impl Uevents {
     /// The socket, to wait for it elsewhere.
     pub(crate) fn into_socket(self) -> OwnedFd {
         self.socket
-    }
-
-    /// Waits for an announcement, any. False: the time is over.
-    fn wait(&self, until: Instant) -> io::Result<bool> {
-        loop {
-            let left = until.saturating_duration_since(Instant::now());
-            // Rounded up: less than a millisecond would be none, and this would spin where the driver has to run.
-            let whole = Duration::from_millis(left.as_micros().div_ceil(1000) as u64);
-            let timeout = PollTimeout::try_from(whole).unwrap_or(PollTimeout::MAX);
-            let mut fds = [PollFd::new(self.socket.as_fd(), PollFlags::POLLIN)];
-            match poll(&mut fds, timeout) {
-                Ok(0) if left.is_zero() => return Ok(false),
-                Ok(0) | Err(nix::Error::EINTR) => {}
-                Ok(_) => {
-                    while self.next()?.is_some() {}
-                    return Ok(true);
-                }
-                Err(error) => return Err(error.into()),
-            }
-        }
-    }
-
-    /// The next announcement that has arrived.
-    fn next(&self) -> io::Result<Option<Vec<u8>>> {
-        receive(&self.socket)
     }
 }
 
@@ -90,8 +66,59 @@ pub(crate) fn says(message: &[u8], pair: &str) -> bool {
         .any(|field| field == pair.as_bytes())
 }
 
-/// Waits until `done` says so, looking again at every announcement, and now and then without one: that an empty disk
-/// has got a size, the kernel announces to nobody. Blocks the thread. False: it did not within `limit`.
+/// What a waiter is woken by: the kernel's announcements, and its log where there is one.
+#[derive(Debug)]
+struct Signals {
+    events: Uevents,
+    log: Option<File>,
+}
+
+impl Signals {
+    /// Those from now on.
+    fn listen() -> io::Result<Self> {
+        let events = Uevents::listen()?;
+        let log = OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_NONBLOCK)
+            .open(LOG);
+        // Outside of a VM there may be none, and no disks to wait for.
+        let log = log.ok().map(at_its_end).transpose()?;
+        Ok(Self { events, log })
+    }
+
+    /// Waits for one, any. False: the time is over.
+    fn wait(&mut self, until: Instant) -> io::Result<bool> {
+        loop {
+            let left = until.saturating_duration_since(Instant::now());
+            // Rounded up: less than a millisecond would be none, and this would spin where the driver has to run.
+            let whole = Duration::from_millis(left.as_micros().div_ceil(1000) as u64);
+            let timeout = PollTimeout::try_from(whole).unwrap_or(PollTimeout::MAX);
+            let socket = self.events.socket.as_fd();
+            let mut fds = vec![PollFd::new(socket, PollFlags::POLLIN)];
+            let log = self.log.as_ref().map(AsFd::as_fd);
+            fds.extend(log.map(|log| PollFd::new(log, PollFlags::POLLIN)));
+            match poll(&mut fds, timeout) {
+                Ok(0) if left.is_zero() => return Ok(false),
+                Ok(0) | Err(nix::Error::EINTR) => {}
+                Ok(_) => {
+                    while receive(&self.events.socket)?.is_some() {}
+                    self.log = self.log.take().map(at_its_end).transpose()?;
+                    return Ok(true);
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+}
+
+/// Behind all that has been logged.
+fn at_its_end(mut log: File) -> io::Result<File> {
+    log.seek(SeekFrom::End(0))?;
+    Ok(log)
+}
+
+/// Waits until `done` says so, looking again whenever the kernel announces or logs something. Blocks the thread. False: it
+/// did not within `limit`.
 pub(crate) fn wait_until<E: From<io::Error>>(
     limit: Duration,
     mut done: impl FnMut() -> Result<bool, E>,
@@ -100,20 +127,16 @@ pub(crate) fn wait_until<E: From<io::Error>>(
         return Ok(true);
     }
     let until = Instant::now() + limit;
-    let events = Uevents::listen()?;
-    let mut unasked = FIRST_LOOK;
+    let mut signals = Signals::listen()?;
     loop {
-        // After the socket is there: what happened in between is seen now.
+        // After they are listened to: what happened in between is seen now.
         if done()? {
             return Ok(true);
         }
-        let now = Instant::now();
-        if now >= until {
+        if Instant::now() >= until {
             return Ok(false);
         }
-        if !events.wait(until.min(now + unasked))? {
-            unasked = LAST_LOOK.min(unasked * 2);
-        }
+        signals.wait(until)?;
     }
 }
 
@@ -138,11 +161,11 @@ mod tests {
     }
 
     #[test]
-    fn what_nobody_announces_is_seen_all_the_same() {
+    fn what_happens_as_the_time_runs_out_is_seen() {
         let mut looks = 0;
-        let done = wait_until::<io::Error>(Duration::from_secs(60), || {
+        let done = wait_until::<io::Error>(Duration::ZERO, || {
             looks += 1;
-            Ok(looks > 5)
+            Ok(looks > 1)
         });
         assert!(done.expect("wait"));
     }

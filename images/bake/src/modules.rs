@@ -37,7 +37,7 @@ const fn optional(name: &'static str) -> Wanted {
 ///
 /// Each takes memory in every μVM. XFS is not among them: it is 2.6 MiB, and what is on XFS comes by
 /// virtio-fs or as an image of another kind.
-pub const GUEST: [Wanted; 15] = [
+pub const GUEST: [Wanted; 16] = [
     needed("virtio_pci", "every device"),
     needed("virtio_blk", "root file systems"),
     needed("virtio_net", "the pod's network"),
@@ -53,6 +53,7 @@ pub const GUEST: [Wanted; 15] = [
     optional("af_packet"),
     optional("vmgenid"),
     optional("pvpanic_mmio"),
+    optional("tun"),
 ];
 
 /// A module, ready to be loaded.

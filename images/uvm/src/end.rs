@@ -13,6 +13,10 @@ pub struct End {
     pub reason: String,
     /// Whether the kernel killed the VMM because memory ran out.
     pub out_of_memory: bool,
+    /// Whether the VMM was ended because its user wanted so.
+    pub wanted: bool,
+    /// The end of the guest's console, line by line, if it was the guest that ended. Whatever the guest chose to write.
+    pub console: Vec<String>,
 }
 
 impl fmt::Display for End {
@@ -28,7 +32,7 @@ impl End {
         status: Result<ExitStatus, VmmError>,
         by_us: bool,
         oom_kills: impl FnOnce() -> bool,
-        last_words: &str,
+        (last_words, console): (&str, Vec<String>),
     ) -> End {
         let signal = status.as_ref().ok().and_then(ExitStatusExt::signal);
         let out_of_memory = signal == Some(libc::SIGKILL) && !by_us && oom_kills();
@@ -52,6 +56,8 @@ impl End {
         End {
             reason,
             out_of_memory,
+            wanted: by_us,
+            console,
         }
     }
 }
@@ -63,7 +69,9 @@ mod tests {
     #[test]
     fn only_a_kill_that_is_not_ours_and_that_was_counted_is_for_want_of_memory() {
         let killed = || Ok(ExitStatus::from_raw(libc::SIGKILL));
-        let of = |status, by_us, counted| End::of(status, by_us, || counted, "").out_of_memory;
+        let of = |status, by_us, counted| {
+            End::of(status, by_us, || counted, ("", Vec::new())).out_of_memory
+        };
         assert!(of(killed(), false, true));
         assert!(!of(killed(), false, false));
         assert!(!of(killed(), true, true));
@@ -74,7 +82,7 @@ mod tests {
 
     #[test]
     fn end_says_how_it_came_and_what_the_vmm_said_last() {
-        let of = |status| End::of(status, false, || false, "the disk is full").reason;
+        let of = |status| End::of(status, false, || false, ("the disk is full", Vec::new())).reason;
         let aborted = of(Ok(ExitStatus::from_raw(libc::SIGABRT)));
         assert!(aborted.contains("signal 6") && aborted.ends_with("the disk is full"));
         let reset = of(Ok(ExitStatus::from_raw(exit::RESET << 8)));

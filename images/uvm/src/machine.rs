@@ -68,7 +68,8 @@ impl Machine {
                 drop(seat.lock().unwrap_or_else(PoisonError::into_inner).take());
                 let by_us = stopping.load(Ordering::SeqCst);
                 let words = words.map(|words| words.after_the_end());
-                let end = End::of(status, by_us, oom_kills, &words.unwrap_or_default());
+                let (last, console) = words.unwrap_or_default();
+                let end = End::of(status, by_us, oom_kills, (&last, console));
                 tell.send_replace(Some(end));
             })
             .map_err(Error::system("watch the VMM"))?;
@@ -125,6 +126,8 @@ impl Machine {
         let unknown = || End {
             reason: "nobody waits for it any more".into(),
             out_of_memory: false,
+            wanted: false,
+            console: Vec::new(),
         };
         match ended.wait_for(Option::is_some).await {
             Ok(end) => end.clone().unwrap_or_else(unknown),

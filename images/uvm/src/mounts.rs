@@ -14,6 +14,15 @@ pub(crate) const RESTRICTED: u64 =
     libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOEXEC;
 pub(crate) const READ_ONLY: u64 = libc::MOUNT_ATTR_RDONLY;
 
+/// What of a tree of mounts is changed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Reach {
+    /// The topmost one.
+    Top,
+    /// It and all that is mounted below.
+    Whole,
+}
+
 /// Whether mounts made or removed in one place appear in another.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Propagation {
@@ -41,12 +50,47 @@ pub(crate) fn restrict(
 ) -> io::Result<()> {
     let attributes = libc::mount_attr {
         attr_set: attributes,
-        attr_clr: 0,
         propagation: match propagation {
             Propagation::Private => libc::MS_PRIVATE,
             Propagation::FromSource => libc::MS_SLAVE,
         },
-        userns_fd: 0,
+        ..UNCHANGED
+    };
+    change(mount, Reach::Whole, &attributes)
+}
+
+/// Sets attributes of a mount.
+pub(crate) fn set(mount: impl AsFd, reach: Reach, attributes: u64) -> io::Result<()> {
+    let attributes = libc::mount_attr {
+        attr_set: attributes,
+        ..UNCHANGED
+    };
+    change(mount, reach, &attributes)
+}
+
+/// Has a mount show each file as belonging to whom its owner is outside of a user namespace.
+pub(crate) fn map_owners(mount: impl AsFd, reach: Reach, users: impl AsFd) -> io::Result<()> {
+    let number = users.as_fd().as_raw_fd();
+    let attributes = libc::mount_attr {
+        attr_set: libc::MOUNT_ATTR_IDMAP,
+        // An open descriptor's number is not negative.
+        userns_fd: u64::from(number.unsigned_abs()),
+        ..UNCHANGED
+    };
+    change(mount, reach, &attributes)
+}
+
+const UNCHANGED: libc::mount_attr = libc::mount_attr {
+    attr_set: 0,
+    attr_clr: 0,
+    propagation: 0,
+    userns_fd: 0,
+};
+
+fn change(mount: impl AsFd, reach: Reach, attributes: &libc::mount_attr) -> io::Result<()> {
+    let flags = match reach {
+        Reach::Top => libc::AT_EMPTY_PATH,
+        Reach::Whole => libc::AT_EMPTY_PATH | libc::AT_RECURSIVE,
     };
     // SAFETY: the path is empty and static, the attributes live through the call, and the size is the structure's.
     let result = unsafe {
@@ -54,8 +98,8 @@ pub(crate) fn restrict(
             libc::SYS_mount_setattr,
             mount.as_fd().as_raw_fd(),
             c"".as_ptr(),
-            libc::AT_EMPTY_PATH | libc::AT_RECURSIVE,
-            &raw const attributes,
+            flags,
+            std::ptr::from_ref(attributes),
             size_of::<libc::mount_attr>(),
         )
     };

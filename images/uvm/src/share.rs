@@ -22,15 +22,17 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use kiln_agent_api::users::IdMap;
 use kiln_agent_api::{GUEST_STATE_DIR, proto, slots};
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
-use crate::mounts::{self, Propagation};
+use crate::mounts::{self, Propagation, Reach};
 
-/// Room for the directory's own entries: mount points, no data.
-const TMPFS_OPTIONS: &std::ffi::CStr = c"mode=0700,size=1m,nr_inodes=4096";
+/// Room for the directory's own entries: mount points, no data. The root of a user namespace in the guest has to get
+/// through it; on the host, the directories above are root's alone.
+const TMPFS_OPTIONS: &std::ffi::CStr = c"mode=0711,size=1m,nr_inodes=4096";
 
 /// A step failed.
 #[derive(Debug, thiserror::Error)]
@@ -42,6 +44,19 @@ pub enum ShareError {
         action: &'static str,
         /// With what.
         path: PathBuf,
+        /// The system's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// The owners of its files can't be others.
+    #[error(
+        "cannot map the owners of the volume {} for a user namespace: {hint}", path.display()
+    )]
+    Owners {
+        /// The volume.
+        path: PathBuf,
+        /// What to do.
+        hint: &'static str,
         /// The system's answer.
         #[source]
         source: io::Error,
@@ -71,9 +86,29 @@ pub fn guest_mount() -> proto::Mount {
         target: guest_mount_point(),
         type_: "virtiofs".into(),
         make_target: true,
-        target_mode: 0o700,
+        target_mode: 0o711,
         ..Default::default()
     }
+}
+
+/// What the guest may do with a volume.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Access {
+    /// What the host may.
+    Write,
+    /// Read it. What is mounted below it stays as writable as the host has it.
+    Read,
+    /// Read it and what is mounted below it.
+    ReadAll,
+}
+
+/// To whom a volume's files belong, if not to whom they do on the host.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Owners {
+    /// Inside are the owners on the host, outside the ones that the guest sees.
+    pub map: IdMap,
+    /// Whether that holds for what is mounted below the volume, too.
+    pub below: bool,
 }
 
 /// A volume as a container wants it.
@@ -81,10 +116,14 @@ pub fn guest_mount() -> proto::Mount {
 pub struct Volume {
     /// A file or directory of the host.
     pub source: PathBuf,
-    /// Whether the guest may not write.
-    pub read_only: bool,
+    /// What the guest may do.
+    pub access: Access,
+    /// Whether what is mounted below it belongs to it.
+    pub whole: bool,
     /// Whether mounts that are made below it on the host later are to be seen.
     pub follows_host: bool,
+    /// Whose the files are to be.
+    pub owners: Option<Owners>,
 }
 
 #[derive(Debug, Default)]
@@ -239,11 +278,34 @@ struct Tree {
 impl Tree {
     fn of(volume: &Volume) -> Result<Self, ShareError> {
         let source = &volume.source;
-        let mount = mounts::copy(source, true).map_err(failed("find the volume", source))?;
+        let mount =
+            mounts::copy(source, volume.whole).map_err(failed("find the volume", source))?;
         let kind = rustix::fs::fstat(&mount).map_err(failed("look at the volume", source))?;
+        if let Some(owners) = &volume.owners {
+            let unmapped = |hint| {
+                move |error| ShareError::Owners {
+                    path: source.clone(),
+                    hint,
+                    source: error,
+                }
+            };
+            let reach = match owners.below {
+                true => Reach::Whole,
+                false => Reach::Top,
+            };
+            let users = owners.map.namespace().map_err(unmapped(
+                "is user.max_user_namespaces of the node large enough?",
+            ))?;
+            mounts::map_owners(&mount, reach, users).map_err(unmapped(
+                "its file system may have no idmapped mounts; use another one, or hostUsers: true",
+            ))?;
+        }
         let mut attributes = mounts::RESTRICTED;
-        if volume.read_only {
-            attributes |= mounts::READ_ONLY;
+        match volume.access {
+            Access::Write => {}
+            Access::Read => mounts::set(&mount, Reach::Top, mounts::READ_ONLY)
+                .map_err(failed("make read-only the volume", source))?,
+            Access::ReadAll => attributes |= mounts::READ_ONLY,
         }
         // The copy is a peer of the original until this: unmounting it later would unmount what is
         // mounted below the original, on the host.

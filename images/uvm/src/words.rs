@@ -14,20 +14,32 @@ const LONGEST: usize = 4096;
 /// How long the reader may be behind a VMM that has ended.
 const BEHIND: Duration = Duration::from_millis(500);
 
-/// The last thing a VMM said.
+/// How a VMM begins the lines in which it passes on the end of the guest's console.
+const OF_GUEST: &str = "the guest's last words: ";
+/// Lines of a console that are kept. No VMM passes on more.
+const MOST_LINES: usize = 60;
+
+/// The last thing a VMM said, and what its guest said last.
 #[derive(Debug, Clone, Default)]
 pub struct LastWords(Arc<(Mutex<Said>, Condvar)>);
 
 #[derive(Debug, Default)]
 struct Said {
     line: String,
+    console: Vec<String>,
     /// Nothing more will come.
     over: bool,
 }
 
 impl LastWords {
     fn set(&self, line: &str) {
-        line.clone_into(&mut self.lock().line);
+        let mut said = self.lock();
+        line.clone_into(&mut said.line);
+        if let Some(line) = line.strip_prefix(OF_GUEST)
+            && said.console.len() < MOST_LINES
+        {
+            said.console.push(printable(line));
+        }
     }
 
     fn finish(&self) {
@@ -39,15 +51,22 @@ impl LastWords {
         self.0.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What a VMM that has ended said last, once all that it said has been read.
-    pub(crate) fn after_the_end(&self) -> String {
+    /// What a VMM that has ended said last, once all that it said has been read, and the lines of the guest's console that
+    /// it passed on.
+    pub(crate) fn after_the_end(&self) -> (String, Vec<String>) {
         let (said, _) = self
             .0
             .1
             .wait_timeout_while(self.lock(), BEHIND, |said| !said.over)
             .unwrap_or_else(PoisonError::into_inner);
-        said.line.clone()
+        (said.line.clone(), said.console.clone())
     }
+}
+
+/// A guest may write what it likes, and terminals are to show it.
+fn printable(line: &str) -> String {
+    let plain = |c: char| if c.is_control() { ' ' } else { c };
+    line.trim_end().chars().map(plain).collect()
 }
 
 /// A pipe for the standard error of a VMM, read until the VMM has closed it. `tell` gets each line without its end.
@@ -101,7 +120,7 @@ mod tests {
             .unwrap();
         drop(file);
         let last = tokio::task::spawn_blocking(move || words.after_the_end());
-        assert_eq!(last.await.unwrap(), "the disk is full");
+        assert_eq!(last.await.unwrap().0, "the disk is full");
         assert_eq!(*heard.lock().unwrap(), ["one", "the disk is full"]);
     }
 
@@ -109,6 +128,22 @@ mod tests {
     fn a_pipe_that_somebody_else_holds_open_keeps_nobody_waiting() {
         let words = LastWords::default();
         words.set("going");
-        assert_eq!(words.after_the_end(), "going");
+        assert_eq!(words.after_the_end().0, "going");
+    }
+
+    #[test]
+    fn guests_console_is_kept_to_the_last_lines_that_the_vmm_passes_on() {
+        let words = LastWords::default();
+        words.set("resumed");
+        words.set("the guest's last words: Kernel panic - not syncing: sysrq\u{1b}[31m\r");
+        for _ in 0..100 {
+            words.set("the guest's last words: Call Trace:");
+        }
+        words.set("the machine has ended: Panicked");
+        words.finish();
+        let (last, console) = words.after_the_end();
+        assert_eq!(last, "the machine has ended: Panicked");
+        assert_eq!(console.len(), MOST_LINES);
+        assert_eq!(console[0], "Kernel panic - not syncing: sysrq [31m");
     }
 }

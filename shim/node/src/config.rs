@@ -40,6 +40,17 @@ pub enum AnswerForm {
     Protobuf,
 }
 
+/// What namespaces of the node (`hostPID`, `hostIPC`) are for a pod in a μVM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum HostNamespaces {
+    /// Refused: the node's are out of reach, and something else is not what was asked for.
+    #[default]
+    Refuse,
+    /// The pod's own.
+    Pod,
+}
+
 /// What is meant.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {
@@ -67,6 +78,8 @@ pub struct Config {
     pub overlay_node_ram: u64,
     /// Where the part of it lies that has left RAM.
     pub overlay_dir: PathBuf,
+    /// What namespaces of the node are for a pod.
+    pub host_namespaces: HostNamespaces,
     /// Answer every old-protocol `start` in this form instead of asking containerd's version.
     pub answer: Option<AnswerForm>,
     /// Log at debug level.
@@ -88,6 +101,7 @@ struct File {
     rootfs_cache_size: Option<IgnoredAny>,
     vmm_ids: Option<u32>,
     debug: Option<bool>,
+    host_namespaces: HostNamespaces,
     answer: Option<AnswerForm>,
     uvm: FileUvm,
     overlay: FileOverlay,
@@ -230,6 +244,7 @@ impl Default for Config {
             overlay_flush: Flush::default(),
             overlay_node_ram: memory / 2,
             overlay_dir: DEFAULT_SPILL_DIRECTORY.into(),
+            host_namespaces: HostNamespaces::default(),
             answer: None,
             debug: false,
             allowed_annotations: HARMLESS.map(str::to_owned).to_vec(),
@@ -311,6 +326,7 @@ impl Config {
             overlay_flush: file.overlay.flush.unwrap_or(d.overlay_flush),
             overlay_node_ram: node_ram,
             overlay_dir: file.overlay.dir.unwrap_or(d.overlay_dir),
+            host_namespaces: file.host_namespaces,
             answer: file.answer,
             debug: file.debug.unwrap_or(false),
             allowed_annotations: allowed,

@@ -13,6 +13,7 @@ mod tap;
 
 pub use forward::{Forwarder, catch};
 pub use inspect::{Interface, PodNetwork};
+pub use namespace::enter;
 
 use std::fs::File;
 use std::io;

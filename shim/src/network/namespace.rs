@@ -10,7 +10,7 @@ use rtnetlink::Handle;
 use super::NetworkError;
 
 /// Runs `work` in the namespace. A namespace belongs to a thread, so the thread ends with the work.
-pub(super) fn enter<T, F>(netns: &File, work: F) -> Result<T, NetworkError>
+pub fn enter<T, F>(netns: &File, work: F) -> Result<T, NetworkError>
 where
     F: FnOnce() -> Result<T, NetworkError> + Send,
     T: Send,

@@ -4,11 +4,13 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use super::message;
 use super::process::Process;
 use crate::error::{Error, Result};
 use crate::rootfs::Storage;
 use crate::size::Limits;
 use crate::spec::Spec;
+use crate::stand_in::StandIn;
 use kiln_uvm::timeline::Timeline;
 
 /// What stands behind a container.
@@ -37,8 +39,13 @@ pub struct Container {
     pub(super) timeline: Timeline,
     /// How likely its first process is to be killed when memory runs out.
     pub(super) oom_score_adj: Option<i32>,
+    /// The node's file for why it ended.
+    pub(super) message: Option<PathBuf>,
     pub(super) limits: Mutex<Limits>,
     pub(super) storage: Mutex<Option<Storage>>,
+    /// The process that stands for it on the node, as long as it lives.
+    stand_in: Mutex<Option<StandIn>>,
+    pid: u32,
     execs: Mutex<HashMap<String, Exec>>,
 }
 
@@ -56,9 +63,12 @@ impl Container {
         bundle: PathBuf,
         kind: Kind,
         init: Arc<Process>,
+        stand_in: StandIn,
         spec: &Spec,
     ) -> Self {
         Self {
+            pid: stand_in.pid(),
+            stand_in: Mutex::new(Some(stand_in)),
             id: id.to_owned(),
             bundle,
             kind,
@@ -66,10 +76,31 @@ impl Container {
             init,
             timeline: Timeline::default(),
             oom_score_adj: spec.oom_score_adj(),
+            // Mounts that can't be read are an error of the container's creation.
+            message: spec.mounts().ok().and_then(|mounts| message::file(&mounts)),
             limits: Mutex::new(spec.limits()),
             storage: Mutex::new(None),
             execs: Mutex::default(),
         }
+    }
+
+    /// Its process id on the node.
+    pub fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    /// Whether it is the one that the node's process stands for. After its end the number may be another's.
+    pub(super) fn is_process(&self, pid: u32) -> bool {
+        self.pid == pid && self.lock_stand_in().is_some()
+    }
+
+    /// Ends the process that stands for it.
+    pub(super) fn end_stand_in(&self) {
+        drop(self.lock_stand_in().take());
+    }
+
+    fn lock_stand_in(&self) -> MutexGuard<'_, Option<StandIn>> {
+        self.stand_in.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn lock_execs(&self) -> MutexGuard<'_, HashMap<String, Exec>> {

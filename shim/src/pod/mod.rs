@@ -9,6 +9,8 @@
 //! - what was made is undone, whichever step failed.
 
 mod container;
+mod message;
+mod on_node;
 mod out_of_memory;
 mod process;
 mod resize;
@@ -37,10 +39,11 @@ use crate::error::{Error, Result};
 use crate::events::{Event, Exit};
 use crate::oom;
 use crate::publisher::Publisher;
+use crate::refusal;
 use crate::size::{Limits, size_of};
 use crate::spec::{Role, Spec};
 use crate::time::UnixNanos;
-use crate::uvm::{Launcher, PodSetup, Uvm};
+use crate::uvm::{End, Launcher, PodSetup, Uvm};
 use kiln_node::config::{Config, PodOverrides};
 
 /// How long the VMM of a guest that no longer answers has to end before the guest alone is taken as gone.
@@ -116,7 +119,7 @@ impl Pod {
     /// Begins to resume the μVM before containerd asks for it, if the bundle tells enough. Whoever
     /// needs the μVM later waits for this, and reports its failure by trying again.
     pub fn launch_ahead(self: &Arc<Self>, spec: &Spec) {
-        if spec.role() == Role::Member {
+        if spec.role() == Role::Member || spec.check(self.config.host_namespaces).is_err() {
             return;
         }
         let Ok(launched) = self.setup_for(spec) else {
@@ -142,14 +145,17 @@ impl Pod {
         let netns = match spec.network_namespace() {
             Some(path) => path,
             // No network namespace of its own means the host's, and a VM can't be in that.
-            None => {
-                return Err(Error::InvalidArgument(
-                    "the pod asks for the host's network (hostNetwork), which a pod in a μVM can't \
-                     have; run it with another runtime class"
-                        .into(),
-                ));
-            }
+            None => return Err(refusal::host_network().into()),
         };
+        let users = spec.user_namespace()?;
+        if spec.role() == Role::Sandbox && users.is_some() && netns.is_none() {
+            return Err(Error::InvalidArgument(
+                "kiln: a user namespace (hostUsers: false) is refused: this containerd leaves it to the runtime to make \
+                 the pod's network namespace, and connects it only after the μVM has begun. Use containerd 2.1 or \
+                 later"
+                    .into(),
+            ));
+        }
         // A sandbox's spec has the pause program's score, which is not the pod's.
         let own_score = match spec.role() {
             Role::Sandbox => 0,
@@ -213,34 +219,29 @@ impl Pod {
         })
     }
 
-    /// The process id that stands for the pod on the host; 0 before there is one.
-    pub fn pid(&self) -> u32 {
-        self.uvm.get().map_or(0, |uvm| uvm.pid())
-    }
-
     /// Looks after a μVM: its end and its events.
     fn follow(self: &Arc<Self>, uvm: &Arc<dyn Uvm>) {
         let (pod, vm) = (Arc::clone(self), Arc::clone(uvm));
         tokio::spawn(async move {
             let end = vm.ended().await;
-            let reason = end.reason;
+            let reason = &end.reason;
             if end.out_of_memory {
                 tracing::error!(pod = pod.id, %reason, "the μVM has ended; its containers are told as OOMKilled");
             } else {
                 tracing::info!(pod = pod.id, %reason, "the μVM has ended");
             }
-            pod.all_ended(end.out_of_memory).await;
+            pod.all_ended(&end).await;
         });
         tokio::spawn(Arc::clone(self).follow_events(Arc::clone(uvm)));
     }
 
     /// The μVM is gone, and all that ran in it.
-    async fn all_ended(self: &Arc<Self>, out_of_memory: bool) {
+    async fn all_ended(self: &Arc<Self>, end: &End) {
         self.forget_writes();
         let exit = Exit::killed_now();
         let containers: Vec<_> = lock(&self.containers).values().cloned().collect();
         for container in containers {
-            self.finish_with(&container, &container.init, exit, out_of_memory)
+            self.finish_with(&container, &container.init, exit, Some(end))
                 .await;
         }
         self.set_ended(exit);
@@ -280,15 +281,17 @@ impl Pod {
         let gone = matches!(error, Error::Unavailable(_));
         let (process, error) = (p.name(), error.chain());
         tracing::warn!(process, error, "end not seen, taken as killed");
-        let end = async { uvm.ended().await.out_of_memory };
-        let out_of_memory = gone && tokio::time::timeout(LAST_BREATH, end).await == Ok(true);
-        self.finish_with(c, p, Exit::killed_now(), out_of_memory)
+        let end = match gone {
+            true => tokio::time::timeout(LAST_BREATH, uvm.ended()).await.ok(),
+            false => None,
+        };
+        self.finish_with(c, p, Exit::killed_now(), end.as_ref())
             .await;
     }
 
     /// Records and tells the end of a process.
     async fn finish(&self, container: &Container, process: &Arc<Process>, exit: Exit) {
-        self.finish_with(container, process, exit, false).await;
+        self.finish_with(container, process, exit, None).await;
     }
 
     async fn finish_with(
@@ -296,22 +299,31 @@ impl Pod {
         container: &Container,
         process: &Arc<Process>,
         exit: Exit,
-        out_of_memory: bool,
+        end: Option<&End>,
     ) {
         if process.exec_id().is_empty() {
             self.finish_execs(container).await;
         }
         let _step = process.step.lock().await;
         // Before the exit: containerd reads the reason for it from what it was told until then.
-        if out_of_memory && process.exit().is_none() {
-            self.tell_killed_for_memory(container, process);
+        if let Some(end) = end
+            && process.exit().is_none()
+            && process.exec_id().is_empty()
+        {
+            container.leave_message(end);
+            if end.out_of_memory {
+                self.tell_killed_for_memory(container, process);
+            }
         }
         if process.set_exit(exit) {
             self.adjust_oom_score();
+            if process.exec_id().is_empty() {
+                container.end_stand_in();
+            }
             self.publisher.publish(&Event::Exit {
                 container: container.id.clone(),
                 exec: process.exec_id().to_owned(),
-                pid: self.pid(),
+                pid: container.pid(),
                 exit,
             });
         }
@@ -342,7 +354,7 @@ impl Pod {
                     self.publisher.publish(&Event::Exit {
                         container: container.id.clone(),
                         exec: process.exec_id().to_owned(),
-                        pid: self.pid(),
+                        pid: container.pid(),
                         exit,
                     });
                 }
@@ -396,8 +408,10 @@ impl Pod {
         if let Some(uvm) = self.uvm.get() {
             uvm.stop().await;
         }
+        drop(lock(&self.sandbox).take());
         let containers: Vec<_> = lock(&self.containers).drain().map(|(_, c)| c).collect();
         for container in containers {
+            container.end_stand_in();
             let storage = lock(&container.storage).take();
             if let Some(storage) = storage {
                 storage.release(None).await;

@@ -1,7 +1,11 @@
 //! `Update`: a container's limits, and with them the size of the μVM.
 
+use serde::Deserialize;
+use serde_json::Value;
+
 use super::{Kind, Pod, lock};
 use crate::error::{Error, Result};
+use crate::refusal;
 use crate::size::{Limits, Resources, size_of};
 use kiln_uvm::size::Size;
 
@@ -10,8 +14,10 @@ impl Pod {
     /// limits do and shrinks after them, so that the limits are never more than there is.
     pub async fn update(&self, id: &str, resources: &[u8]) -> Result<()> {
         let container = self.container(id)?;
-        let parsed: Resources = serde_json::from_slice(resources)
-            .map_err(|e| Error::InvalidArgument(format!("the resources of container {id}: {e}")))?;
+        let wrong = |e| Error::InvalidArgument(format!("the resources of container {id}: {e}"));
+        let written: Value = serde_json::from_slice(resources).map_err(wrong)?;
+        refusal::check_resources(&written)?;
+        let parsed = Resources::deserialize(&written).map_err(wrong)?;
         let uvm = self.uvm()?;
         let limits = merge(container.limits(), parsed.limits());
         let wanted = self.size_with(id, container.kind, limits);

@@ -11,8 +11,10 @@ use super::{Launched, Pod, lock};
 use crate::error::{Error, Result};
 use crate::events::Exit;
 use crate::oom;
+use crate::refusal;
 use crate::rootfs::POD_FILES;
 use crate::size::{Limits, size_of};
+use crate::stand_in::StandIn;
 use crate::time::UnixNanos;
 use crate::uvm::{PodSetup, Uvm};
 use kiln_node::config::PodOverrides;
@@ -27,6 +29,8 @@ pub struct SandboxRequest {
     pub id: String,
     /// The pod's network namespace; empty: the host's.
     pub netns: Option<PathBuf>,
+    /// The kinds of namespaces of which it asks for the node's.
+    pub host_namespaces: Vec<&'static str>,
     /// The pod's host name.
     pub hostname: String,
     /// Annotations.
@@ -75,6 +79,15 @@ pub(super) struct Sandbox {
     launched: Launched,
     dns: Dns,
     started_at: Option<UnixNanos>,
+    /// The process that stands for it on the node, once it is started.
+    stand_in: Option<StandIn>,
+}
+
+impl Sandbox {
+    /// Its process id on the node; 0 before it is started.
+    pub(super) fn pid(&self) -> u32 {
+        self.stand_in.as_ref().map_or(0, StandIn::pid)
+    }
 }
 
 /// What `SandboxStatus` answers.
@@ -100,11 +113,12 @@ impl Pod {
     pub fn create_sandbox(&self, request: SandboxRequest) -> Result<()> {
         self.check_sandbox_id(&request.id)?;
         if request.netns.is_none() {
-            return Err(Error::InvalidArgument(
-                "the pod asks for the host's network (hostNetwork), which a pod in a μVM can't \
-                 have; run it with another runtime class"
-                    .into(),
-            ));
+            return Err(refusal::host_network().into());
+        }
+        let policy = self.config.host_namespaces;
+        let refused = |kind: &&str| refusal::host_namespace(kind, policy);
+        if let Some(refusal) = request.host_namespaces.iter().find_map(refused) {
+            return Err(refusal.into());
         }
         let cgroup = request
             .cgroup_parent
@@ -129,6 +143,7 @@ impl Pod {
             launched,
             dns: request.dns,
             started_at: None,
+            stand_in: None,
         });
         Ok(())
     }
@@ -143,7 +158,9 @@ impl Pod {
         let hostname = launched.setup.hostname.clone();
         let uvm = self.launch(launched).await?;
         write_files(uvm.as_ref(), &hostname, &dns).await?;
+        let stand_in = self.stand_in(uvm.as_ref(), id)?;
         if let Some(sandbox) = lock(&self.sandbox).as_mut() {
+            sandbox.stand_in.get_or_insert(stand_in);
             sandbox.started_at.get_or_insert_with(UnixNanos::now);
         }
         self.sandbox_status(id)
@@ -155,7 +172,7 @@ impl Pod {
         let sandbox = lock(&self.sandbox);
         let sandbox = sandbox.as_ref().ok_or_else(|| self.no_sandbox())?;
         Ok(SandboxStatus {
-            pid: self.pid(),
+            pid: sandbox.pid(),
             started_at: sandbox.started_at,
             exit: *self.ended.borrow(),
         })

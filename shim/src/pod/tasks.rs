@@ -13,6 +13,7 @@ use super::{Container, Kind, Phase, Pod, Process, lock};
 use crate::bootstrap::is_identifier;
 use crate::error::{Error, Result};
 use crate::events::{Event, Exit};
+use crate::refusal;
 use crate::rootfs::{Storage, Wanted};
 use crate::spec::{Role, Spec};
 use crate::stdio::StdioPaths;
@@ -64,6 +65,7 @@ impl Pod {
             return Err(Error::AlreadyExists(format!("container {}", task.id)));
         }
         let spec = Spec::load(&task.bundle)?;
+        spec.check(self.config.host_namespaces)?;
         let process = Arc::new(Process::new(&task.id, "", task.stdio.clone())?);
         let (kind, uvm) = match spec.role() {
             Role::Sandbox => (Kind::Pause, self.launch(self.setup_for(&spec)?).await?),
@@ -75,6 +77,7 @@ impl Pod {
             task.bundle.clone(),
             kind,
             process,
+            self.stand_in(uvm.as_ref(), &task.id)?,
             &spec,
         ));
         if kind == Kind::Guest {
@@ -83,7 +86,7 @@ impl Pod {
         }
         lock(&self.containers).insert(task.id.clone(), Arc::clone(&container));
         self.adjust_oom_score();
-        let pid = uvm.pid();
+        let pid = container.pid();
         self.publisher.publish(&Event::Create {
             container: task.id,
             bundle: task.bundle.display().to_string(),
@@ -113,6 +116,7 @@ impl Pod {
             pod_files: lock(&self.sandbox).is_some(),
             timeline: &container.timeline,
         };
+        let (pid_namespace, pid_namespace_container) = self.pid_namespace(spec)?;
         let (storage, guest) = Storage::prepare(&wanted, &self.config, uvm).await?;
         let (tty_width, tty_height) = spec.console_size();
         let request = proto::CreateContainerRequest {
@@ -121,12 +125,8 @@ impl Pod {
             stdio: Some(container.init.agent_stdio()).into(),
             mounts: guest.mounts,
             rootfs: guest.rootfs,
-            pid_namespace: match spec.pid_namespace() {
-                Some(None) => proto::PidNamespace::PID_OWN,
-                // The pod's, or (no entry at all) the host's, which for a μVM is the pod's.
-                Some(Some(_)) | None => proto::PidNamespace::PID_POD,
-            }
-            .into(),
+            pid_namespace: pid_namespace.into(),
+            pid_namespace_container,
             tty_width,
             tty_height,
             ..Default::default()
@@ -162,7 +162,7 @@ impl Pod {
                 process.name()
             )));
         }
-        let pid = self.pid();
+        let pid = container.pid();
         if exec.is_empty() {
             if container.kind == Kind::Guest {
                 let (uvm, timeline) = (self.uvm()?, &container.timeline);
@@ -231,6 +231,9 @@ impl Pod {
                 "{id} is the pod's sandbox, which has no file system to run anything in"
             )));
         }
+        let parsed: serde_json::Value = serde_json::from_slice(spec)
+            .map_err(|e| Error::InvalidArgument(format!("the process of exec {exec}: {e}")))?;
+        refusal::check_process(&parsed).map_err(Error::from)?;
         let process = Arc::new(Process::new(id, exec, stdio)?);
         container.add_exec(Exec {
             process,
@@ -310,7 +313,7 @@ impl Pod {
             Phase::Stopped => true,
             Phase::Created => false,
         };
-        let pid = self.pid();
+        let pid = container.pid();
         process
             .drain(if started { DRAIN } else { Duration::ZERO })
             .await;
@@ -406,18 +409,18 @@ impl Pod {
         let process = container.process(exec)?;
         Ok(TaskState {
             bundle: container.bundle.clone(),
-            pid: self.pid(),
+            pid: container.pid(),
             phase: process.phase(),
             stdio: process.stdio().clone(),
             exit: process.exit(),
         })
     }
 
-    /// The processes of a container. They have no ids on the host; the first one goes by the VMM's, as in every other answer, the others by the guest's.
+    /// The processes of a container. They have no ids on the host; the first one goes by that of the process that stands for
+    /// the container, as in every other answer, the others by the guest's.
     pub async fn pids(&self, id: &str) -> Result<Vec<u32>> {
         let container = self.container(id)?;
-        let first = self.pid();
-        let mut processes = vec![first];
+        let mut processes = vec![container.pid()];
         if container.kind == Kind::Guest && container.init.phase() != Phase::Stopped {
             let mut inside = self.uvm()?.guest().pids(id).await?;
             inside.sort_unstable();
@@ -463,8 +466,13 @@ impl Pod {
         Ok((guest.stats(of).await?, guest.network().await?))
     }
 
-    /// Whether a container is known; for `Connect`.
-    pub fn has_container(&self, id: &str) -> bool {
+    /// Whether a container is known.
+    pub(super) fn has_container(&self, id: &str) -> bool {
         lock(&self.containers).contains_key(id)
+    }
+
+    /// A container's process id on the node; 0 for one that is not known.
+    pub fn pid_of(&self, id: &str) -> u32 {
+        lock(&self.containers).get(id).map_or(0, |c| c.pid())
     }
 }

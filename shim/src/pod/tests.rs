@@ -1,9 +1,11 @@
 //! The state machine against a scripted μVM: it answers what it is told to and keeps a list of what
 //! it was asked, so that tests choose the order in which things happen.
 
+mod on_node;
 mod writes;
 
 use super::*;
+use crate::stand_in::StandIn;
 use crate::uvm::{End, Guest, GuestDisk, GuestEvent, Written};
 use async_trait::async_trait;
 use containerd_shim_protos::api::{Empty, ForwardRequest, Mount};
@@ -30,6 +32,8 @@ const SECOND: Duration = Duration::from_secs(1);
 #[derive(Default)]
 struct Scripted {
     calls: Mutex<Vec<String>>,
+    /// Which PID namespace each container was to be in.
+    pid_namespaces: Mutex<Vec<(String, String)>>,
     exits: Mutex<HashMap<String, watch::Sender<Option<u32>>>>,
     streams: Mutex<HashMap<String, UnixStream>>,
     /// Calls that fail.
@@ -37,6 +41,8 @@ struct Scripted {
     dead: watch::Sender<bool>,
     /// Why it is dead, if it is.
     out_of_memory: Mutex<bool>,
+    /// What its guest said last.
+    console: Mutex<Vec<String>>,
     /// `start` returns only when it may.
     hold_start: Mutex<Option<Arc<Notify>>>,
     events: tokio::sync::Mutex<Option<mpsc::Receiver<GuestEvent>>>,
@@ -110,6 +116,14 @@ impl Guest for Scripted {
         r: proto::CreateContainerRequest,
         _: &Timeline,
     ) -> Result<(), GuestError> {
+        use proto::PidNamespace as Namespace;
+        let namespace = match r.pid_namespace.enum_value_or_default() {
+            Namespace::PID_OWN => "own".to_owned(),
+            Namespace::PID_POD => "pod".to_owned(),
+            Namespace::PID_CONTAINER => r.pid_namespace_container.clone(),
+        };
+        let asked = (r.container_id.clone(), namespace);
+        self.pid_namespaces.lock().unwrap().push(asked);
         self.ask("create", &r.container_id)
     }
     async fn start(&self, container: &str, _: &Timeline) -> Result<(), GuestError> {
@@ -197,8 +211,8 @@ impl Guest for Scripted {
 
 #[async_trait]
 impl Uvm for Scripted {
-    fn pid(&self) -> u32 {
-        4242
+    fn stand_in(&self, id: &str) -> Result<StandIn> {
+        StandIn::start(id, None)
     }
     fn keep_trace(&self, container: &str, name: &str, timeline: &Timeline) {
         let steps = timeline.steps();
@@ -259,6 +273,8 @@ impl Uvm for Scripted {
         End {
             reason: "told to".into(),
             out_of_memory: *self.out_of_memory.lock().unwrap(),
+            wanted: false,
+            console: self.console.lock().unwrap().clone(),
         }
     }
 }
@@ -365,7 +381,8 @@ impl Bed {
             "process": process,
             "linux": {
                 "cgroupsPath": "/kubepods/burstable/pod1/sb",
-                "namespaces": [{"type": "network", "path": "/run/netns/x"}],
+                "namespaces": [{"type": "network", "path": "/run/netns/x"}, {"type": "pid"},
+                               {"type": "ipc"}, {"type": "uts"}],
                 "resources": {"cpu": {"quota": 100_000, "period": 100_000},
                               "memory": {"limit": 128 << 20}},
             },
@@ -431,15 +448,15 @@ fn text(path: &Path) -> String {
 #[tokio::test]
 async fn a_lone_container_lives_and_leaves_nothing() {
     let bed = Bed::new("c").await;
-    assert_eq!(bed.create("c", None).await.unwrap(), 4242);
+    let pid = bed.create("c", None).await.unwrap();
     assert_eq!(bed.pod.state("c", "").unwrap().phase, Phase::Created);
     bed.pod.start("c", "").await.unwrap();
     let steps = "create host.volumes host.image.make vmm.plug-root guest.stdio start guest.grown";
     assert!(bed.uvm.was_called(&format!("trace c c: {steps}")));
     bed.uvm.end("c", "", 3);
     assert_eq!(bed.pod.wait("c", "").await.unwrap().status, 3);
-    let (pid, exit) = bed.pod.delete("c", "").await.unwrap();
-    assert_eq!((pid, exit.status), (4242, 3));
+    let (deleted, exit) = bed.pod.delete("c", "").await.unwrap();
+    assert_eq!((deleted, exit.status), (pid, 3));
     assert_eq!(bed.events().await, ["create", "start", "exit", "delete"]);
     assert!(
         bed.uvm.was_called("detach /dev/vda"),
@@ -841,18 +858,6 @@ async fn launch_ahead_is_the_launch_that_create_waits_for() {
     bed.pod.launch_ahead(&spec);
     bed.create("c", None).await.unwrap();
     assert_eq!(bed.launcher.setups.lock().unwrap().len(), 1);
-}
-
-#[tokio::test]
-async fn processes_are_the_guests_with_the_first_under_the_pids_that_all_answers_have() {
-    let bed = Bed::new("c").await;
-    bed.create("c", None).await.unwrap();
-    bed.pod.start("c", "").await.unwrap();
-    let expected = [4242, 12];
-    assert_eq!(bed.pod.pids("c").await.unwrap(), expected);
-    bed.uvm.end("c", "", 0);
-    bed.pod.wait("c", "").await.unwrap();
-    assert_eq!(bed.pod.pids("c").await.unwrap(), expected[..1]);
 }
 
 #[tokio::test]

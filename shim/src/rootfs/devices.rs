@@ -72,6 +72,7 @@ pub(super) fn mounts(
         kind: "bind".into(),
         source: at,
         options: vec!["bind".into(), "rprivate".into()],
+        ..SpecMount::default()
     };
     (in_guest, in_container)
 }

@@ -4,6 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use containerd_shim_protos::api::Mount;
+use kiln_agent_api::users::{IdMap, IdRange};
 use kiln_cache::{Lowers, OverlayMount, image_for};
 use kiln_store::{Image, ImageKey, Images};
 
@@ -111,15 +112,54 @@ pub(super) fn find(mounts: &[Mount], bundle: &Path) -> Result<Source> {
     }
 }
 
+/// Whose the files are that a snapshotter leaves as they are in the image, for a runtime that maps their owners itself.
+pub(super) fn owners(mounts: &[Mount]) -> Result<Option<IdMap>> {
+    let value = |name: &str| {
+        let mut options = mounts.iter().flat_map(|mount| &mount.options);
+        options.find_map(|option| option.strip_prefix(name)?.strip_prefix('='))
+    };
+    let ranges = |text: Option<&str>| -> Option<Vec<IdRange>> {
+        let range = |text: &str| {
+            let mut numbers = text.split(':').map(|number| number.parse().ok());
+            Some(IdRange {
+                inside: numbers.next()??,
+                outside: numbers.next()??,
+                count: numbers.next()??,
+            })
+        };
+        text?.split(',').map(range).collect()
+    };
+    let (users, groups) = (value("uidmap"), value("gidmap"));
+    if users.is_none() && groups.is_none() {
+        return Ok(None);
+    }
+    match (ranges(users), ranges(groups)) {
+        (Some(users), Some(groups)) => Ok(Some(IdMap { users, groups })),
+        _ => Err(Error::InvalidArgument(format!(
+            "containerd's mount: uidmap={} and gidmap={} are no maps of ids",
+            users.unwrap_or_default(),
+            groups.unwrap_or_default()
+        ))),
+    }
+}
+
 fn overlay(mount: &Mount) -> Result<Source> {
     let parsed = OverlayMount::parse(&mount.options)
         .map_err(|e| Error::InvalidArgument(format!("containerd's mount: {e}")))?;
     let user_xattrs = mount.options.iter().any(|o| o == "userxattr");
+    let remapped = mount.options.iter().any(|o| o.starts_with("uidmap="));
     // The upper directory is where a container's own writes would go; what is in it already was put
     // there by containerd and belongs to the root.
     let Some(upper) = parsed.upper.filter(|u| !is_empty(u)) else {
         return committed(parsed.lowers, user_xattrs);
     };
+    if remapped {
+        return Err(Error::Unimplemented(format!(
+            "the upper directory {} is not empty and its owners are not those of the layers below: \
+             give the pod hostUsers: true, or use another snapshotter",
+            upper.display()
+        )));
+    }
     let layers = parsed.lowers.dirs().map(Path::to_owned);
     let layers = std::iter::once(upper).chain(layers).collect();
     Ok(Directories::fleeting(if user_xattrs {
@@ -186,6 +226,19 @@ mod tests {
             options: options.iter().map(|o| (*o).to_owned()).collect(),
             ..Default::default()
         }]
+    }
+
+    #[test]
+    fn the_owners_of_a_remapping_snapshotter_are_read_or_refused() {
+        let overlay = |options: &[&str]| owners(&mounts("overlay", "overlay", options));
+        assert_eq!(overlay(&["lowerdir=/a"]).unwrap(), None);
+        let map = overlay(&["uidmap=0:65536:10,10:9:1", "gidmap=0:131072:10"]);
+        let map = map.unwrap().unwrap();
+        assert_eq!((map.user(10), map.group(9)), (Some(9), Some(131_081)));
+        for wrong in [["uidmap=0:65536:10", "x"], ["uidmap=0:1:2", "gidmap=0:1"]] {
+            let error = overlay(&wrong).unwrap_err().to_string();
+            assert!(error.contains("uidmap=0:"), "{error}");
+        }
     }
 
     #[test]

@@ -111,6 +111,7 @@ impl Storage {
             timeline,
         } = *wanted;
         // Volumes first: what can't be had is found out before a disk is attached.
+        let users = UserNamespace::of(spec, rootfs)?;
         let wanted = spec.mounts()?;
         let mut mounts = timeline.time("host.volumes", || {
             volumes::prepare(uvm, &mut self.volumes, wanted)
@@ -122,7 +123,7 @@ impl Storage {
         let root = self
             .attach_root(image::find(rootfs, bundle)?, config, uvm, timeline)
             .await?;
-        let mut mounts_in_guest = guest_mounts(id, &root);
+        let mut mounts_in_guest = guest_mounts(id, &root, users);
         for (number, device) in spec.block_devices().iter().enumerate() {
             let disk = uvm
                 .attach_disk(devices::open(device)?, device.read_only)
@@ -289,12 +290,44 @@ async fn image_of(config: &Config, directories: Directories, timeline: &Timeline
     Ok(image.file)
 }
 
+/// What a user namespace of the container's is to its root.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum UserNamespace {
+    /// There is none.
+    None,
+    /// The owners in the image are those outside of it.
+    Outside,
+    /// The owners in the image are those in it.
+    Inside,
+}
+
+impl UserNamespace {
+    fn of(spec: &Spec, rootfs: &[Mount]) -> Result<Self> {
+        match (spec.user_namespace()?, image::owners(rootfs)?) {
+            (None, None) => Ok(Self::None),
+            (Some(_), None) => Ok(Self::Outside),
+            (Some(users), Some(owners)) if users == owners => Ok(Self::Inside),
+            (users, owners) => Err(Error::InvalidArgument(format!(
+                "the root file system's owners ({owners:?}) are not those of the container's user \
+                 namespace ({users:?})"
+            ))),
+        }
+    }
+}
+
 /// The mounts, in order, that end with the root.
-fn guest_mounts(id: &str, root: &Root) -> Vec<proto::Mount> {
-    match (root.read_only, root.disks.as_slice()) {
+fn guest_mounts(id: &str, root: &Root, users: UserNamespace) -> Vec<proto::Mount> {
+    let mut mounts = match (root.read_only, root.disks.as_slice()) {
         (false, [disk]) => root::disk_itself(id, disk, &root.kind),
         (_, disks) => root::layered(id, disks, &root.kind, root.user_xattrs),
+    };
+    for mount in &mut mounts {
+        // The writable layer has the owners that the kernel gives what is made.
+        let is_layer = mount.type_ != "overlay";
+        mount.idmapped = users == UserNamespace::Inside && is_layer;
+        mount.owned_by_user_namespace = users != UserNamespace::None && !is_layer;
     }
+    mounts
 }
 
 #[cfg(test)]

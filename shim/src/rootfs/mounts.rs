@@ -36,7 +36,13 @@ impl Mounts {
         Ok(Self::parse(&fs::read(TABLE)?))
     }
 
-    fn parse(table: &[u8]) -> Self {
+    /// Whether anything is mounted below a directory.
+    pub(super) fn any_below(&self, dir: &Path) -> bool {
+        let below = |mount: &Mounted| mount.target.starts_with(dir) && mount.target != dir;
+        self.0.iter().any(below)
+    }
+
+    pub(super) fn parse(table: &[u8]) -> Self {
         Self(
             table
                 .split(|&byte| byte == b'\n')
@@ -144,6 +150,16 @@ mod tests {
                 },
             ]
         );
+    }
+
+    #[test]
+    fn what_is_below_a_directory_is_found_by_whole_names() {
+        let mounts = Mounts::parse(
+            b"36 35 0:3 / /mnt/data rw - tmpfs t rw\n37 36 0:4 / /mnt/data/x rw - tmpfs t rw\n",
+        );
+        let below = |dir| mounts.any_below(Path::new(dir));
+        assert!(below("/mnt") && below("/mnt/data"));
+        assert!(!below("/mnt/dat") && !below("/mnt/data/x"));
     }
 
     #[test]

@@ -21,7 +21,7 @@ fn root(letters: &str, kind: &str, read_only: bool) -> Root {
 
 #[test]
 fn read_only_image_gets_a_writable_layer_on_the_scratch_disk() {
-    let mounts = guest_mounts("c1", &root("c", "erofs", true));
+    let mounts = guest_mounts("c1", &root("c", "erofs", true), UserNamespace::None);
     let targets: Vec<_> = mounts.iter().map(|m| m.target.as_str()).collect();
     assert_eq!(
         targets,
@@ -50,7 +50,7 @@ fn layers_are_stacked_as_they_come_the_topmost_first() {
         user_xattrs: true,
         ..root("dcb", "erofs", true)
     };
-    let mounts = guest_mounts("c1", &root);
+    let mounts = guest_mounts("c1", &root, UserNamespace::None);
     let lower = |number| format!("/run/kiln/storage/c1/lower-{number}");
     let below: Vec<_> = mounts[..3]
         .iter()
@@ -75,13 +75,30 @@ fn most_layers_fit_into_one_mounts_options() {
     // The kernel takes a page of them; ids are of 64 characters.
     let letters = "bcde";
     assert_eq!(letters.len(), usize::from(LAYER_SLOTS));
-    let mounts = guest_mounts(&"i".repeat(76), &root(letters, "erofs", true));
+    let mounts = guest_mounts(
+        &"i".repeat(76),
+        &root(letters, "erofs", true),
+        UserNamespace::None,
+    );
     assert!(mounts.last().unwrap().options.join(",").len() < 4096);
 }
 
 #[test]
 fn writable_image_is_the_root_itself() {
-    let mounts = guest_mounts("c1", &root("b", "ext4", false));
+    let mounts = guest_mounts("c1", &root("b", "ext4", false), UserNamespace::None);
     assert_eq!(mounts.len(), 1);
     assert_eq!(mounts[0].target, "/run/kiln/containers/c1/rootfs");
+}
+
+#[test]
+fn owners_in_an_image_are_mapped_only_if_they_are_the_containers_own() {
+    let flags = |users| {
+        let mounts = guest_mounts("c1", &root("cb", "erofs", true), users);
+        let flags = |m: &proto::Mount| (m.idmapped, m.owned_by_user_namespace);
+        mounts.iter().map(flags).collect::<Vec<_>>()
+    };
+    let (no, mapped, owned) = ((false, false), (true, false), (false, true));
+    assert_eq!(flags(UserNamespace::None), [no, no, no]);
+    assert_eq!(flags(UserNamespace::Outside), [no, no, owned]);
+    assert_eq!(flags(UserNamespace::Inside), [mapped, mapped, owned]);
 }

@@ -3,13 +3,20 @@
 //!
 //! A path of the host becomes the same guest path for every container of the pod that mounts it the
 //! same way.
+//!
+//! To the guest, a volume is one file system with all that is mounted below it. So what holds for a part of it only is seen
+//! to on the host alone: see [`plan`].
 
+use std::fs;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 
 use kiln_agent_api::{GUEST_FILES, GUEST_SHM};
-use kiln_uvm::share::Volume;
+use kiln_uvm::share::{Access, Owners, Volume};
 
-use crate::error::Result;
+use super::mounts::Mounts;
+use crate::error::{Error, Result};
+use crate::refusal::{self, Refusal};
 use crate::spec::SpecMount;
 use crate::uvm::Uvm;
 
@@ -20,6 +27,10 @@ enum Plan {
     Keep,
     /// The pod's shared memory, which is the guest's.
     SharedMemory,
+    /// A character device (a `hostPath` of that type), of which the guest has its own.
+    Device(&'static str),
+    /// It can't be had.
+    Refused(Refusal),
     /// It is shown from the host.
     Share(Volume),
 }
@@ -33,12 +44,81 @@ fn plan(mount: &SpecMount) -> Plan {
     if mount.destination == "/dev/shm" && source.file_name().is_some_and(|name| name == "shm") {
         return Plan::SharedMemory;
     }
-    let follows = ["slave", "rslave", "shared", "rshared"];
+    if let Some(device) = device(source) {
+        return device;
+    }
+    if mount.has("shared") || mount.has("rshared") {
+        return Plan::Refused(refusal::propagation(&mount.source, &mount.destination));
+    }
+    let whole = mount.has("rbind");
     Plan::Share(Volume {
         source: source.to_owned(),
-        read_only: mount.is_read_only(),
-        follows_host: mount.options.iter().any(|o| follows.contains(&o.as_str())),
+        access: match (mount.has("rro"), mount.has("ro")) {
+            (true, _) => Access::ReadAll,
+            (false, true) => Access::Read,
+            (false, false) => Access::Write,
+        },
+        whole,
+        follows_host: mount.has("slave") || mount.has("rslave"),
+        owners: mount.owners().map(|map| Owners {
+            map,
+            below: mount.has("ridmap"),
+        }),
     })
+}
+
+/// What the guest's own mount of a volume is told: `ro` would be for all that is mounted below, which the host keeps
+/// apart.
+fn guest_options(
+    volume: &Volume,
+    options: Vec<String>,
+    table: &mut Option<Mounts>,
+) -> Result<Vec<String>> {
+    let writable_below = volume.access == Access::Read
+        && volume.whole
+        && (volume.follows_host || is_anything_below(&volume.source, table)?);
+    let keep = |option: String| match option.as_str() {
+        "ro" if writable_below => None,
+        "rro" => Some("ro".to_owned()),
+        // What the host has done is done.
+        "idmap" | "ridmap" => None,
+        _ => Some(option),
+    };
+    Ok(options.into_iter().filter_map(keep).collect())
+}
+
+fn is_anything_below(source: &Path, table: &mut Option<Mounts>) -> Result<bool> {
+    // One that is not there is told of by whoever wants to show it.
+    let Ok(dir) = fs::canonicalize(source) else {
+        return Ok(false);
+    };
+    if !dir.is_dir() {
+        return Ok(false);
+    }
+    let mounts = match table.take() {
+        Some(mounts) => mounts,
+        None => {
+            let what = || format!("look for mounts below the volume {}", source.display());
+            Mounts::read().map_err(|e| Error::failed(what(), e))?
+        }
+    };
+    Ok(table.insert(mounts).any_below(&dir))
+}
+
+/// What becomes of a mount whose source is a device of the node's.
+fn device(source: &Path) -> Option<Plan> {
+    let found = fs::metadata(source).ok()?;
+    let kind = found.file_type();
+    if kind.is_char_device() {
+        let number = (libc::major(found.rdev()), libc::minor(found.rdev()));
+        let own = refusal::guests_own((number.0.into(), number.1.into()));
+        return Some(match own {
+            Some(path) => Plan::Device(path),
+            None => Plan::Refused(refusal::nodes_device(&source.display().to_string())),
+        });
+    }
+    let disk = kind.is_block_device();
+    disk.then(|| Plan::Refused(refusal::bound_disk(&source.display().to_string())))
 }
 
 /// Makes ready what the mounts need, noting it in `shared`, and gives them back with guest paths.
@@ -48,11 +128,17 @@ pub(super) fn prepare(
     mounts: Vec<SpecMount>,
 ) -> Result<Vec<SpecMount>> {
     let mut out = Vec::with_capacity(mounts.len());
+    // Read once, if at all: a node has thousands of mounts.
+    let mut table = None;
     for mut mount in mounts {
         match plan(&mount) {
             Plan::Keep => {}
             Plan::SharedMemory => mount.source = GUEST_SHM.to_owned(),
+            Plan::Device(path) => mount.source = path.to_owned(),
+            Plan::Refused(refusal) => return Err(refusal.into()),
             Plan::Share(volume) => {
+                let options = std::mem::take(&mut mount.options);
+                mount.options = guest_options(&volume, options, &mut table)?;
                 mount.source = uvm.share(&volume)?;
                 shared.push(volume);
             }
@@ -73,6 +159,7 @@ pub(super) fn add_pods_own(mounts: &mut Vec<SpecMount>, read_only: bool) {
         kind: "bind".into(),
         source,
         options: options.iter().map(|o| (*o).to_owned()).collect(),
+        ..SpecMount::default()
     };
     for mount in mounts.iter_mut() {
         if mount.destination == "/dev/shm" && mount.kind == "tmpfs" {
@@ -100,6 +187,7 @@ pub(super) fn add_pods_own(mounts: &mut Vec<SpecMount>, read_only: bool) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::spec::Mapping;
 
     fn bind(source: &str, destination: &str, options: &[&str]) -> SpecMount {
         SpecMount {
@@ -107,15 +195,25 @@ mod tests {
             kind: "bind".into(),
             source: source.into(),
             options: options.iter().map(|o| (*o).to_owned()).collect(),
+            ..SpecMount::default()
         }
     }
 
-    fn shared(source: &str, read_only: bool, follows_host: bool) -> Plan {
-        Plan::Share(Volume {
+    fn volume(source: &str, access: Access, follows_host: bool) -> Volume {
+        Volume {
             source: source.into(),
-            read_only,
+            access,
+            whole: true,
             follows_host,
-        })
+            owners: None,
+        }
+    }
+
+    fn share(mount: &SpecMount) -> Volume {
+        match plan(mount) {
+            Plan::Share(volume) => volume,
+            other => panic!("{other:?}"),
+        }
     }
 
     #[test]
@@ -132,17 +230,86 @@ mod tests {
         );
         let memory = "/var/lib/kubelet/pods/1/volumes/kubernetes.io~empty-dir/cache";
         assert_eq!(
-            plan(&bind(memory, "/dev/shm", &["rbind", "rw"])),
-            shared(memory, false, false)
+            share(&bind(memory, "/dev/shm", &["rbind", "rw"])),
+            volume(memory, Access::Write, false)
         );
         assert_eq!(
-            plan(&bind("/etc/ssl", "/ssl", &["rbind", "ro", "rprivate"])),
-            shared("/etc/ssl", true, false)
+            share(&bind("/etc/ssl", "/ssl", &["rbind", "ro", "rprivate"])),
+            volume("/etc/ssl", Access::Read, false)
         );
         assert_eq!(
-            plan(&bind("/mnt", "/mnt", &["rbind", "rslave"])),
-            shared("/mnt", false, true)
+            share(&bind("/etc/ssl", "/ssl", &["rbind", "rro", "rprivate"])),
+            volume("/etc/ssl", Access::ReadAll, false)
         );
+        assert_eq!(
+            share(&bind("/mnt", "/mnt", &["rbind", "rslave"])),
+            volume("/mnt", Access::Write, true)
+        );
+        assert!(!share(&bind("/mnt", "/mnt", &["bind"])).whole);
+    }
+
+    #[test]
+    fn what_can_not_reach_the_node_is_refused_by_name() {
+        for option in ["shared", "rshared"] {
+            let Plan::Refused(refusal) = plan(&bind("/srv/csi", "/csi", &["rbind", option])) else {
+                panic!("{option} is not refused");
+            };
+            let text = refusal.to_string();
+            for word in ["Bidirectional", "/srv/csi", "/csi", "HostToContainer"] {
+                assert!(text.contains(word), "{text}");
+            }
+        }
+    }
+
+    #[test]
+    fn owners_are_the_volumes_own_or_of_all_below() {
+        let mapping = Mapping {
+            container_id: 0,
+            host_id: 65_536,
+            size: 10,
+        };
+        let mut mount = bind("/data", "/data", &["rbind"]);
+        mount.uid_mappings = vec![mapping];
+        mount.gid_mappings = vec![mapping];
+        let owners = share(&mount).owners.unwrap();
+        assert_eq!((owners.map.user(3), owners.below), (Some(65_539), false));
+        mount.options.push("ridmap".into());
+        assert!(share(&mount).owners.unwrap().below);
+    }
+
+    #[test]
+    fn the_guests_mount_is_read_only_unless_something_below_is_not() {
+        let options = |volume: &Volume, options: &[&str], table: &str| {
+            let options = options.iter().map(|o| (*o).to_owned()).collect();
+            let mut table = Some(Mounts::parse(table.as_bytes()));
+            guest_options(volume, options, &mut table)
+                .unwrap()
+                .join(",")
+        };
+        let (none, proc) = (
+            "",
+            "36 35 0:3 / /proc/sys/fs/binfmt_misc rw - binfmt_misc b rw\n",
+        );
+        let fixed = volume("/proc/sys", Access::Read, false);
+        assert_eq!(options(&fixed, &["rbind", "ro"], none), "rbind,ro");
+        assert_eq!(options(&fixed, &["rbind", "ro"], proc), "rbind");
+        let follows = volume("/proc/sys", Access::Read, true);
+        assert_eq!(
+            options(&follows, &["rbind", "ro", "rslave"], none),
+            "rbind,rslave"
+        );
+        let all = volume("/proc/sys", Access::ReadAll, false);
+        assert_eq!(options(&all, &["rbind", "rro", "ridmap"], proc), "rbind,ro");
+        let file = volume("/proc/version", Access::Read, false);
+        assert_eq!(options(&file, &["rbind", "ro"], proc), "rbind,ro");
+    }
+
+    #[test]
+    fn device_of_the_node_is_the_guests_own_of_that_number() {
+        let null = bind("/dev/null", "/etc/masked", &["rbind"]);
+        assert_eq!(plan(&null), Plan::Device("/dev/null"));
+        let zero = bind("/dev/zero", "/dev/x", &["rbind"]);
+        assert_eq!(plan(&zero), Plan::Device("/dev/zero"));
     }
 
     #[test]
@@ -153,6 +320,7 @@ mod tests {
             kind: "tmpfs".into(),
             source: "shm".into(),
             options: vec!["size=65536k".into()],
+            ..SpecMount::default()
         };
         let mut mounts = vec![own.clone(), shm];
         add_pods_own(&mut mounts, true);

@@ -3,7 +3,7 @@
 //!
 //! CRI's messages are many; of this one a handful of fields matter, so they are read off the wire
 //! by number (kubernetes/cri-api, `runtime/v1/api.proto`): hostname 2, dns_config 4 (servers 1, searches 2, options 3), annotations 7, linux 8 with
-//! cgroup_parent 1, sysctls 3, resources 5 (cpu_period 1, cpu_quota 2, memory_limit_in_bytes 4).
+//! cgroup_parent 1, security_context 2 (namespace_options 1: pid 2, ipc 3), sysctls 3, resources 5 (cpu_period 1, cpu_quota 2, memory_limit_in_bytes 4).
 
 use std::collections::BTreeMap;
 
@@ -71,12 +71,34 @@ fn read_linux(message: &[u8], out: &mut SandboxRequest) -> Option<()> {
     fields(message, |number, field| {
         match (number, field) {
             (1, Field::Bytes(b)) => out.cgroup_parent = Some(text(b)?).filter(|p| !p.is_empty()),
+            (2, Field::Bytes(b)) => out.host_namespaces = read_security(b)?,
             (3, Field::Bytes(b)) => insert(&mut out.sysctls, b)?,
             (5, Field::Bytes(b)) => out.limits = read_resources(b)?,
             _ => {}
         }
         Some(())
     })
+}
+
+/// The namespaces that are to be the node's.
+fn read_security(message: &[u8]) -> Option<Vec<&'static str>> {
+    /// `NamespaceMode.NODE`.
+    const NODE: u64 = 2;
+    let mut kinds = Vec::new();
+    fields(message, |number, field| {
+        let (1, Field::Bytes(options)) = (number, field) else {
+            return Some(());
+        };
+        fields(options, |number, field| {
+            match (number, field) {
+                (2, Field::Number(NODE)) => kinds.push("pid"),
+                (3, Field::Number(NODE)) => kinds.push("ipc"),
+                _ => {}
+            }
+            Some(())
+        })
+    })?;
+    Some(kinds)
 }
 
 fn read_resources(message: &[u8]) -> Option<Limits> {
@@ -164,6 +186,7 @@ mod tests {
         ];
         let linux = [
             field(1, b"/kubepods/pod1"),
+            field(2, &field(1, &[0x10, 2, 0x18, 0])),
             field(3, &entry("net.core.somaxconn", "1024")),
             field(5, &resources),
         ]
@@ -191,6 +214,7 @@ mod tests {
         );
         assert_eq!(request.annotations.len(), 1);
         assert_eq!(request.cgroup_parent.as_deref(), Some("/kubepods/pod1"));
+        assert_eq!(request.host_namespaces, ["pid"]);
         assert_eq!(request.sysctls.len(), 1);
         assert_eq!(
             request.limits,

@@ -229,10 +229,9 @@ impl Task for TaskService {
         _: &TtrpcContext,
         r: api::ConnectRequest,
     ) -> Result<api::ConnectResponse> {
-        let known = self.pod.has_container(&r.id);
         Ok(api::ConnectResponse {
             shim_pid: std::process::id(),
-            task_pid: if known { self.pod.pid() } else { 0 },
+            task_pid: self.pod.pid_of(&r.id),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             ..Default::default()
         })

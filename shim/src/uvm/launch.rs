@@ -249,6 +249,7 @@ impl StoreLauncher {
         }
         Ok(RunningUvm {
             uvm,
+            netns: setup.netns.clone(),
             events: tokio::sync::Mutex::new(events),
             share,
             scored,
@@ -328,7 +329,7 @@ impl Launcher for StoreLauncher {
         };
         tracing::info!(
             pod = setup.id,
-            pid = uvm.pid(),
+            pid = uvm.uvm.pid(),
             us = timeline.now(),
             "the μVM runs"
         );

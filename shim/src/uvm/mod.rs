@@ -23,6 +23,7 @@ use kiln_uvm::size::Size;
 use kiln_uvm::timeline::Timeline;
 
 use crate::error::Result;
+use crate::stand_in::StandIn;
 
 /// What a μVM is launched with.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -71,8 +72,8 @@ pub struct Written {
 /// A pod's running μVM, and what the host keeps for it.
 #[async_trait]
 pub trait Uvm: Send + Sync {
-    /// The VMM's process id, which stands for every process of the pod on the host.
-    fn pid(&self) -> u32;
+    /// Starts a process that stands for one of its containers on the node.
+    fn stand_in(&self, id: &str) -> Result<StandIn>;
     /// What runs in it.
     fn guest(&self) -> &dyn Guest;
     /// The next thing that happened in it unasked; `None` when the guest is gone.

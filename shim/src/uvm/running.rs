@@ -1,6 +1,7 @@
 //! A pod's running μVM, with what the host keeps for it: the shared folder, the port forwarder, the timeline.
 
 use std::fs::File;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use async_trait::async_trait;
@@ -16,10 +17,13 @@ use super::{Uvm, Written};
 use crate::error::{Error, Result};
 use crate::network::Forwarder;
 use crate::oom::Scored;
+use crate::stand_in::StandIn;
 
 /// A pod's μVM.
 pub(super) struct RunningUvm {
     pub(super) uvm: kiln_uvm::uvm::Uvm,
+    /// The pod's network namespace.
+    pub(super) netns: Option<PathBuf>,
     pub(super) events: tokio::sync::Mutex<mpsc::Receiver<GuestEvent>>,
     pub(super) share: Arc<Share>,
     pub(super) scored: Scored,
@@ -38,8 +42,8 @@ pub(super) fn save(trace: &Trace) {
 
 #[async_trait]
 impl Uvm for RunningUvm {
-    fn pid(&self) -> u32 {
-        self.uvm.pid()
+    fn stand_in(&self, id: &str) -> Result<StandIn> {
+        StandIn::start(id, self.netns.as_deref())
     }
 
     fn guest(&self) -> &dyn Guest {

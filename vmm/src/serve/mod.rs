@@ -47,7 +47,7 @@ struct Watcher {
 }
 
 /// Lines of a guest's console that are logged when it has ended by itself.
-const LAST_WORDS: usize = 30;
+const LAST_WORDS: usize = 60;
 
 impl Observer for Watcher {
     fn ended(&self, outcome: &Outcome, last_words: &str) {

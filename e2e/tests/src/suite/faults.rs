@@ -45,7 +45,7 @@ pub(super) fn kill(pid: u32) -> Result<()> {
     Ok(())
 }
 
-fn parent(pid: u32) -> Result<u32> {
+pub(super) fn parent(pid: u32) -> Result<u32> {
     let status = fs::read_to_string(format!("/proc/{pid}/status"))
         .with_context(|| format!("process {pid} is not there"))?;
     let line = status.lines().find_map(|line| line.strip_prefix("PPid:"));

@@ -7,11 +7,15 @@ mod faults;
 mod hostile;
 mod identity;
 mod kiln_run;
+mod last_words;
 mod logs;
+mod mounts;
+mod namespaces;
 mod network;
 mod out_of_memory;
 mod overlay;
 mod pods;
+mod refusals;
 mod resources;
 mod run_bake;
 mod run_load;
@@ -19,8 +23,10 @@ mod run_net;
 mod run_seccomp;
 mod run_terminal;
 mod snapshotters;
+mod statistics;
 mod streams;
 mod tasks;
+mod users;
 mod vmm;
 mod volumes;
 
@@ -38,6 +44,8 @@ pub(crate) fn all() -> Vec<Case> {
         fault_matrix::cases(),
         logs::cases(),
         volumes::cases(),
+        mounts::cases(),
+        users::cases(),
         network::cases(),
         resources::cases(),
         tasks::cases(),
@@ -52,6 +60,10 @@ pub(crate) fn all() -> Vec<Case> {
         run_load::cases(),
         run_net::cases(),
         run_seccomp::cases(),
+        statistics::cases(),
+        namespaces::cases(),
+        refusals::cases(),
+        last_words::cases(),
     ]
     .into_iter()
     .flatten()

@@ -16,6 +16,7 @@ use kiln_e2e::{Container, ContainerSpec, Pod, PodSpec, Test, cases, setup, wait}
 use kiln_test_images::import::Importer;
 use kiln_test_images::{Compression, Image, ImageBuilder, Layer};
 
+use super::faults::{children_of, parent};
 use super::overlay::inspect;
 use super::same;
 
@@ -131,6 +132,16 @@ fn opened(pid: u32, name: &str) -> Result<usize> {
     Ok(count)
 }
 
+/// The VMM of a task, by the process that stands for the task: both are the shim's.
+fn vmm_beside(pid: u32) -> Result<u32> {
+    let children = children_of(parent(pid)?)?;
+    let is_vmm = |pid: &u32| {
+        let name = fs::read_to_string(format!("/proc/{pid}/comm"));
+        name.is_ok_and(|name| name.trim() == "kiln-vmm")
+    };
+    children.into_iter().find(is_vmm).context("no VMM")
+}
+
 /// What a task's root was made of.
 #[derive(Debug, PartialEq, Eq)]
 struct Used {
@@ -159,7 +170,7 @@ async fn task_on(test: &Test, snapshotter: &str, more_layers: usize) -> Result<U
     let task = Plain::create(test, &spec).await?;
     let used = Used {
         made: names(MADE).difference(&made_before).count(),
-        layers: opened(task.pid, "layer.erofs")?,
+        layers: opened(vmm_beside(task.pid)?, "layer.erofs")?,
     };
     task.start().await?;
     let status = task.wait("").await?;

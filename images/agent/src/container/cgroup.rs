@@ -15,7 +15,6 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use kiln_agent_api::proto;
 use libcgroups::common::{CgroupManager, ControllerOpt};
 use libcgroups::v2::manager::Manager;
 use libcontainer::oci_spec::runtime::LinuxResources;
@@ -218,20 +217,22 @@ impl Cgroup {
         }
     }
 
+    /// The text of one of its files; empty where the kernel has none of that name.
+    pub(super) fn text(&self, file: &str) -> String {
+        fs::read_to_string(self.path.join(file)).unwrap_or_default()
+    }
+
     /// One number of it; `max` is the largest.
-    fn number(&self, file: &str) -> Option<u64> {
-        let text = fs::read_to_string(self.path.join(file)).ok()?;
-        match text.trim() {
+    pub(super) fn number(&self, file: &str) -> Option<u64> {
+        match self.text(file).trim() {
             "max" => Some(u64::MAX),
             number => number.parse().ok(),
         }
     }
 
     /// A file of `key value` lines.
-    fn table(&self, file: &str) -> BTreeMap<String, u64> {
-        fs::read_to_string(self.path.join(file))
-            .map(|text| parse_table(&text))
-            .unwrap_or_default()
+    pub(super) fn table(&self, file: &str) -> BTreeMap<String, u64> {
+        parse_table(&self.text(file))
     }
 
     /// How many processes of it the kernel has killed for want of memory.
@@ -351,7 +352,7 @@ impl Cgroup {
         resources.set_block_io(None);
         resources.set_network(None);
         resources.set_rdma(None);
-        // Enforced by the device filter, not by libcgroups.
+        // Enforced by a filter of the agent's own.
         resources.set_devices(None);
         if let Some(mut cpu) = resources.cpu().clone() {
             cpu.set_cpus(None);
@@ -374,44 +375,6 @@ impl Cgroup {
             .collect();
         resources.set_hugepage_limits((!here.is_empty()).then_some(here));
         resources
-    }
-
-    /// What it has used and may use.
-    pub(crate) fn stats(&self, taken_at_ns: i64) -> proto::StatsResponse {
-        let cpu = self.table("cpu.stat");
-        let of = |key: &str| cpu.get(key).copied().unwrap_or(0);
-        let mut stats = proto::StatsResponse::new();
-        stats.taken_at_ns = taken_at_ns;
-        stats.cpu = Some(proto::CpuStats {
-            usage_usec: of("usage_usec"),
-            user_usec: of("user_usec"),
-            system_usec: of("system_usec"),
-            nr_periods: of("nr_periods"),
-            nr_throttled: of("nr_throttled"),
-            throttled_usec: of("throttled_usec"),
-            ..Default::default()
-        })
-        .into();
-        stats.memory = Some(proto::MemoryStats {
-            current: self.number("memory.current").unwrap_or(0),
-            max: self.number("memory.max").unwrap_or(u64::MAX),
-            peak: self.number("memory.peak").unwrap_or(0),
-            swap_current: self.number("memory.swap.current").unwrap_or(0),
-            swap_max: self.number("memory.swap.max").unwrap_or(u64::MAX),
-            stat: self.table("memory.stat").into_iter().collect(),
-            events: self.table("memory.events").into_iter().collect(),
-            ..Default::default()
-        })
-        .into();
-        stats.pids = Some(proto::PidsStats {
-            current: self.number("pids.current").unwrap_or(0),
-            max: self.number("pids.max").unwrap_or(u64::MAX),
-            ..Default::default()
-        })
-        .into();
-        let io = fs::read_to_string(self.path.join("io.stat")).unwrap_or_default();
-        stats.io = io.lines().filter_map(parse_io).collect();
-        stats
     }
 }
 
@@ -478,25 +441,6 @@ fn parse_table(text: &str) -> BTreeMap<String, u64> {
         .collect()
 }
 
-fn parse_io(line: &str) -> Option<proto::IoStats> {
-    let mut words = line.split_whitespace();
-    let (major, minor) = words.next()?.split_once(':')?;
-    let values: BTreeMap<&str, u64> = words
-        .filter_map(|word| word.split_once('='))
-        .flat_map(|(k, v)| Some((k, v.parse().ok()?)))
-        .collect();
-    let of = |key| values.get(key).copied().unwrap_or(0);
-    Some(proto::IoStats {
-        major: major.parse().ok()?,
-        minor: minor.parse().ok()?,
-        rbytes: of("rbytes"),
-        wbytes: of("wbytes"),
-        rios: of("rios"),
-        wios: of("wios"),
-        ..Default::default()
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use libcontainer::oci_spec::runtime::LinuxResources;
@@ -508,13 +452,6 @@ mod tests {
         let table = parse_table("oom 1\noom_kill 2\nodd\nbad x\n");
         assert_eq!(table.len(), 2);
         assert_eq!(table["oom_kill"], 2);
-    }
-
-    #[test]
-    fn io_of_each_device_is_read() {
-        let io = parse_io("254:16 rbytes=4096 wbytes=1 rios=2 wios=3 dbytes=0 dios=0").expect("io");
-        assert_eq!((io.major, io.minor, io.rbytes, io.wios), (254, 16, 4096, 3));
-        assert!(parse_io("").is_none());
     }
 
     #[test]

@@ -12,15 +12,19 @@ use nix::fcntl::OFlag;
 use nix::unistd::pipe2;
 
 use super::cgroup::Cgroup;
+use super::device_filter;
 use super::process::{Process, resize, size, wanted};
 use super::spec::{Guest, adapt, adapt_process, home_in};
-use super::{Container, Containers, Event, Mutable, Phase, checked_id, read_in_root};
+use super::{
+    Container, Containers, Event, Mutable, Phase, checked_id, owner_of, read_in_root, usage,
+};
 use crate::error::{Action, AgentError};
 use crate::helper::{CreateJob, ExecJob, Fault, HelperError};
 use crate::reaper::Exit;
 use crate::spans::Spans;
 use crate::stdio::Stdio;
 use crate::storage::Placed;
+use crate::users::{Users, keep, map_of};
 use crate::{storage, sys};
 
 type Result<T> = std::result::Result<T, AgentError>;
@@ -112,18 +116,20 @@ impl Containers {
             finished: false,
         };
 
+        let users = self.users_of(&spec).await?;
         let mounts = request.mounts.clone();
         unfinished.files = Placed::by(&mounts);
         if !mounts.is_empty() {
-            let each = spans
-                .of("mount", blocking(move || Ok(storage::add(&mounts)?)))
-                .await?;
+            let users = users.clone();
+            let add = move || Ok(storage::add(&mounts, users.as_ref())?);
+            let each = spans.of("mount", blocking(add)).await?;
             spans.within("mount", each);
         }
         let rootfs = self.rootfs(request);
         let guest = Guest {
             home: home(&spec, &rootfs),
-            pid_namespace: self.pid_namespace(request).await?,
+            pid_namespace: self.pid_namespace(request, users.as_ref()).await?,
+            user_namespace: users.as_ref().map(|users| users.path.clone()),
             cgroup: inner,
             apparmor: self.environment.apparmor,
             boot_id,
@@ -149,6 +155,9 @@ impl Containers {
         unfinished.cgroup = Some(cgroup.clone());
         if let Some(resources) = &resources {
             spans.now("resources", || self.hierarchy().apply(&cgroup, resources))?;
+            let rules = resources.devices().as_deref().unwrap_or_default();
+            let mounts = adapted.spec.mounts().as_deref().unwrap_or_default();
+            device_filter::attach(&cgroup, rules, mounts)?;
         }
 
         let process = adapted.spec.process().as_ref();
@@ -160,11 +169,12 @@ impl Containers {
             .transpose()
             .action("make pipes")?;
         if let (Some((_, ends)), Some(process)) = (&pipes, process) {
-            ends.give_to(process.user().uid(), process.user().gid())
-                .action("own the pipes")?;
+            let (uid, gid) = owner_of(process, users.as_ref().map(|users| &users.map))?;
+            ends.give_to(uid, gid).action("own the pipes")?;
             fds.extend(ends.borrow());
         }
         let job = CreateJob {
+            rlimits: adapted.rlimits,
             name: name.clone(),
             bundle,
             state: self.runtime_state(),
@@ -199,6 +209,7 @@ impl Containers {
             seccomp,
             capabilities,
             namespaces: adapted.namespaces,
+            users: users.map(|users| users.map),
             rootfs,
             mutable: Mutex::new(Mutable {
                 phase: Phase::Created,
@@ -238,13 +249,31 @@ impl Containers {
         }
     }
 
+    /// The user namespace of a spec's container.
+    async fn users_of(self: &Arc<Self>, spec: &Spec) -> Result<Option<Users>> {
+        let Some(map) = map_of(spec) else {
+            return Ok(None);
+        };
+        let this = self.clone();
+        let make = move || this.users.namespace(map, &this.namespaces());
+        let users = blocking(move || make().action("make the container's user namespace")).await?;
+        Ok(Some(users))
+    }
+
     async fn pid_namespace(
         &self,
         request: &proto::CreateContainerRequest,
+        users: Option<&Users>,
     ) -> Result<Option<PathBuf>> {
         let pid = match request.pid_namespace.enum_value_or_default() {
             proto::PidNamespace::PID_OWN => return Ok(None),
-            proto::PidNamespace::PID_POD => self.pod_init().await?,
+            proto::PidNamespace::PID_POD => {
+                let pid = self.pod_init(users).await?;
+                if users.is_some() {
+                    return Ok(Some(self.pod_pid_namespace(pid)?));
+                }
+                pid
+            }
             proto::PidNamespace::PID_CONTAINER => {
                 let target = self.get(&request.pid_namespace_container)?;
                 if target.phase() == Phase::Stopped {
@@ -259,14 +288,27 @@ impl Containers {
         Ok(Some(PathBuf::from(format!("/proc/{pid}/ns/pid"))))
     }
 
-    /// The first process of the pod's shared PID namespace; made when first needed.
-    async fn pod_init(&self) -> Result<i32> {
-        let mut init = self.pod_init.lock().await;
-        if let Some(pid) = *init {
-            return Ok(pid);
+    /// The pod's PID namespace as a file: by its process's number, which is nobody's in there, the root of a user
+    /// namespace could not open it.
+    fn pod_pid_namespace(&self, pid: i32) -> Result<PathBuf> {
+        let path = self.namespaces().join(format!("pid-{pid}"));
+        if !path.exists() {
+            fs::File::open(format!("/proc/{pid}/ns/pid"))
+                .and_then(|namespace| keep(namespace.as_fd(), &path))
+                .action("keep the pod's PID namespace")?;
         }
-        let made = self.environment.helper.pod_init().await?;
-        *init = Some(made.pid);
+        Ok(path)
+    }
+
+    /// The first process of the pod's shared PID namespace; made when first needed.
+    async fn pod_init(&self, users: Option<&Users>) -> Result<i32> {
+        let users = users.map(|users| users.path.clone());
+        let mut init = self.pod_init.lock().await;
+        if let Some(pid) = init.get(&users) {
+            return Ok(*pid);
+        }
+        let made = self.environment.helper.pod_init(users.clone()).await?;
+        init.insert(users, made.pid);
         Ok(made.pid)
     }
 
@@ -350,8 +392,11 @@ impl Containers {
             .action("make pipes")?;
         let mut fds = Vec::new();
         if let Some((_, ends)) = &pipes {
-            ends.give_to(process.user().uid(), process.user().gid())
-                .action("own the pipes")?;
+            let users = container
+                .as_ref()
+                .and_then(|container| container.users.as_ref());
+            let (uid, gid) = owner_of(&process, users)?;
+            ends.give_to(uid, gid).action("own the pipes")?;
             fds.extend(ends.borrow());
         }
         let job = ExecJob {
@@ -549,9 +594,9 @@ impl Containers {
     pub(crate) fn stats(&self, id: &str) -> Result<proto::StatsResponse> {
         let now = sys::now_ns();
         if id.is_empty() {
-            return Ok(self.hierarchy().pod().stats(now));
+            return Ok(usage::of(&self.hierarchy().pod(), now));
         }
-        Ok(self.get(id)?.cgroup.stats(now))
+        Ok(usage::of(&self.get(id)?.cgroup, now))
     }
 
     /// The processes in a container.

@@ -5,9 +5,12 @@
 //! requests, as far as their shape goes. Not trusted: whatever runs in a container.
 
 pub(crate) mod cgroup;
+mod device_filter;
+mod devices;
 mod lifecycle;
 pub(crate) mod process;
 pub(crate) mod spec;
+mod usage;
 
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
@@ -16,7 +19,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kiln_agent_api::proto;
-use libcontainer::oci_spec::runtime::{LinuxCapabilities, LinuxSeccomp};
+use kiln_agent_api::users::IdMap;
+use libcontainer::oci_spec::runtime::{self as oci, LinuxCapabilities, LinuxSeccomp};
 use tokio::sync::broadcast;
 
 use self::cgroup::{Cgroup, Hierarchy};
@@ -26,6 +30,7 @@ use crate::error::AgentError;
 use crate::helper::Helper;
 use crate::reaper::Reaper;
 use crate::storage::Placed;
+use crate::users::AllUsers;
 
 /// Events that a slow listener may lag behind.
 const EVENTS: usize = 1024;
@@ -82,6 +87,8 @@ pub(crate) struct Container {
     capabilities: Option<LinuxCapabilities>,
     /// `CLONE_NEW*` of its namespaces.
     namespaces: i32,
+    /// Who its users are outside of its user namespace, if it has one.
+    users: Option<IdMap>,
     rootfs: PathBuf,
     mutable: Mutex<Mutable>,
 }
@@ -141,8 +148,10 @@ pub(crate) struct Environment {
 pub(crate) struct Containers {
     environment: Environment,
     table: Mutex<Table>,
-    /// The first process of the PID namespace that containers may share.
-    pod_init: tokio::sync::Mutex<Option<i32>>,
+    /// The first processes of the PID namespaces that containers may share, by the user namespace that these belong to.
+    pod_init: tokio::sync::Mutex<BTreeMap<Option<PathBuf>, i32>>,
+    /// The user namespaces that containers run in.
+    users: AllUsers,
     next_name: AtomicU64,
     events: broadcast::Sender<Event>,
 }
@@ -154,6 +163,7 @@ impl Containers {
             environment,
             table: Mutex::default(),
             pod_init: tokio::sync::Mutex::default(),
+            users: AllUsers::default(),
             next_name: AtomicU64::new(1),
             events: broadcast::channel(EVENTS).0,
         }
@@ -228,6 +238,11 @@ impl Containers {
         self.environment.state.join("bundles").join(name)
     }
 
+    /// Namespaces that are kept as files.
+    fn namespaces(&self) -> PathBuf {
+        self.environment.state.join("namespaces")
+    }
+
     fn runtime_state(&self) -> PathBuf {
         self.environment.state.join("runtime")
     }
@@ -244,6 +259,19 @@ fn checked_id<'a>(what: &str, id: &'a str) -> Result<&'a str, AgentError> {
             "{what} {id:?} is not made of 1 to {MAX_ID} letters, digits, '_', '.', '+' and '-'"
         )))
     }
+}
+
+/// The user and group whose a process's streams are to be: its own, as they are called outside of its user namespace.
+fn owner_of(process: &oci::Process, users: Option<&IdMap>) -> Result<(u32, u32), AgentError> {
+    let (uid, gid) = (process.user().uid(), process.user().gid());
+    let Some(map) = users else {
+        return Ok((uid, gid));
+    };
+    map.user(uid).zip(map.group(gid)).ok_or_else(|| {
+        AgentError::Invalid(format!(
+            "user {uid} and group {gid} are not in the container's user namespace: choose others, or a wider one"
+        ))
+    })
 }
 
 /// Reads a small file of a container's root directory without leaving it.

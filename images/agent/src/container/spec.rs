@@ -10,10 +10,12 @@ use std::path::{Path, PathBuf};
 
 use libcontainer::oci_spec::runtime::{
     Hooks, Linux, LinuxNamespace, LinuxNamespaceBuilder, LinuxNamespaceType, LinuxSeccompAction,
-    LinuxSeccompArg, LinuxSeccompArgBuilder, LinuxSeccompOperator, Mount, MountBuilder, Process,
-    RootBuilder, Spec,
+    LinuxSeccompArg, LinuxSeccompArgBuilder, LinuxSeccompOperator, Mount, MountBuilder,
+    PosixRlimit, Process, RootBuilder, Spec,
 };
 use thiserror::Error;
+
+use super::devices;
 
 /// Why a spec can't be run.
 #[derive(Debug, Error)]
@@ -29,6 +31,11 @@ pub(crate) enum SpecError {
         "the seccomp profile uses SCMP_ACT_NOTIFY, whose listener would be on the host; use another action"
     )]
     SeccompNotify,
+    /// A device that the host thought the guest might have.
+    #[error(
+        "kiln: the device {0} is refused: the guest's kernel has no driver for it. Bake a μVM with a kernel that has, or run the pod with a runtime class of runc."
+    )]
+    NoDriver(String),
     /// Something in it that libcontainer's types don't take back.
     #[error("config.json cannot be adapted to the guest")]
     Build(#[from] libcontainer::oci_spec::OciSpecError),
@@ -43,6 +50,8 @@ pub(crate) struct Guest {
     pub(crate) cgroup: PathBuf,
     /// The PID namespace to join; `None`: one of its own.
     pub(crate) pid_namespace: Option<PathBuf>,
+    /// Its user namespace, if it has one.
+    pub(crate) user_namespace: Option<PathBuf>,
     /// AppArmor is enabled in the guest's kernel.
     pub(crate) apparmor: bool,
     /// Where the root directory's `/etc/passwd` says that the user is at home.
@@ -60,6 +69,8 @@ pub(crate) struct Adapted {
     pub(crate) pod_sysctls: BTreeMap<String, String>,
     /// `CLONE_NEW*` of the namespaces that an exec has to enter.
     pub(crate) namespaces: i32,
+    /// Limits that have to be set before the user namespace is entered, whose root may not raise any.
+    pub(crate) rlimits: Vec<PosixRlimit>,
     /// What was dropped, for the log.
     pub(crate) dropped: Vec<String>,
 }
@@ -89,12 +100,20 @@ pub(crate) fn adapt(mut spec: Spec, guest: &Guest) -> Result<Adapted, SpecError>
         guest.apparmor,
         &mut dropped,
     );
+    let rlimits = match &guest.user_namespace {
+        Some(_) => process.rlimits().clone().unwrap_or_default(),
+        None => Vec::new(),
+    };
+    if guest.user_namespace.is_some() {
+        process.set_rlimits(None);
+    }
     spec.set_process(Some(process));
 
     let mut linux = spec.linux().clone().ok_or(SpecError::Missing("linux"))?;
     refuse_notify(&linux)?;
     swap_masks(&mut linux)?;
-    let kept = keep_namespaces(&linux, guest.pid_namespace.as_deref())?;
+    dropped.extend(devices::keep(&mut linux, devices::has_driver)?);
+    let kept = keep_namespaces(&linux, guest)?;
     let own = |kind: LinuxNamespaceType| kept.iter().any(|namespace| namespace.typ() == kind);
     if !own(LinuxNamespaceType::Uts) {
         // The pod's name is set with the pod's identity.
@@ -135,12 +154,18 @@ pub(crate) fn adapt(mut spec: Spec, guest: &Guest) -> Result<Adapted, SpecError>
     spec.set_linux(Some(linux));
 
     let mounts = spec.mounts().clone().unwrap_or_default();
-    spec.set_mounts(Some(adapt_mounts(mounts, guest)?));
+    devices::check_mounts(&mounts)?;
+    let mut mounts = adapt_mounts(mounts, guest)?;
+    if guest.user_namespace.is_some() {
+        bind_the_guests_own(&mut mounts, own_ipc)?;
+    }
+    spec.set_mounts(Some(mounts));
     keep_guest_hooks(&mut spec, &mut dropped);
     Ok(Adapted {
         spec,
         pod_sysctls: pod_sysctls.into_iter().collect(),
         namespaces,
+        rlimits,
         dropped,
     })
 }
@@ -237,16 +262,13 @@ fn swapped_mask(arg: &LinuxSeccompArg) -> Result<LinuxSeccompArg, SpecError> {
 }
 
 /// The namespaces that the container gets beside the guest's own.
-fn keep_namespaces(
-    linux: &Linux,
-    pid_namespace: Option<&Path>,
-) -> Result<Vec<LinuxNamespace>, SpecError> {
+fn keep_namespaces(linux: &Linux, guest: &Guest) -> Result<Vec<LinuxNamespace>, SpecError> {
     let mut kept = Vec::new();
     for namespace in linux.namespaces().iter().flatten() {
         let kind = namespace.typ();
         let keep = match kind {
-            // Chosen by the request; see below.
-            LinuxNamespaceType::Pid => false,
+            // Chosen by the request, or made beforehand; see below.
+            LinuxNamespaceType::Pid | LinuxNamespaceType::User => false,
             // The guest's network is the pod's.
             LinuxNamespaceType::Network => false,
             // A path is the pod's namespace on the host, which in here is the guest's.
@@ -268,10 +290,14 @@ fn keep_namespaces(
     }
     // A container without a PID namespace (the host's, on a host) would see the agent.
     let mut pid = LinuxNamespaceBuilder::default().typ(LinuxNamespaceType::Pid);
-    if let Some(path) = pid_namespace {
+    if let Some(path) = &guest.pid_namespace {
         pid = pid.path(path);
     }
     kept.push(pid.build()?);
+    if let Some(path) = &guest.user_namespace {
+        let user = LinuxNamespaceBuilder::default().typ(LinuxNamespaceType::User);
+        kept.push(user.path(path).build()?);
+    }
     Ok(kept)
 }
 
@@ -300,6 +326,27 @@ fn is_ipc(sysctl: &str) -> bool {
         "kernel.shm_rmid_forced",
     ];
     KERNEL.contains(&sysctl) || sysctl.starts_with("fs.mqueue.")
+}
+
+/// Makes binds of the mounts that belong to a namespace of the guest's: the root of a user namespace can't make those.
+fn bind_the_guests_own(mounts: &mut [Mount], own_ipc: bool) -> Result<(), SpecError> {
+    for mount in mounts {
+        let path = match mount.typ().as_deref() {
+            Some("sysfs") => "/sys",
+            Some("mqueue") if !own_ipc => "/dev/mqueue",
+            _ => continue,
+        };
+        // With all that is mounted below, which is locked to it.
+        let mut options = mount.options().clone().unwrap_or_default();
+        options.push("rbind".to_owned());
+        *mount = MountBuilder::default()
+            .destination(mount.destination())
+            .typ("bind")
+            .source(path)
+            .options(options)
+            .build()?;
+    }
+    Ok(())
 }
 
 fn adapt_mounts(mounts: Vec<Mount>, guest: &Guest) -> Result<Vec<Mount>, SpecError> {
@@ -436,6 +483,50 @@ mod tests {
         );
         let flags = libc::CLONE_NEWNS | libc::CLONE_NEWCGROUP | libc::CLONE_NEWPID;
         assert_eq!(adapted.namespaces, flags);
+    }
+
+    #[test]
+    fn the_root_of_a_user_namespace_is_given_what_it_may_not_make() {
+        let users = PathBuf::from("/run/kiln/namespaces/user-0");
+        let guest = Guest {
+            user_namespace: Some(users.clone()),
+            ..guest()
+        };
+        let with_users = POD_CONTAINER
+            .replace(
+                r#"{"type": "cgroup"}"#,
+                r#"{"type": "cgroup"}, {"type": "user"}"#,
+            )
+            .replace(
+                r#""cwd": "/","#,
+                r#""cwd": "/", "rlimits": [{"type": "RLIMIT_NOFILE", "soft": 9, "hard": 99}],"#,
+            )
+            .replace(
+                r#"{"destination": "/dev/mqueue", "type": "mqueue"}"#,
+                r#"{"destination": "/dev/mqueue", "type": "mqueue"},
+                   {"destination": "/sys", "type": "sysfs", "source": "sysfs", "options": ["ro"]}"#,
+            );
+        let adapted = adapted(&with_users, &guest);
+        assert_ne!(adapted.namespaces & libc::CLONE_NEWUSER, 0);
+        let linux = adapted.spec.linux().clone().expect("linux");
+        let namespaces = linux.namespaces().clone().expect("namespaces");
+        let user = namespaces
+            .iter()
+            .filter(|namespace| namespace.typ() == LinuxNamespaceType::User)
+            .map(|namespace| namespace.path().clone());
+        assert_eq!(user.collect::<Vec<_>>(), [Some(users)]);
+        let process = adapted.spec.process().clone().expect("process");
+        assert_eq!((process.rlimits(), adapted.rlimits.len()), (&None, 1));
+        let mounts = adapted.spec.mounts().clone().expect("mounts");
+        let bind = |path: &str| {
+            let mount = mounts.iter().find(|m| m.destination() == Path::new(path));
+            let mount = mount.expect("mount");
+            let options = mount.options().clone().unwrap_or_default().join(",");
+            (mount.source().clone().expect("source"), options)
+        };
+        assert_eq!(bind("/sys"), ("/sys".into(), "ro,rbind".into()));
+        let queues = "/dev/mqueue";
+        assert_eq!(bind(queues), (queues.into(), "rbind".into()));
     }
 
     #[test]

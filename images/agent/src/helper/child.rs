@@ -1,9 +1,11 @@
 //! What may only be done in a fresh, single-threaded child.
 
+use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::path::Path;
 
-use nix::sched::{CloneFlags, unshare};
+use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, kill, sigprocmask};
 use nix::unistd::{ForkResult, Pid, fork};
 
@@ -42,8 +44,13 @@ pub(super) fn reset_signals() -> io::Result<()> {
     Ok(())
 }
 
-/// Makes a PID namespace whose first process does nothing but collect children.
-pub(super) fn pod_init(reply_socket: &OwnedFd) -> io::Result<Made> {
+/// Makes a PID namespace whose first process does nothing but collect children. It is a user namespace's, if there is
+/// one: else its `/proc` could not be mounted there.
+pub(super) fn pod_init(reply_socket: &OwnedFd, users: Option<&Path>) -> io::Result<Made> {
+    if let Some(users) = users {
+        setns(File::open(users)?, CloneFlags::CLONE_NEWUSER)?;
+        sys::process::become_user(0, 0)?;
+    }
     unshare(CloneFlags::CLONE_NEWPID)?;
     // SAFETY: workers have one thread.
     match unsafe { fork() }? {

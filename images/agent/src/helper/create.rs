@@ -7,7 +7,7 @@ use std::os::unix::net::UnixListener;
 
 use anyhow::{Context, bail};
 use libcontainer::container::builder::ContainerBuilder;
-use libcontainer::syscall::syscall::SyscallType;
+use libcontainer::syscall::syscall::{SyscallType, create_syscall};
 use nix::fcntl::OFlag;
 use nix::unistd::pipe2;
 
@@ -22,6 +22,11 @@ pub(super) fn run(job: &CreateJob, fds: Vec<OwnedFd>) -> anyhow::Result<Made> {
     let Some(status) = fds.next() else {
         bail!("the job lacks its status pipe")
     };
+    for limit in &job.rlimits {
+        create_syscall()
+            .set_rlimit(limit)
+            .with_context(|| format!("set {:?}", limit.typ()))?;
+    }
     // Not waited for: the process that it is told by may live on.
     let (told, validation) =
         pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK).context("make the pipe of the validation")?;

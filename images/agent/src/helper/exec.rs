@@ -13,6 +13,7 @@ use std::os::unix::fs::OpenOptionsExt;
 
 use anyhow::{Context, bail};
 use libcontainer::capabilities;
+use libcontainer::oci_spec::runtime::Process;
 use libcontainer::seccomp;
 use libcontainer::syscall::syscall::create_syscall;
 use nix::fcntl::OFlag;
@@ -40,8 +41,16 @@ pub(super) fn run(job: &ExecJob, fds: Vec<OwnedFd>) -> anyhow::Result<Made> {
     std::fs::write("/proc/self/oom_score_adj", score.to_string()).context("set oom_score_adj")?;
     if let Some(pid) = job.container_pid {
         let target = sys::pidfd_open(pid).context("find the container's first process")?;
+        if job.has_users() {
+            // The namespace's root may not raise them any more.
+            set_limits(process)?;
+        }
         setns(&target, CloneFlags::from_bits_retain(job.namespaces))
             .context("enter the container's namespaces")?;
+        if job.has_users() {
+            // So far it is nobody there, and what it makes couldn't be given to anybody.
+            sys::process::become_user(0, 0).context("become the user namespace's root")?;
+        }
     }
     let (status, status_in_child) = pipe2(OFlag::O_CLOEXEC).context("make the status pipe")?;
     let (terminals, terminals_in_child) = super::pair().context("make the terminal's socket")?;
@@ -82,6 +91,16 @@ fn receive_terminal(socket: &OwnedFd) -> anyhow::Result<OwnedFd> {
     fds.pop().context("the new process sent no terminal")
 }
 
+fn set_limits(process: &Process) -> anyhow::Result<()> {
+    let kernel = create_syscall();
+    for limit in process.rlimits().iter().flatten() {
+        kernel
+            .set_rlimit(limit)
+            .with_context(|| format!("set {:?}", limit.typ()))?;
+    }
+    Ok(())
+}
+
 /// Narrows this process down to what `job` allows and executes its program.
 fn become_process(
     job: &ExecJob,
@@ -107,10 +126,8 @@ fn become_process(
             .context("connect a standard stream")?;
         }
     }
-    for limit in process.rlimits().iter().flatten() {
-        kernel
-            .set_rlimit(limit)
-            .with_context(|| format!("set {:?}", limit.typ()))?;
+    if !job.has_users() {
+        set_limits(process)?;
     }
     if let Some(mask) = process.user().umask() {
         umask(Mode::from_bits_truncate(mask));

@@ -30,7 +30,7 @@ use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::sync::{Mutex, PoisonError};
 
-use libcontainer::oci_spec::runtime::{LinuxSeccomp, Process};
+use libcontainer::oci_spec::runtime::{LinuxSeccomp, PosixRlimit, Process};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -54,8 +54,9 @@ pub(super) enum Job {
     /// Run one more process in a container, or in the guest itself. Descriptors: stdin, stdout,
     /// stderr unless there is a terminal.
     Exec(Box<ExecJob>),
-    /// Make the first process of a PID namespace that a pod's containers share.
-    PodInit,
+    /// Make the first process of a PID namespace that a pod's containers share, in the user namespace that is this file,
+    /// if they have one.
+    PodInit(Option<PathBuf>),
 }
 
 /// See [`Job::Create`].
@@ -69,6 +70,8 @@ pub(crate) struct CreateJob {
     pub(crate) state: PathBuf,
     /// The process has a terminal.
     pub(crate) terminal: bool,
+    /// Limits that take more rights than there are in the container's user namespace.
+    pub(crate) rlimits: Vec<PosixRlimit>,
 }
 
 /// See [`Job::Exec`].
@@ -86,6 +89,13 @@ pub(crate) struct ExecJob {
     pub(crate) terminal_size: Option<(u16, u16)>,
     /// The cgroup to run in.
     pub(crate) cgroup: PathBuf,
+}
+
+impl ExecJob {
+    /// Whether the container has a user namespace.
+    fn has_users(&self) -> bool {
+        self.namespaces & libc::CLONE_NEWUSER != 0
+    }
 }
 
 /// What came of a job.
@@ -156,8 +166,8 @@ impl Helper {
     }
 
     /// Makes a PID namespace with a first process that only collects its children.
-    pub(crate) async fn pod_init(&self) -> Result<Made, HelperError> {
-        self.run(&Job::PodInit, &[]).await
+    pub(crate) async fn pod_init(&self, users: Option<PathBuf>) -> Result<Made, HelperError> {
+        self.run(&Job::PodInit(users), &[]).await
     }
 
     async fn run(&self, job: &Job, fds: &[BorrowedFd<'_>]) -> Result<Made, HelperError> {

@@ -79,7 +79,9 @@ fn run(payload: OwnedFd, fds: Vec<OwnedFd>, reply_socket: &OwnedFd) -> anyhow::R
     match job {
         Job::Create(job) => create::run(&job, fds),
         Job::Exec(job) => exec::run(&job, fds),
-        Job::PodInit => child::pod_init(reply_socket).map_err(|error| anyhow!(error)),
+        Job::PodInit(users) => {
+            child::pod_init(reply_socket, users.as_deref()).map_err(|error| anyhow!(error))
+        }
     }
 }
 

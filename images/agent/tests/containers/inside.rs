@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io::{self, Read, Write};
 use std::net::{TcpListener, TcpStream};
+use std::os::unix::fs::MetadataExt;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -39,6 +40,11 @@ fn command(words: &[&str]) -> io::Result<i32> {
             for entry in fs::read_dir(path)? {
                 println!("{}", entry?.file_name().to_string_lossy());
             }
+        }
+        ["link", path] => println!("{}", fs::read_link(path)?.display()),
+        ["owner", path] => {
+            let file = fs::metadata(path)?;
+            println!("{} {}", file.uid(), file.gid());
         }
         ["write", path, text] => fs::write(path, text)?,
         ["mkdir", path] => fs::create_dir(path)?,

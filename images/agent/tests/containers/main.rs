@@ -7,6 +7,7 @@ mod inside;
 mod limits;
 mod plain;
 mod streams;
+mod users;
 mod world;
 
 use std::process::ExitCode;
@@ -68,6 +69,13 @@ const CASES: &[Case] = &[
     case!(streams::a_wrong_token_opens_nothing),
     case!(streams::a_port_of_the_pod_is_reached),
     case!(streams::a_user_may_reopen_its_output),
+    case!(users::a_user_namespace_has_the_specs_map_and_the_images_owners),
+    case!(users::a_file_that_is_not_mapped_is_nobodys),
+    case!(users::containers_and_execs_of_a_pod_share_the_user_namespace),
+    case!(users::a_shared_pid_namespace_is_the_user_namespaces),
+    case!(users::a_terminal_belongs_to_a_user_of_the_namespace),
+    case!(users::a_user_outside_of_the_map_is_refused_by_name),
+    case!(users::a_mount_of_the_pod_has_no_users_to_map),
     case!(limits::a_paused_container_stands_still),
     case!(limits::memory_runs_out_for_one_container_only, controllers),
     case!(limits::a_quota_limits_the_cpu, controllers),

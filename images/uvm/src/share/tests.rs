@@ -32,14 +32,16 @@ fn mount_tmpfs(on: &Path) {
 fn volume(source: &Path) -> Volume {
     Volume {
         source: source.to_owned(),
-        read_only: false,
+        access: Access::Write,
+        whole: true,
         follows_host: true,
+        owners: None,
     }
 }
 
 fn read_only(source: &Path) -> Volume {
     Volume {
-        read_only: true,
+        access: Access::ReadAll,
         ..volume(source)
     }
 }
@@ -119,6 +121,108 @@ fn read_only_is_kept_on_the_host_too_and_below() {
         let path = on_host(&dir, &share.add(&volume(&data)).unwrap());
         fs::write(path.join("x"), "").unwrap();
         fs::write(path.join("below/x"), "").unwrap();
+        share.close();
+    });
+}
+
+#[test]
+fn read_only_without_what_is_below_leaves_that_as_the_host_has_it() {
+    isolated(|root| {
+        let data = root.join("data");
+        for name in ["below", "fixed", "later"] {
+            fs::create_dir_all(data.join(name)).unwrap();
+        }
+        mount_tmpfs(&data.join("below"));
+        mount_tmpfs(&data.join("fixed"));
+        let fixed = File::open(data.join("fixed")).unwrap();
+        mounts::set(&fixed, Reach::Top, mounts::READ_ONLY).unwrap();
+        let dir = root.join("share/ns/pod");
+        let share = Share::create(&dir).unwrap();
+        let wanted = Volume {
+            access: Access::Read,
+            ..volume(&data)
+        };
+        let path = on_host(&dir, &share.add(&wanted).unwrap());
+        mount_tmpfs(&data.join("later"));
+        assert!(fs::write(path.join("x"), "").is_err());
+        assert!(fs::write(path.join("fixed/x"), "").is_err());
+        fs::write(path.join("below/x"), "").unwrap();
+        fs::write(path.join("later/x"), "").unwrap();
+        share.close();
+    });
+}
+
+#[test]
+fn what_is_mounted_below_is_seen_only_if_it_belongs_to_the_volume() {
+    isolated(|root| {
+        let data = root.join("data");
+        fs::create_dir_all(data.join("below")).unwrap();
+        mount_tmpfs(&data.join("below"));
+        fs::write(data.join("below/file"), "").unwrap();
+        let dir = root.join("share/ns/pod");
+        let share = Share::create(&dir).unwrap();
+        let alone = Volume {
+            whole: false,
+            follows_host: false,
+            ..volume(&data)
+        };
+        let path = on_host(&dir, &share.add(&alone).unwrap());
+        assert!(path.join("below").exists() && !path.join("below/file").exists());
+        let path = on_host(&dir, &share.add(&volume(&data)).unwrap());
+        assert!(path.join("below/file").exists());
+        share.close();
+    });
+}
+
+#[test]
+fn owners_are_mapped_both_ways() {
+    use std::os::unix::fs::{MetadataExt, chown};
+
+    use kiln_agent_api::users::IdRange;
+
+    isolated(|root| {
+        let data = root.join("data");
+        fs::create_dir(&data).unwrap();
+        fs::write(data.join("roots"), "").unwrap();
+        fs::write(data.join("strangers"), "").unwrap();
+        chown(data.join("strangers"), Some(5000), Some(5000)).unwrap();
+        let dir = root.join("share/ns/pod");
+        let share = Share::create(&dir).unwrap();
+        let range = IdRange {
+            inside: 0,
+            outside: 65_536,
+            count: 1000,
+        };
+        let map = IdMap {
+            users: vec![range],
+            groups: vec![range],
+        };
+        let mapped = Volume {
+            owners: Some(Owners { map, below: false }),
+            ..volume(&data)
+        };
+        let path = match share.add(&mapped) {
+            Ok(path) => on_host(&dir, &path),
+            Err(ShareError::Owners { source, .. })
+                if source.kind() == io::ErrorKind::InvalidInput =>
+            {
+                eprintln!("skipped: this kernel has no idmapped tmpfs (6.3)");
+                share.close();
+                return;
+            }
+            Err(error) => panic!("{error:?}"),
+        };
+        let owner = |path: PathBuf| {
+            let file = fs::metadata(path).unwrap();
+            (file.uid(), file.gid())
+        };
+        assert_eq!(owner(path.join("roots")), (65_536, 65_536));
+        assert_eq!(owner(path.join("strangers")), (65_534, 65_534), "nobody");
+        chown(path.join("roots"), Some(65_541), Some(65_542)).unwrap();
+        assert_eq!(owner(data.join("roots")), (5, 6));
+        // Who is nobody there can't make anything there.
+        assert!(chown(path.join("roots"), Some(0), None).is_err());
+        assert!(fs::write(path.join("new"), "").is_err());
         share.close();
     });
 }

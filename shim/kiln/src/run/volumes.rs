@@ -5,7 +5,7 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
-use kiln_uvm::share::{self, Share};
+use kiln_uvm::share::{self, Access, Share};
 
 use super::place::PLACES;
 use super::spec::Bind;
@@ -82,9 +82,14 @@ impl Volumes {
         let binds = volumes.iter().map(|volume| {
             let source = share.add(&share::Volume {
                 source: volume.source.clone(),
-                read_only: volume.read_only,
+                access: match volume.read_only {
+                    true => Access::ReadAll,
+                    false => Access::Write,
+                },
+                whole: true,
                 // A mount that came later would not be read-only.
                 follows_host: !volume.read_only,
+                owners: None,
             })?;
             Ok(Bind {
                 source,
