@@ -43,7 +43,7 @@ comma := ,
 space := $() $()
 quote = '$(subst ','\'',$(1))'
 
-.PHONY: help setup build node demo test test-unit test-fuzz test-e2e test-k8s bench doctor fuzz lint fmt clean-node
+.PHONY: help setup build node demo test test-unit test-fuzz test-e2e test-k8s conformance bench doctor fuzz lint fmt clean-node
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -97,6 +97,14 @@ test-k8s: build ## Run the tests on a Kubernetes cluster in the node VM (T=… s
 	    --get /var/log/kiln-e2e:target/k8s --get /var/log/k8s:target/k8s/cluster --env KILN_E2E_OUT=/var/log/kiln-e2e \
 	    --env KILN_E2E_RUNTIMES=$(subst $(space),$(comma),$(RUNTIMES)) -- kiln-k8s test $(T) \
 	    || { echo "logs of failed tests, and of the cluster: target/k8s"; exit 1; }
+
+conformance: NODE := k8s
+conformance: PARTS += suite-images
+conformance: build ## Run critest with kiln and runc (T=… selects an area); goes on where it stopped, writes target/conformance
+	@results=target/conformance/$$(git describe --always --dirty); mkdir -p $$results; \
+	$(NODE_VM) --timeout 10000 --put $$results:/var/lib/kiln-conformance --get /var/lib/kiln-conformance:$$results \
+	    -- kiln-k8s conformance --results /var/lib/kiln-conformance $(if $(T),--area $(call quote,$(T))) $(if $(filter command,$(origin RUNTIMES)),$(addprefix --runtime ,$(RUNTIMES))); \
+	$(BIN)/kiln-k8s judge $$results e2e/k8s/exceptions.toml
 
 bench: build ## Run the benches on the counted clock (BENCH=… selects); writes target/bench
 	@mkdir -p target/bench

@@ -4,10 +4,12 @@
 //! [`cluster`] brings it up and takes it down: certificates ([`pki`]), configuration ([`config`]),
 //! and the programs themselves ([`component`]), each in a cgroup of its own. A test gets a [`Test`],
 //! which has a namespace and a client; [`kubectl`] is for what people do with `kubectl`.
+//! [`conformance`] runs critest.
 
 pub mod cluster;
 pub mod component;
 pub mod config;
+pub mod conformance;
 pub mod evidence;
 pub mod kubectl;
 pub mod manifest;

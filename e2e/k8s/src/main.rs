@@ -2,12 +2,14 @@
 
 mod suite;
 
+use std::path::PathBuf;
 use std::process::{Command, ExitCode};
 
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 use kiln_e2e::{harness, setup};
 use kiln_k8s::cluster::Cluster;
+use kiln_k8s::conformance;
 use kiln_k8s::remove_leftovers;
 use libtest_mimic::Arguments;
 
@@ -25,6 +27,15 @@ enum Action {
     Up,
     /// Stops the cluster.
     Down,
+    /// Runs critest with kiln's handlers and runc's, what has no result yet.
+    Conformance(conformance::Options),
+    /// Says how kiln's results of `conformance` differ from runc's.
+    Judge {
+        /// The folder of results.
+        results: PathBuf,
+        /// The specs that kiln cannot pass, and why.
+        exceptions: PathBuf,
+    },
     /// Brings the cluster up unless it runs, and runs tests.
     Test {
         /// As a test program of Rust has them: a part of tests' names, --list, --test-threads N and so on.
@@ -44,12 +55,37 @@ fn main() -> ExitCode {
             .down()
             .map(|()| ExitCode::SUCCESS)
             .map_err(Into::into),
+        Action::Conformance(options) => conformance(&options).map(code),
+        Action::Judge {
+            results,
+            exceptions,
+        } => conformance::judge(&results, &exceptions).map(code),
         Action::Test { arguments } => test(arguments),
     };
     done.unwrap_or_else(|error| {
         eprintln!("kiln-k8s: {error:#}");
         ExitCode::FAILURE
     })
+}
+
+/// Of a command that says whether all is well.
+fn code(well: bool) -> ExitCode {
+    if well {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
+}
+
+fn conformance(options: &conformance::Options) -> Result<bool> {
+    if options
+        .runtimes
+        .iter()
+        .any(|handler| setup::needs_bake(handler))
+    {
+        setup::bake()?;
+    }
+    conformance::run(options)
 }
 
 #[tokio::main(worker_threads = 2)]
