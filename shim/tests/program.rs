@@ -64,9 +64,10 @@ impl Bed {
             annotations["io.kubernetes.cri.sandbox-id"] = sandbox.into();
             annotations["io.kubernetes.cri.container-type"] = kind.into();
         }
+        let namespaces = ["network", "pid", "ipc", "uts"].map(|kind| json!({"type": kind}));
         let spec = json!({
             "annotations": annotations,
-            "linux": {"namespaces": ["network", "pid", "ipc", "uts"].map(|kind| json!({"type": kind}))},
+            "linux": {"namespaces": namespaces},
         });
         fs::write(bundle.join("config.json"), spec.to_string()).unwrap();
         bundle

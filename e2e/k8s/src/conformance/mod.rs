@@ -4,8 +4,8 @@
 //! goes on where it stopped. [`judge`] works anywhere: it reads the reports of all handlers and says where kiln's differ.
 
 mod registry;
-mod report;
-mod verdict;
+pub mod report;
+pub mod verdict;
 
 use std::fmt::Write as _;
 use std::fs::{self, File};

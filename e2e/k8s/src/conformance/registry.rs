@@ -20,7 +20,7 @@ const READY: Duration = Duration::from_secs(120);
 const PAUSE: Duration = Duration::from_millis(100);
 
 /// Starts the registry unless it runs, and has containerd pull from it.
-pub fn serve() -> Result<()> {
+pub(super) fn serve() -> Result<()> {
     let part = Path::new(PART);
     let configuration = part.join("registry.yml");
     if !configuration.is_file() {
