@@ -12,6 +12,9 @@ use kiln_node::config::HostNamespaces;
 /// What a pod that needs the thing can do.
 const OTHER_RUNTIME: &str = "Run the pod with a runtime class of runc, which has the node's";
 
+const NO_HUGEPAGES: &str =
+    "the guest's memory is the μVM's own and has none of the node's hugepages set aside";
+
 /// A part of a specification that is refused.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Refusal {
@@ -248,7 +251,7 @@ const RESOURCES: &[Rule] = &[
                 size.replace('B', "i")
             ))
         },
-        why: "the guest's memory is the μVM's own and has none of the node's hugepages set aside",
+        why: NO_HUGEPAGES,
         remedy: OTHER_RUNTIME,
     },
     Rule {
@@ -438,6 +441,15 @@ pub fn nodes_device(path: &str) -> Refusal {
     Refusal {
         what: format!("the node's device {path}"),
         why: "a μVM can be given block devices of the node (volumeDevices), and no others",
+        remedy: OTHER_RUNTIME,
+    }
+}
+
+/// A volume of medium `HugePages`. containerd says nothing of limits unless `disable_hugetlb_controller` is false.
+pub fn hugepages_volume(destination: &str) -> Refusal {
+    Refusal {
+        what: format!("the volume of hugepages (medium: HugePages) at {destination}"),
+        why: NO_HUGEPAGES,
         remedy: OTHER_RUNTIME,
     }
 }

@@ -13,6 +13,7 @@ use std::path::Path;
 
 use kiln_agent_api::{GUEST_FILES, GUEST_SHM};
 use kiln_uvm::share::{Access, Owners, Volume};
+use nix::sys::statfs::{HUGETLBFS_MAGIC, statfs};
 
 use super::mounts::Mounts;
 use crate::error::{Error, Result};
@@ -46,6 +47,9 @@ fn plan(mount: &SpecMount) -> Plan {
     }
     if let Some(device) = device(source) {
         return device;
+    }
+    if is_of_hugepages(source) {
+        return Plan::Refused(refusal::hugepages_volume(&mount.destination));
     }
     if mount.has("shared") || mount.has("rshared") {
         return Plan::Refused(refusal::propagation(&mount.source, &mount.destination));
@@ -119,6 +123,11 @@ fn device(source: &Path) -> Option<Plan> {
     }
     let disk = kind.is_block_device();
     disk.then(|| Plan::Refused(refusal::bound_disk(&source.display().to_string())))
+}
+
+/// Whether files there are the node's hugepages: a guest that maps one would get copies.
+fn is_of_hugepages(source: &Path) -> bool {
+    statfs(source).is_ok_and(|found| found.filesystem_type() == HUGETLBFS_MAGIC)
 }
 
 /// Makes ready what the mounts need, noting it in `shared`, and gives them back with guest paths.

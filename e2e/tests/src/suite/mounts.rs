@@ -20,6 +20,7 @@ pub(crate) fn cases() -> Vec<Case> {
         recursive_read_only_volume_leaves_nothing_writable.since(2),
         what_the_node_mounts_later_is_seen_only_where_asked_for,
         what_a_pod_mounts_is_seen_on_the_node_or_refused_by_name,
+        volume_of_hugepages_has_them_or_is_refused_by_name,
         runtime_handlers_tell_what_they_can.since(2),
     ]
 }
@@ -123,8 +124,8 @@ async fn what_the_node_mounts_later_is_seen_only_where_asked_for(test: Test) -> 
         .await?;
     same!(std::fs::read_to_string(later.join("file"))?, "changed\n");
     same!(container.read(&["ls", "/private/later"]).await?, "");
-    // What goes on the node goes in the container.
-    busybox(&["umount", &text(&later)])?;
+    // What goes on the node goes in the container. Lazily: a guest holds what it has looked up, as an open file would.
+    busybox(&["umount", "-l", &text(&later)])?;
     wait::until("the end of the mount in the container", SOON, || async {
         let seen = container.exec(&["ls", "/follows/later"]).await?;
         Ok((seen.code == 0 && seen.stdout.is_empty()).then_some(()))
@@ -149,19 +150,37 @@ async fn what_a_pod_mounts_is_seen_on_the_node_or_refused_by_name(test: Test) ->
             same!(seen, "inside\n");
         }
         Err(refused) => {
-            let said = format!("{refused:#}");
-            for word in [
-                "kiln:",
-                "Bidirectional",
-                "/data",
-                "is refused",
-                "HostToContainer",
-            ] {
-                ensure!(said.contains(word), "{word:?} is not in {said:?}");
-            }
+            is_refusal_of(&refused, &["Bidirectional", "/data", "HostToContainer"])?;
         }
     }
     pod.remove().await
+}
+
+async fn volume_of_hugepages_has_them_or_is_refused_by_name(test: Test) -> Result<()> {
+    let host = Shared::make(&test)?;
+    let volume = host.0.join("pages");
+    std::fs::create_dir(&volume)?;
+    busybox(&["mount", "-t", "hugetlbfs", "pages", &text(&volume)])?;
+    let pod = test.pod().await?;
+    let spec = ContainerSpec::pause("main").mount(&volume, "/pages");
+    match pod.start(&spec).await {
+        Ok(container) => {
+            let kind = container
+                .read(&["stat", "-f", "-c", "%t", "/pages"])
+                .await?;
+            same!(kind, "958458f6");
+        }
+        Err(refused) => is_refusal_of(&refused, &["medium: HugePages", "/pages", "runc"])?,
+    }
+    pod.remove().await
+}
+
+fn is_refusal_of(error: &anyhow::Error, words: &[&str]) -> Result<()> {
+    let said = format!("{error:#}");
+    for word in ["kiln:", "is refused"].iter().chain(words) {
+        ensure!(said.contains(word), "{word:?} is not in {said:?}");
+    }
+    Ok(())
 }
 
 async fn runtime_handlers_tell_what_they_can(test: Test) -> Result<()> {
