@@ -60,6 +60,47 @@ pub fn host_namespace(kind: &str, policy: HostNamespaces) -> Option<Refusal> {
     })
 }
 
+/// An interface that carries packets and not frames.
+pub fn interface_without_mac(name: &str) -> Refusal {
+    Refusal {
+        what: format!("the interface {name} of the pod's network"),
+        why: "it has an address, but no MAC address (a tunnel, InfiniBand), and a μVM's network card carries Ethernet frames",
+        remedy: "Use a network plug-in whose interfaces are Ethernet's, such as bridge, ptp, macvlan or ipvlan in mode l2, \
+                 or run the pod with a runtime class of runc",
+    }
+}
+
+/// An interface of the pod's that another one of the pod's uses.
+pub fn stacked_interface(upper: &str, lower: &str) -> Refusal {
+    Refusal {
+        what: format!("the interface {upper} on the interface {lower} of the pod's network"),
+        why: "all that arrives at an interface with an address goes to the guest, so nothing would reach the one on it",
+        remedy: "Let the plug-in use an interface of the node (no `linkInContainer`), \
+                 or run the pod with a runtime class of runc",
+    }
+}
+
+/// A route that is more than a destination, a gateway and an interface.
+pub fn route(destination: &str, with: &str) -> Refusal {
+    Refusal {
+        what: format!("the route to {destination} in the pod's network, with {with}"),
+        why: "kiln tells the guest of routes with one gateway",
+        remedy: ONE_GATEWAY,
+    }
+}
+
+/// A rule of policy routing by something that is not passed on.
+pub fn routing_rule(priority: u32) -> Refusal {
+    Refusal {
+        what: format!("the routing rule of priority {priority} in the pod's network"),
+        why: "kiln tells the guest of rules by addresses, interfaces and marks that name a table or a verdict",
+        remedy: ONE_GATEWAY,
+    }
+}
+
+const ONE_GATEWAY: &str =
+    "Have the network plug-in make plain routes, or run the pod with a runtime class of runc";
+
 /// Mounts that are to reach the node.
 pub fn propagation(source: &str, destination: &str) -> Refusal {
     Refusal {

@@ -8,6 +8,7 @@
 
 pub mod agent;
 pub mod api;
+pub mod cni;
 pub mod cri;
 pub mod evidence;
 pub mod harness;

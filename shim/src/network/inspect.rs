@@ -4,17 +4,13 @@ use std::net::IpAddr;
 
 use futures_util::TryStreamExt;
 use kiln_agent_api::proto;
-use rtnetlink::packet_route::AddressFamily;
-use rtnetlink::packet_route::address::{AddressAttribute, AddressScope};
+use rtnetlink::Handle;
+use rtnetlink::packet_route::address::{AddressAttribute, AddressMessage, AddressScope};
 use rtnetlink::packet_route::link::{LinkAttribute, LinkFlags};
 use rtnetlink::packet_route::neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourState};
-use rtnetlink::packet_route::route::{
-    RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteMetric,
-    RouteProtocol, RouteType,
-};
-use rtnetlink::{Handle, RouteMessageBuilder};
 
-use super::{NetworkError, name_of};
+use super::{NetworkError, name_of, routes};
+use crate::refusal;
 
 /// An interface of the pod.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -27,8 +23,12 @@ pub struct Interface {
     pub mac: [u8; 6],
     /// Its MTU.
     pub mtu: u32,
+    /// Nobody answers for addresses there; frames are for whoever is at the other end.
+    pub no_arp: bool,
     /// Its addresses with their prefix lengths.
     pub addresses: Vec<String>,
+    /// Those of them whose networks have no route by them.
+    pub without_route: Vec<String>,
 }
 
 /// All that the guest is to take over.
@@ -38,6 +38,8 @@ pub struct PodNetwork {
     pub interfaces: Vec<Interface>,
     /// Routes.
     pub routes: Vec<proto::Route>,
+    /// Rules of policy routing beside the kernel's own.
+    pub rules: Vec<proto::Rule>,
     /// Permanent neighbours.
     pub neighbours: Vec<proto::Neighbour>,
 }
@@ -53,20 +55,23 @@ impl PodNetwork {
                 name: i.name.clone(),
                 mac,
                 mtu: i.mtu,
+                no_arp: i.no_arp,
                 addresses: i.addresses.clone(),
+                without_route: i.without_route.clone(),
                 ..Default::default()
             }
         });
         proto::Network {
             interfaces: interfaces.collect(),
             routes: self.routes.clone(),
+            rules: self.rules.clone(),
             neighbours: self.neighbours.clone(),
             ..Default::default()
         }
     }
 }
 
-fn failed(action: &'static str) -> impl Fn(rtnetlink::Error) -> NetworkError {
+pub(super) fn failed(action: &'static str) -> impl Fn(rtnetlink::Error) -> NetworkError {
     move |source| NetworkError::Netlink {
         action,
         name: "the pod's namespace".into(),
@@ -94,23 +99,15 @@ pub(super) async fn index_of(handle: &Handle, name: &str) -> Result<u32, Network
 }
 
 pub(super) async fn inspect(handle: &Handle) -> Result<PodNetwork, NetworkError> {
-    let mut interfaces = links(handle).await?;
-    addresses(handle, &mut interfaces).await?;
-    // Without an address it is one of the kernel's fallback devices (tunl0, sit0) or not CNI's.
-    interfaces.retain(|i| !i.addresses.is_empty());
+    let mut links = links(handle).await?;
+    let mut routes = addresses(handle, &mut links).await?;
+    let mut interfaces = guests(links)?;
     interfaces.sort_by_key(|i| (i.name != "eth0", i.name.clone()));
-    let mut routes = Vec::new();
-    let v4 = RouteMessageBuilder::<std::net::Ipv4Addr>::new().build();
-    let v6 = RouteMessageBuilder::<std::net::Ipv6Addr>::new().build();
-    for family in [v4, v6] {
-        let mut found = handle.route().get(family).execute();
-        while let Some(route) = found
-            .try_next()
-            .await
-            .map_err(failed("list the routes of"))?
-        {
-            routes.extend(translate_route(&route, &interfaces));
-        }
+    let (found, connected) = routes::routes(handle, &interfaces).await?;
+    routes.extend(found);
+    for interface in &mut interfaces {
+        let routed = |address: &&String| !connected.contains(interface.index, address);
+        interface.without_route = interface.addresses.iter().filter(routed).cloned().collect();
     }
     // A route through a gateway needs the route to the gateway to be there before it.
     routes.sort_by_key(|r| !r.gateway.is_empty());
@@ -118,12 +115,70 @@ pub(super) async fn inspect(handle: &Handle) -> Result<PodNetwork, NetworkError>
     Ok(PodNetwork {
         interfaces,
         routes,
+        rules: routes::rules(handle).await?,
         neighbours,
     })
 }
 
-async fn links(handle: &Handle) -> Result<Vec<Interface>, NetworkError> {
+/// An interface of the namespace, whatever it is.
+struct Link {
+    interface: Interface,
+    mac: Option<[u8; 6]>,
+    up: bool,
+    /// It is a port of a bridge or a bond.
+    is_port: bool,
+    /// The interface of this namespace that it stands on: a VLAN's, for one.
+    stands_on: Option<u32>,
+}
+
+/// Those of the links that the guest gets.
+fn guests(links: Vec<Link>) -> Result<Vec<Interface>, NetworkError> {
+    // The two ends of a cable name each other.
+    let on: Vec<(u32, u32)> = links
+        .iter()
+        .filter_map(|link| Some((link.interface.index, link.stands_on?)))
+        .collect();
+    let upper_of = |index: u32| {
+        let stands =
+            |(upper, lower): &&(u32, u32)| *lower == index && !on.contains(&(index, *upper));
+        on.iter().find(stands).map(|(upper, _)| *upper)
+    };
+    let name_of = |index: u32| {
+        let mut links = links.iter().map(|link| &link.interface);
+        let found = links.find(|interface| interface.index == index);
+        found.map_or_else(String::new, |interface| interface.name.clone())
+    };
     let mut interfaces = Vec::new();
+    for link in &links {
+        let interface = &link.interface;
+        let upper = upper_of(interface.index);
+        let is_addressed = !interface.addresses.is_empty();
+        // What has no address and is down is one of the kernel's fallback devices (tunl0, gretap0). Up and without an address
+        // it is one that the pod's programs give one to, or use as it is.
+        let is_cable_within = |lower| on.contains(&(lower, interface.index));
+        let is_bare = link.up
+            && !link.is_port
+            && upper.is_none()
+            && !link.stands_on.is_some_and(is_cable_within);
+        match (is_addressed, upper, link.mac) {
+            (true, Some(upper), _) => {
+                return Err(refusal::stacked_interface(&name_of(upper), &interface.name).into());
+            }
+            (true, None, None) => {
+                return Err(refusal::interface_without_mac(&interface.name).into());
+            }
+            (_, _, Some(mac)) if is_addressed || is_bare => interfaces.push(Interface {
+                mac,
+                ..interface.clone()
+            }),
+            _ => {}
+        }
+    }
+    Ok(interfaces)
+}
+
+async fn links(handle: &Handle) -> Result<Vec<Link>, NetworkError> {
+    let mut all = Vec::new();
     let mut links = handle.link().get().execute();
     while let Some(link) = links
         .try_next()
@@ -134,30 +189,39 @@ async fn links(handle: &Handle) -> Result<Vec<Interface>, NetworkError> {
             continue;
         }
         let (mut mac, mut mtu) = (None, 0);
+        let (mut is_port, mut stands_on, mut is_elsewhere) = (false, None, false);
         for attribute in &link.attributes {
             match attribute {
                 LinkAttribute::Address(bytes) => mac = <[u8; 6]>::try_from(bytes.as_slice()).ok(),
                 LinkAttribute::Mtu(n) => mtu = *n,
+                LinkAttribute::Controller(_) => is_port = true,
+                LinkAttribute::Link(index) => stands_on = Some(*index),
+                LinkAttribute::LinkNetNsId(_) => is_elsewhere = true,
                 _ => {}
             }
         }
-        let name = name_of(&link).unwrap_or_default().to_owned();
-        // One without a MAC address (a point-to-point tunnel) can't be bridged frame by frame.
-        if let Some(mac) = mac {
-            let addresses = Vec::new();
-            interfaces.push(Interface {
-                name,
+        all.push(Link {
+            interface: Interface {
+                name: name_of(&link).unwrap_or_default().to_owned(),
                 index: link.header.index,
-                mac,
+                mac: [0; 6],
                 mtu,
-                addresses,
-            });
-        }
+                no_arp: link.header.flags.contains(LinkFlags::Noarp),
+                addresses: Vec::new(),
+                without_route: Vec::new(),
+            },
+            mac,
+            up: link.header.flags.contains(LinkFlags::Up),
+            is_port,
+            stands_on: stands_on.filter(|_| !is_elsewhere),
+        });
     }
-    Ok(interfaces)
+    Ok(all)
 }
 
-async fn addresses(handle: &Handle, interfaces: &mut [Interface]) -> Result<(), NetworkError> {
+/// Puts the addresses at their interfaces. Gives the routes to peers, which the kernel makes with an address.
+async fn addresses(handle: &Handle, links: &mut [Link]) -> Result<Vec<proto::Route>, NetworkError> {
+    let mut routes = Vec::new();
     let mut found = handle.address().get().execute();
     while let Some(message) = found
         .try_next()
@@ -168,30 +232,42 @@ async fn addresses(handle: &Handle, interfaces: &mut [Interface]) -> Result<(), 
         if message.header.scope == AddressScope::Link {
             continue;
         }
-        let Some(interface) = interfaces
+        let link = links
             .iter_mut()
-            .find(|i| i.index == message.header.index)
-        else {
+            .map(|link| &mut link.interface)
+            .find(|i| i.index == message.header.index);
+        let (Some(interface), Some((ip, peer))) = (link, own_and_peer(&message)) else {
             continue;
         };
-        // With a peer, Local is the own address and Address the peer's.
-        let local = message.attributes.iter().find_map(|a| match a {
-            AddressAttribute::Local(ip) => Some(*ip),
-            _ => None,
-        });
-        let address = local.or_else(|| {
-            message.attributes.iter().find_map(|a| match a {
-                AddressAttribute::Address(ip) => Some(*ip),
-                _ => None,
-            })
-        });
-        if let Some(ip) = address {
-            interface
-                .addresses
-                .push(format!("{ip}/{}", message.header.prefix_len));
+        let mut prefix = message.header.prefix_len;
+        if peer != ip {
+            // The prefix is the peer's, who is at the other end of the wire.
+            routes.push(proto::Route {
+                destination: format!("{peer}/{prefix}"),
+                device: interface.name.clone(),
+                scope: routes::SCOPE_LINK,
+                ..Default::default()
+            });
+            prefix = if ip.is_ipv4() { 32 } else { 128 };
         }
+        interface.addresses.push(format!("{ip}/{prefix}"));
     }
-    Ok(())
+    Ok(routes)
+}
+
+/// The address, and the peer's: without a peer its own again.
+fn own_and_peer(message: &AddressMessage) -> Option<(IpAddr, IpAddr)> {
+    let local = message.attributes.iter().find_map(|a| match a {
+        AddressAttribute::Local(ip) => Some(*ip),
+        _ => None,
+    });
+    let address = message.attributes.iter().find_map(|a| match a {
+        AddressAttribute::Address(ip) => Some(*ip),
+        _ => None,
+    });
+    // IPv6 says Local only where there is a peer.
+    let own = local.or(address)?;
+    Some((own, address.unwrap_or(own)))
 }
 
 async fn neighbours(
@@ -235,56 +311,6 @@ async fn neighbours(
         }
     }
     Ok(out)
-}
-
-/// What the guest is told of a route; `None` for those its kernel makes by itself.
-fn translate_route(route: &RouteMessage, interfaces: &[Interface]) -> Option<proto::Route> {
-    let header = &route.header;
-    if header.table != RouteHeader::RT_TABLE_MAIN
-        || header.kind != RouteType::Unicast
-        || header.protocol == RouteProtocol::Kernel
-        || header.flags.contains(RouteFlags::Cloned)
-    {
-        return None;
-    }
-    let v6 = header.address_family == AddressFamily::Inet6;
-    let default = if v6 { "::" } else { "0.0.0.0" };
-    let mut out = proto::Route {
-        destination: format!("{default}/{}", header.destination_prefix_length),
-        scope: u8::from(header.scope).into(),
-        onlink: header.flags.contains(RouteFlags::Onlink),
-        ..Default::default()
-    };
-    for attribute in &route.attributes {
-        match attribute {
-            RouteAttribute::Destination(a) => {
-                out.destination = format!("{}/{}", ip_text(a)?, header.destination_prefix_length);
-            }
-            RouteAttribute::Gateway(a) => out.gateway = ip_text(a)?,
-            RouteAttribute::PrefSource(a) => out.source = ip_text(a)?,
-            RouteAttribute::Oif(index) => {
-                out.device = interfaces.iter().find(|i| i.index == *index)?.name.clone();
-            }
-            RouteAttribute::Priority(metric) => out.metric = *metric,
-            RouteAttribute::Metrics(metrics) => {
-                for metric in metrics {
-                    if let RouteMetric::Mtu(mtu) = metric {
-                        out.mtu = *mtu;
-                    }
-                }
-            }
-            _ => {}
-        }
-    }
-    (!out.device.is_empty()).then_some(out)
-}
-
-fn ip_text(address: &RouteAddress) -> Option<String> {
-    match address {
-        RouteAddress::Inet(ip) => Some(ip.to_string()),
-        RouteAddress::Inet6(ip) => Some(ip.to_string()),
-        _ => None,
-    }
 }
 
 fn mac_text(bytes: &[u8]) -> String {

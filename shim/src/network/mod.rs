@@ -1,6 +1,6 @@
 //! The pod's network: read from the namespace that CNI has set up, and handed to the guest.
 //!
-//! Every interface of the namespace that has an address gets a tap beside it, and traffic control
+//! Every interface of the namespace that is up or has an address gets a tap beside it, and traffic control
 //! redirects what arrives on the one to the other, whole frames, in the kernel. The guest's
 //! interface has the same MAC address, addresses, routes and MTU, so that CNI, its network policies
 //! and the neighbours see what they set up.
@@ -9,6 +9,7 @@ mod bpf;
 mod forward;
 mod inspect;
 mod namespace;
+mod routes;
 mod tap;
 
 pub use forward::{Forwarder, catch};
@@ -22,6 +23,8 @@ use kiln_uvm::launch::Tap;
 use rtnetlink::Handle;
 use rtnetlink::packet_route::link::LinkMessage;
 use rtnetlink::packet_route::tc::TcHandle;
+
+use crate::refusal::Refusal;
 
 /// The network could not be connected.
 #[derive(Debug, thiserror::Error)]
@@ -52,6 +55,9 @@ pub enum NetworkError {
     /// Connections inside the namespace can't be caught.
     #[error("catch the connections made in the pod's network namespace")]
     Forward(#[source] io::Error),
+    /// CNI has set up what a guest can't have.
+    #[error(transparent)]
+    Refused(#[from] Refusal),
     /// The thread died.
     #[error("the thread in the pod's network namespace died")]
     Thread,

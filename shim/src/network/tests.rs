@@ -103,6 +103,116 @@ fn what_cni_set_up_is_what_the_guest_is_told() {
 }
 
 #[test]
+fn policy_routing_and_peers_are_told_too() {
+    let Some(bed) = Bed::new("policy") else {
+        return;
+    };
+    for command in [
+        "addr add 10.99.0.5 peer 10.99.0.1/32 dev eth0",
+        "route add default via 10.88.0.7 dev eth0 table 100",
+        "route add blackhole 198.51.100.0/24",
+        // As the plug-in for routes by source does it.
+        "route del 10.88.0.0/16 dev eth0",
+        "route add 10.88.0.0/16 dev eth0 table 100 proto kernel",
+        "rule add from 10.88.0.5 lookup 100 priority 500",
+        "rule add fwmark 0x10/0xf0 lookup 100 priority 501",
+        "-6 rule add to fd00:99::/64 unreachable priority 502",
+        // Up, and nothing else; then one that is down, as fallback devices are, and a bridge's port.
+        "tuntap add net1 mode tap",
+        "link set net1 up",
+        "tuntap add down9 mode tap",
+        "link add bridge9 type bridge",
+        "tuntap add port9 mode tap",
+        "link set port9 up master bridge9",
+    ] {
+        assert!(bed.ip(command), "ip {command}");
+    }
+    let network = inspect(&bed.file).unwrap();
+    let names: Vec<_> = network.interfaces.iter().map(|i| i.name.as_str()).collect();
+    assert_eq!(names, ["eth0", "net1"]);
+    let addresses = &network.interfaces[0].addresses;
+    assert!(
+        addresses.contains(&"10.99.0.5/32".to_owned()),
+        "{addresses:?}"
+    );
+    assert_eq!(network.interfaces[0].without_route, ["10.88.0.5/16"]);
+    let route = |destination: &str, table: u32| {
+        let mut routes = network.routes.iter();
+        let found = routes.find(|r| r.destination == destination && r.table == table);
+        found.unwrap_or_else(|| panic!("no route to {destination}: {:?}", network.routes))
+    };
+    assert_eq!(route("10.99.0.1/32", 0).scope, routes::SCOPE_LINK);
+    assert_eq!(route("0.0.0.0/0", 100).gateway, "10.88.0.7");
+    assert_eq!(route("10.88.0.0/16", 100).device, "eth0");
+    let hole = route("198.51.100.0/24", 0);
+    assert_eq!((hole.kind, hole.device.as_str()), (6, ""));
+    let rules: Vec<_> = network
+        .rules
+        .iter()
+        .map(|r| {
+            (
+                r.priority,
+                r.table,
+                r.kind,
+                r.source.as_str(),
+                r.mark,
+                r.mark_mask,
+            )
+        })
+        .collect();
+    assert_eq!(
+        rules,
+        [
+            (500, 100, 0, "10.88.0.5/32", 0, 0),
+            (501, 100, 0, "", 0x10, 0xf0),
+            (502, 0, 7, "", 0, 0),
+        ]
+    );
+    assert_eq!(network.rules[2].destination, "fd00:99::/64");
+}
+
+#[test]
+fn what_a_guest_could_not_have_is_refused_by_name() {
+    let cases = [
+        (
+            "upper",
+            "the interface upper7 on the interface eth0",
+            "link add link eth0 name upper7 type macvlan",
+        ),
+        (
+            "hops",
+            "the route to 192.0.2.0/25",
+            "route add 192.0.2.0/25 nexthop via 10.88.0.1 nexthop via 10.88.0.2",
+        ),
+        (
+            "rule",
+            "the routing rule of priority 7",
+            "rule add uidrange 1-2 lookup 100 priority 7",
+        ),
+        (
+            "not",
+            "the routing rule of priority 8",
+            "rule add not from 10.0.0.0/8 lookup 100 priority 8",
+        ),
+    ];
+    for (name, what, command) in cases {
+        let Some(bed) = Bed::new(name) else { return };
+        assert!(bed.ip(command), "ip {command}");
+        let error = inspect(&bed.file).unwrap_err().to_string();
+        assert!(error.contains(&format!("kiln: {what}")), "{error}");
+    }
+    let Some(bed) = Bed::new("tun") else { return };
+    if !bed.ip("tuntap add tun7 mode tun") {
+        eprintln!("skipped: no tunnels here");
+        return;
+    }
+    inspect(&bed.file).unwrap();
+    assert!(bed.ip("addr add 10.98.0.5/24 dev tun7"));
+    let error = inspect(&bed.file).unwrap_err().to_string();
+    assert!(error.contains("the interface tun7"), "{error}");
+}
+
+#[test]
 fn taps_are_wired_both_ways_and_removed_without_a_trace() {
     let Some(bed) = Bed::new("wire") else { return };
     let network = inspect(&bed.file).unwrap();

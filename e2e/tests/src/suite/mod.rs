@@ -1,5 +1,6 @@
 //! All tests, by what they are about. Each is a statement that holds for any runtime.
 
+mod cni_shapes;
 mod exec;
 mod exit;
 mod fault_matrix;
@@ -47,6 +48,7 @@ pub(crate) fn all() -> Vec<Case> {
         mounts::cases(),
         users::cases(),
         network::cases(),
+        cni_shapes::cases(),
         resources::cases(),
         tasks::cases(),
         vmm::cases(),

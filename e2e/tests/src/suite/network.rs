@@ -36,7 +36,7 @@ async fn server(test: &Test) -> Result<(Pod, Container, String)> {
 }
 
 /// One request from the node; the answer's body.
-async fn fetch(address: &str, request: &[u8]) -> Result<Vec<u8>> {
+pub(super) async fn fetch(address: &str, request: &[u8]) -> Result<Vec<u8>> {
     let exchange = async {
         let mut connection = TcpStream::connect(address).await?;
         connection.write_all(request).await?;
@@ -60,7 +60,7 @@ async fn fetch(address: &str, request: &[u8]) -> Result<Vec<u8>> {
     Ok(answer[end + 4..].to_vec())
 }
 
-fn get(path: &str) -> Vec<u8> {
+pub(super) fn get(path: &str) -> Vec<u8> {
     format!("GET {path} HTTP/1.1\r\nConnection: close\r\n\r\n").into_bytes()
 }
 

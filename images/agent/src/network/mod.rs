@@ -125,6 +125,9 @@ pub(crate) fn configure(request: &proto::Network) -> Result<proto::NetworkState>
         };
         changes.push(plan_route(route, device)?);
     }
+    for rule in &request.rules {
+        changes.push(plan_rule(rule)?);
+    }
     netlink.apply(&changes)?;
     if let Some(dns) = request.dns.as_ref() {
         write_resolv_conf(Path::new(GUEST_RESOLV_CONF), dns).map_err(|source| {
@@ -194,9 +197,15 @@ fn plan_interface(
     if wanted.no_arp {
         changes.push(netlink::link_no_arp(&name, link.index));
     }
-    for address in &wanted.addresses {
-        let (address, prefix) = parse_prefix(address)?;
-        changes.push(netlink::address(&name, link.index, address, prefix));
+    for text in &wanted.addresses {
+        let (address, prefix) = parse_prefix(text)?;
+        let routed = !wanted.without_route.contains(text);
+        changes.push(netlink::address(
+            &name,
+            link.index,
+            (address, prefix),
+            routed,
+        ));
     }
     changes.push(netlink::link_up(&name, link.index, !wanted.down));
     Ok(())
@@ -231,7 +240,15 @@ fn plan_route(route: &proto::Route, device: Option<u32>) -> Result<Change> {
         mtu: route.mtu,
         scope: u8::try_from(route.scope).unwrap_or(0),
         onlink: route.onlink,
+        table: route.table,
+        kind: route.kind,
     }))
+}
+
+fn plan_rule(rule: &proto::Rule) -> Result<Change> {
+    let prefix = |text: &str| (!text.is_empty()).then(|| parse_prefix(text)).transpose();
+    let (source, destination) = (prefix(&rule.source)?, prefix(&rule.destination)?);
+    Ok(netlink::rule(rule, source, destination))
 }
 
 fn state_by(netlink: &mut Netlink) -> Result<proto::NetworkState> {

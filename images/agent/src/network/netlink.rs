@@ -5,6 +5,7 @@ use std::io;
 use std::net::IpAddr;
 use std::os::fd::{AsRawFd, OwnedFd};
 
+use kiln_agent_api::proto;
 use netlink_packet_core::{
     NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_REPLACE, NLM_F_REQUEST, NetlinkHeader,
     NetlinkMessage, NetlinkPayload,
@@ -18,8 +19,9 @@ use netlink_packet_route::neighbour::{
 };
 use netlink_packet_route::route::{
     RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteMetric, RouteProtocol, RouteScope,
-    RouteType,
+    RouteType, RouteVia,
 };
+use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleMessage};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use nix::sys::socket::{
     AddressFamily as SocketFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, recv,
@@ -50,6 +52,8 @@ pub(super) struct Route {
     pub(super) mtu: u32,
     pub(super) scope: u8,
     pub(super) onlink: bool,
+    pub(super) table: u32,
+    pub(super) kind: u32,
 }
 
 /// A socket to the kernel's routing service.
@@ -234,8 +238,13 @@ pub(super) fn link_no_arp(name: &str, index: u32) -> Change {
     }
 }
 
-/// Gives an interface an address.
-pub(super) fn address(name: &str, index: u32, address: IpAddr, prefix: u8) -> Change {
+/// Gives an interface an address, and its network a route.
+pub(super) fn address(
+    name: &str,
+    index: u32,
+    (address, prefix): (IpAddr, u8),
+    routed: bool,
+) -> Change {
     let mut message = AddressMessage::default();
     message.header.family = family(address);
     message.header.prefix_len = prefix;
@@ -252,10 +261,13 @@ pub(super) fn address(name: &str, index: u32, address: IpAddr, prefix: u8) -> Ch
                 .attributes
                 .push(AddressAttribute::Broadcast(broadcast));
         }
-        IpAddr::V4(_) => {}
-        IpAddr::V6(_) => message
-            .attributes
-            .push(AddressAttribute::Flags(AddressFlags::Nodad)),
+        IpAddr::V4(_) | IpAddr::V6(_) => {}
+    }
+    let mut flags = AddressFlags::empty();
+    flags.set(AddressFlags::Nodad, address.is_ipv6());
+    flags.set(AddressFlags::Noprefixroute, !routed);
+    if !flags.is_empty() {
+        message.attributes.push(AddressAttribute::Flags(flags));
     }
     Change {
         action: format!("give {name} the address {address}/{prefix}"),
@@ -271,11 +283,18 @@ pub(super) fn route(route: &Route) -> Change {
     message.header.address_family = family(destination);
     message.header.destination_prefix_length = prefix;
     message.header.table = RouteHeader::RT_TABLE_MAIN;
+    if route.table != 0 {
+        message.header.table = u8::try_from(route.table).unwrap_or(RouteHeader::RT_TABLE_UNSPEC);
+        message.attributes.push(RouteAttribute::Table(route.table));
+    }
     message.header.protocol = RouteProtocol::Static;
-    message.header.kind = RouteType::Unicast;
+    message.header.kind = match u8::try_from(route.kind).unwrap_or(0) {
+        0 => RouteType::Unicast,
+        kind => RouteType::from(kind),
+    };
     // Without a gateway IPv4 means "on this link", unless told otherwise.
     message.header.scope = match (route.scope, route.gateway, destination) {
-        (0, None, IpAddr::V4(_)) => RouteScope::Link,
+        (0, None, IpAddr::V4(_)) if route.kind == 0 => RouteScope::Link,
         (scope, _, _) => RouteScope::from(scope),
     };
     if route.onlink {
@@ -286,11 +305,13 @@ pub(super) fn route(route: &Route) -> Change {
             .attributes
             .push(RouteAttribute::Destination(destination.into()));
     }
-    if let Some(gateway) = route.gateway {
-        message
-            .attributes
-            .push(RouteAttribute::Gateway(gateway.into()));
-    }
+    message
+        .attributes
+        .extend(route.gateway.map(|gateway| match (gateway, destination) {
+            // The next hop of an IPv4 route can be an IPv6 neighbour.
+            (IpAddr::V6(gateway), IpAddr::V4(_)) => RouteAttribute::Via(RouteVia::Inet6(gateway)),
+            _ => RouteAttribute::Gateway(gateway.into()),
+        }));
     if let Some(source) = route.source {
         message
             .attributes
@@ -316,6 +337,50 @@ pub(super) fn route(route: &Route) -> Change {
         action: format!("add the route to {destination}/{prefix}{by}"),
         flags: NLM_F_CREATE | NLM_F_REPLACE,
         message: RouteNetlinkMessage::NewRoute(message),
+    }
+}
+
+/// Adds a rule that chooses a table.
+pub(super) fn rule(
+    rule: &proto::Rule,
+    source: Option<(IpAddr, u8)>,
+    destination: Option<(IpAddr, u8)>,
+) -> Change {
+    let mut message = RuleMessage::default();
+    message.header.family = if rule.ipv6 {
+        AddressFamily::Inet6
+    } else {
+        AddressFamily::Inet
+    };
+    message.header.action = match u8::try_from(rule.kind).unwrap_or(0) {
+        0 => RuleAction::ToTable,
+        kind => RuleAction::from(kind),
+    };
+    let mut attributes = vec![RuleAttribute::Priority(rule.priority)];
+    if rule.table != 0 {
+        message.header.table = u8::try_from(rule.table).unwrap_or(RouteHeader::RT_TABLE_UNSPEC);
+        attributes.push(RuleAttribute::Table(rule.table));
+    }
+    if let Some((address, prefix)) = source {
+        message.header.src_len = prefix;
+        attributes.push(RuleAttribute::Source(address));
+    }
+    if let Some((address, prefix)) = destination {
+        message.header.dst_len = prefix;
+        attributes.push(RuleAttribute::Destination(address));
+    }
+    let name = |name: &str| (!name.is_empty()).then(|| name.to_owned());
+    attributes.extend(name(&rule.in_device).map(RuleAttribute::Iifname));
+    attributes.extend(name(&rule.out_device).map(RuleAttribute::Oifname));
+    if rule.mark != 0 || rule.mark_mask != 0 {
+        attributes.push(RuleAttribute::FwMark(rule.mark));
+        attributes.push(RuleAttribute::FwMask(rule.mark_mask));
+    }
+    message.attributes = attributes;
+    Change {
+        action: format!("add the routing rule of priority {}", rule.priority),
+        flags: NLM_F_CREATE,
+        message: RouteNetlinkMessage::NewRule(message),
     }
 }
 
