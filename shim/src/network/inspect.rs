@@ -101,7 +101,7 @@ pub(super) async fn index_of(handle: &Handle, name: &str) -> Result<u32, Network
 pub(super) async fn inspect(handle: &Handle) -> Result<PodNetwork, NetworkError> {
     let mut links = links(handle).await?;
     let mut routes = addresses(handle, &mut links).await?;
-    let mut interfaces = guests(links)?;
+    let mut interfaces = guests(&links)?;
     interfaces.sort_by_key(|i| (i.name != "eth0", i.name.clone()));
     let (found, connected) = routes::routes(handle, &interfaces).await?;
     routes.extend(found);
@@ -132,7 +132,7 @@ struct Link {
 }
 
 /// Those of the links that the guest gets.
-fn guests(links: Vec<Link>) -> Result<Vec<Interface>, NetworkError> {
+fn guests(links: &[Link]) -> Result<Vec<Interface>, NetworkError> {
     // The two ends of a cable name each other.
     let on: Vec<(u32, u32)> = links
         .iter()
@@ -149,7 +149,7 @@ fn guests(links: Vec<Link>) -> Result<Vec<Interface>, NetworkError> {
         found.map_or_else(String::new, |interface| interface.name.clone())
     };
     let mut interfaces = Vec::new();
-    for link in &links {
+    for link in links {
         let interface = &link.interface;
         let upper = upper_of(interface.index);
         let is_addressed = !interface.addresses.is_empty();

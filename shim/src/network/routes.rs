@@ -235,10 +235,13 @@ fn translate_rule(rule: &RuleMessage) -> Result<Option<proto::Rule>, Refusal> {
             _ => carried = false,
         }
     }
-    let selects =
-        !(out.source.is_empty() && out.destination.is_empty() && out.in_device.is_empty())
-            || !out.out_device.is_empty()
-            || out.mark != 0;
+    let texts = [
+        &out.source,
+        &out.destination,
+        &out.in_device,
+        &out.out_device,
+    ];
+    let selects = out.mark != 0 || texts.iter().any(|text| !text.is_empty());
     if carried && !selects && OWN_RULES.contains(&(out.priority, out.table)) {
         return Ok(None);
     }

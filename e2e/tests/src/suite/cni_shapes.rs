@@ -81,7 +81,7 @@ impl<'a> Guest<'a> {
     }
 
     /// Compares everything with what the namespace had, and ends the container.
-    async fn is_as_set_up(mut self, addresses: &[impl AsRef<str>]) -> Result<()> {
+    async fn must_be_as_set_up(mut self, addresses: &[impl AsRef<str>]) -> Result<()> {
         for (look, right) in LOOK.iter().zip(std::mem::take(&mut self.right)) {
             let (_, said) = self.shell(&format!("busybox {look}")).await?;
             same!(plain(&said), right, "{look}");
@@ -206,7 +206,7 @@ async fn bridge_with_both_families_bandwidth_and_a_port_of_the_node(test: Test) 
         .await
         .context("no answer")?
         .context("the port of the node")?;
-    guest.is_as_set_up(&["10.92.0.2", "[fd92::2]"]).await
+    guest.must_be_as_set_up(&["10.92.0.2", "[fd92::2]"]).await
 }
 
 async fn ptp_with_a_small_mtu(test: Test) -> Result<()> {
@@ -215,7 +215,7 @@ async fn ptp_with_a_small_mtu(test: Test) -> Result<()> {
     let ipam = fixed(&[("10.92.1.2/24", "10.92.1.1")]);
     namespace.attach("eth0", &[json!({"type": "ptp", "mtu": 1280, "ipam": ipam})])?;
     let guest = Guest::start(&test, &namespace).await?;
-    guest.is_as_set_up(&["10.92.1.2"]).await
+    guest.must_be_as_set_up(&["10.92.1.2"]).await
 }
 
 /// Two interfaces of the node at the ends of one cable, the second with an address.
@@ -247,7 +247,7 @@ async fn macvlan_and_ipvlan(test: Test) -> Result<()> {
         namespace.attach("eth0", &[plugin])?;
         let guest = Guest::start(&test, &namespace).await;
         let guest = guest.with_context(|| format!("{shape} in mode {mode}"))?;
-        let checked = guest.is_as_set_up(&answers).await;
+        let checked = guest.must_be_as_set_up(&answers).await;
         checked.with_context(|| format!("{shape} in mode {mode}"))?;
     }
     Ok(())
@@ -263,7 +263,7 @@ async fn device_of_the_node_and_vlan(test: Test) -> Result<()> {
                       "ipam": fixed(&[("10.92.6.2/24", "10.92.6.1")])});
     namespace.attach("eth0", &[vlan])?;
     let guest = Guest::start(&test, &namespace).await?;
-    guest.is_as_set_up(&["10.92.6.2"]).await?;
+    guest.must_be_as_set_up(&["10.92.6.2"]).await?;
     drop((namespace, tagged));
 
     let mut namespace = Namespace::make(&test, "device")?;
@@ -271,7 +271,7 @@ async fn device_of_the_node_and_vlan(test: Test) -> Result<()> {
                         "ipam": fixed(&[("10.92.5.2/24", "10.92.5.1")])});
     namespace.attach("eth0", &[device])?;
     let guest = Guest::start(&test, &namespace).await?;
-    guest.is_as_set_up(&["10.92.5.2"]).await
+    guest.must_be_as_set_up(&["10.92.5.2"]).await
 }
 
 /// As Calico does it: the address is a network of its own, and a gateway that nobody has answers by the node's proxy.
@@ -296,7 +296,7 @@ async fn address_alone_with_a_gateway_on_the_link(test: Test) -> Result<()> {
         namespace.ip(command)?;
     }
     let guest = Guest::start(&test, &namespace).await?;
-    guest.is_as_set_up(&["10.92.7.2"]).await
+    guest.must_be_as_set_up(&["10.92.7.2"]).await
 }
 
 async fn ipv6_alone_with_large_frames(test: Test) -> Result<()> {
@@ -308,7 +308,7 @@ async fn ipv6_alone_with_large_frames(test: Test) -> Result<()> {
     namespace.ip("addr add fd92:8::2/64 dev eth0 nodad")?;
     namespace.ip("route add default via fd92:8::1 dev eth0")?;
     let guest = Guest::start(&test, &namespace).await?;
-    guest.is_as_set_up(&["[fd92:8::2]"]).await
+    guest.must_be_as_set_up(&["[fd92:8::2]"]).await
 }
 
 /// As multus and the plug-in for routes by source leave it.
@@ -333,7 +333,7 @@ async fn five_interfaces_with_rules_and_tables(test: Test) -> Result<()> {
     }
     let guest = Guest::start(&test, &namespace).await?;
     let addresses: Vec<String> = (0..5).map(|n| format!("10.92.2{n}.2")).collect();
-    guest.is_as_set_up(&addresses).await
+    guest.must_be_as_set_up(&addresses).await
 }
 
 async fn interface_without_frames_is_refused_by_name(test: Test) -> Result<()> {
@@ -342,7 +342,7 @@ async fn interface_without_frames_is_refused_by_name(test: Test) -> Result<()> {
     namespace.ip("tuntap add tun7 mode tun")?;
     namespace.ip("addr add 10.92.9.2/24 dev tun7")?;
     match Guest::start(&test, &namespace).await {
-        Ok(guest) => guest.is_as_set_up(&[""; 0]).await,
+        Ok(guest) => guest.must_be_as_set_up(&[""; 0]).await,
         Err(refused) => {
             let said = format!("{refused:#}");
             for word in ["kiln: the interface tun7", "is refused", "macvlan"] {
