@@ -30,16 +30,10 @@ impl Kubectl {
 
     /// The command, ready to be started. It ends with whoever started it.
     pub fn command(&self, arguments: &[&str]) -> Command {
-        let mut command = self.wrapped("kubectl");
+        let mut command = Command::new("kubectl");
         command
             .arg(format!("--namespace={}", self.namespace))
-            .args(arguments);
-        command
-    }
-
-    fn wrapped(&self, program: &str) -> Command {
-        let mut command = Command::new(program);
-        command
+            .args(arguments)
             .env("KUBECONFIG", Layout::default().kubeconfig("admin"))
             .env("HOME", HOME)
             .stdin(Stdio::null())
@@ -57,20 +51,6 @@ impl Kubectl {
     /// Starts it with somebody in front of it.
     pub fn talk(&self, arguments: &[&str]) -> Result<Talk> {
         Talk::start(self.command(arguments))
-    }
-
-    /// Starts it with somebody in front of it, in a terminal.
-    pub fn talk_in_terminal(&self, arguments: &[&str]) -> Result<Talk> {
-        // `script` is there on every Debian, and gives its command a terminal.
-        let namespace = format!("--namespace={}", self.namespace);
-        let words = ["kubectl", &namespace].into_iter();
-        let words = words.chain(arguments.iter().copied()).map(quote);
-        let mut command = self.wrapped("script");
-        command.args(["--quiet", "--return", "--flush", "--command"]);
-        command
-            .arg(words.collect::<Vec<_>>().join(" "))
-            .arg("/dev/null");
-        Talk::start(command)
     }
 
     /// Runs it to its end; what it wrote. An error unless it succeeds.
@@ -187,26 +167,5 @@ async fn finish(mut command: Command, arguments: &[&str], input: &str) -> Result
     match tokio::time::timeout(LIMIT, both).await {
         Ok(output) => output.with_context(words),
         Err(_) => bail!("{} has not ended after {} s", words(), LIMIT.as_secs()),
-    }
-}
-
-/// A word as a shell reads it back.
-fn quote(word: &str) -> String {
-    format!("'{}'", word.replace('\'', "'\\''"))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn words_come_through_a_shell_as_they_are() {
-        for word in ["plain", "two words", "it's", "$HOME `date` \"x\"", ""] {
-            let output = std::process::Command::new("sh")
-                .args(["-c", &format!("printf %s {}", quote(word))])
-                .output()
-                .unwrap();
-            assert_eq!(String::from_utf8(output.stdout).unwrap(), word);
-        }
     }
 }

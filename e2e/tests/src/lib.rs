@@ -19,6 +19,7 @@ pub mod plain;
 pub mod pod;
 pub mod setup;
 pub mod stream;
+pub mod terminal;
 mod test;
 pub mod uvm;
 pub mod wait;

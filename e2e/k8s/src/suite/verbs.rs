@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 
 use anyhow::{Context, Result, ensure};
 use kiln_e2e::cases;
+use kiln_e2e::terminal::Terminal;
 use kiln_k8s::{Test, pods};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -62,13 +63,14 @@ async fn exec_has_input_an_exit_code_and_a_terminal(test: Test) -> Result<()> {
     ensure!(said.starts_with("err\n"), "{said:?}");
 
     let script = "tty; echo ready; read line; echo got $line; exit 5";
-    let mut talk = kubectl.talk_in_terminal(&["exec", "-it", "pod", "--", "sh", "-c", script])?;
-    let terminal = talk.hear("ready").await?;
-    ensure!(terminal.contains("/dev/pts/"), "{terminal:?}");
-    talk.say("words\n").await?;
-    talk.hear("got words").await?;
-    let (status, _) = talk.end().await?;
-    same!(status.code(), Some(5));
+    let mut terminal = Terminal::new(80, 24)?;
+    let command = kubectl.command(&["exec", "-it", "pod", "--", "sh", "-c", script]);
+    let mut child = terminal.start(command)?;
+    terminal.wait_for("/dev/pts/").await?;
+    terminal.wait_for("ready").await?;
+    terminal.type_keys("words\n")?;
+    terminal.wait_for("got words").await?;
+    same!(child.wait().await?.code(), Some(5));
     Ok(())
 }
 

@@ -1,14 +1,12 @@
 //! `kiln run -t`, `kiln exec -t` and `kiln console`, from a terminal: what a person types, sees, and gets back.
 
-use std::fs::File;
-use std::io::{Read, Write};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::ops::{Deref, DerefMut};
 use std::process::Stdio;
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use kiln_e2e::harness::Case;
+use kiln_e2e::terminal::Terminal;
 use kiln_e2e::{Test, cases, wait};
 use tokio::process::{Child, Command};
 
@@ -32,125 +30,26 @@ const FIRST: &str = "trap 'exit 0' TERM; echo ready; while :; do sleep 0.1; done
 const CTRL_C: &str = "\x03";
 const CTRL_Z: &str = "\x1a";
 
-/// A terminal with somebody in front of it.
-struct Terminal {
-    master: File,
-    slave: OwnedFd,
-    seen: Arc<Mutex<Vec<u8>>>,
-    /// What was waited for already ends here.
-    read: usize,
+/// A terminal in which a shell runs.
+struct Shell(Terminal);
+
+impl Deref for Shell {
+    type Target = Terminal;
+
+    fn deref(&self) -> &Terminal {
+        &self.0
+    }
 }
 
-impl Terminal {
+impl DerefMut for Shell {
+    fn deref_mut(&mut self) -> &mut Terminal {
+        &mut self.0
+    }
+}
+
+impl Shell {
     fn new(columns: u16, rows: u16) -> Result<Self> {
-        let (mut master, mut slave) = (-1, -1);
-        // SAFETY: openpty writes two descriptors, which nobody else has; the rest may be null.
-        let (master, slave) = unsafe {
-            let made = libc::openpty(
-                &raw mut master,
-                &raw mut slave,
-                std::ptr::null_mut(),
-                std::ptr::null(),
-                std::ptr::null(),
-            );
-            ensure!(made == 0, "openpty: {}", std::io::Error::last_os_error());
-            (File::from_raw_fd(master), OwnedFd::from_raw_fd(slave))
-        };
-        let seen = Arc::new(Mutex::new(Vec::new()));
-        let (mut from, into) = (master.try_clone()?, Arc::clone(&seen));
-        std::thread::Builder::new()
-            .name("screen".to_owned())
-            .spawn(move || {
-                let mut buffer = [0; 4096];
-                // Ends when the last user of the terminal has closed it.
-                while let Ok(length @ 1..) = from.read(&mut buffer) {
-                    let mut seen = into.lock().unwrap_or_else(PoisonError::into_inner);
-                    seen.extend_from_slice(&buffer[..length]);
-                }
-            })?;
-        let terminal = Terminal {
-            master,
-            slave,
-            seen,
-            read: 0,
-        };
-        terminal.resize(columns, rows)?;
-        Ok(terminal)
-    }
-
-    /// As a window does it; the kernel tells the terminal's foreground processes.
-    fn resize(&self, columns: u16, rows: u16) -> Result<()> {
-        let size = libc::winsize {
-            ws_row: rows,
-            ws_col: columns,
-            ws_xpixel: 0,
-            ws_ypixel: 0,
-        };
-        // SAFETY: TIOCSWINSZ reads the winsize it is given.
-        let set =
-            unsafe { libc::ioctl(self.master.as_raw_fd(), libc::TIOCSWINSZ, &raw const size) };
-        ensure!(set == 0, "TIOCSWINSZ: {}", std::io::Error::last_os_error());
-        Ok(())
-    }
-
-    /// How it treats what is typed and printed.
-    fn modes(&self) -> Result<[u32; 4]> {
-        let mut modes = std::mem::MaybeUninit::<libc::termios>::zeroed();
-        // SAFETY: tcgetattr fills in the termios it is given; all-zero is a valid one.
-        let modes = unsafe {
-            let got = libc::tcgetattr(self.slave.as_raw_fd(), modes.as_mut_ptr());
-            ensure!(got == 0, "tcgetattr: {}", std::io::Error::last_os_error());
-            modes.assume_init()
-        };
-        Ok([modes.c_iflag, modes.c_oflag, modes.c_cflag, modes.c_lflag])
-    }
-
-    /// Starts a program in it, as a login does: a session of its own whose terminal this is.
-    fn start(&self, mut command: Command) -> Result<Child> {
-        let end = || self.slave.try_clone().map(Stdio::from);
-        command.stdin(end()?).stdout(end()?).stderr(end()?);
-        // SAFETY: between fork and exec only two system calls are made, which take numbers.
-        unsafe {
-            command.pre_exec(|| {
-                if libc::setsid() < 0 || libc::ioctl(0, libc::TIOCSCTTY, 0) < 0 {
-                    return Err(std::io::Error::last_os_error());
-                }
-                Ok(())
-            });
-        }
-        command.spawn().context("kiln is not on the PATH")
-    }
-
-    fn type_keys(&mut self, keys: &str) -> Result<()> {
-        self.master.write_all(keys.as_bytes())?;
-        Ok(())
-    }
-
-    fn text(&self, range: std::ops::Range<usize>) -> String {
-        let seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
-        let bytes = seen.get(range).unwrap_or_default();
-        String::from_utf8_lossy(bytes).into_owned()
-    }
-
-    /// What came after what was waited for.
-    fn rest(&self) -> String {
-        let seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
-        String::from_utf8_lossy(seen.get(self.read..).unwrap_or_default()).into_owned()
-    }
-
-    /// Waits until this is printed after what was waited for before.
-    async fn wait_for(&mut self, text: &str) -> Result<()> {
-        let found = wait::until(&format!("{text:?} on the terminal"), STEP, || async {
-            let seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
-            let rest = &seen[self.read..];
-            let at = rest
-                .windows(text.len())
-                .position(|part| part == text.as_bytes());
-            Ok(at.map(|at| self.read + at + text.len()))
-        })
-        .await;
-        self.read = found.with_context(|| format!("there is {:?}", self.rest()))?;
-        Ok(())
+        Terminal::new(columns, rows).map(Shell)
     }
 
     /// Waits until the shell asks for a line.
@@ -171,9 +70,9 @@ impl Terminal {
         let start = Instant::now();
         // The new size is on its way; nothing tells the test when it has arrived.
         loop {
-            let before = self.read;
+            let before = self.read_to();
             self.ask("stty size; echo do''ne", "done\r\n").await?;
-            let seen = self.text(before..self.read);
+            let seen = self.text_since(before);
             self.prompt().await?;
             if seen.contains(&wanted) {
                 return Ok(());
@@ -194,7 +93,7 @@ async fn ended(mut child: Child, terminal: &Terminal, modes: [u32; 4]) -> Result
 
 async fn shell_in_a_terminal_is_one_to_work_in(test: Test) -> Result<()> {
     let kiln = Kiln::new(&test)?;
-    let mut terminal = Terminal::new(90, 25)?;
+    let mut terminal = Shell::new(90, 25)?;
     let modes = terminal.modes()?;
     let (command, _) = kiln.command(&["-it"], &["sh"]);
     let child = terminal.start(command)?;
@@ -249,7 +148,7 @@ async fn shell_in_a_terminal_is_one_to_work_in(test: Test) -> Result<()> {
     same!(ended(child, &terminal, modes).await?, Some(7));
 
     // Ctrl-C reaches a first process too, which asked for it.
-    let mut terminal = Terminal::new(80, 24)?;
+    let mut terminal = Shell::new(80, 24)?;
     let script = "trap 'exit 9' INT; echo ready; while :; do sleep 0.1; done";
     let (command, _) = kiln.command(&["-it"], &["sh", "-c", script]);
     let child = terminal.start(command)?;
@@ -268,7 +167,7 @@ async fn shell_in_a_terminal_is_one_to_work_in(test: Test) -> Result<()> {
 async fn exec_has_a_terminal_of_its_own(test: Test) -> Result<()> {
     let kiln = Kiln::new(&test)?;
     let (mut child, name) = kiln.started(&[], FIRST).await?;
-    let mut terminal = Terminal::new(70, 20)?;
+    let mut terminal = Shell::new(70, 20)?;
     let modes = terminal.modes()?;
     let mut command = Command::new("kiln");
     command.args(["exec", "-it", "-e", "PLACE=here", "-w", "/tmp", &name, "sh"]);
