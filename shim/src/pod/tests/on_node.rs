@@ -61,7 +61,7 @@ async fn container_ends_with_the_process_that_stands_for_it() {
     bed.pod.start("c", "").await.unwrap();
     kill(pid);
     let killed = async {
-        while !bed.uvm.was_called("kill") {
+        while !bed.uvm.was_called("kill c/ 9") {
             tokio::time::sleep(SECOND / 100).await;
         }
     };
