@@ -1,9 +1,9 @@
 //! The pods' network: with each other, with the node, within the pod.
 
-use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use kiln_e2e::cni::{Namespace, ip};
 use kiln_e2e::harness::Case;
 use kiln_e2e::plain::{Plain, PlainSpec};
 use kiln_e2e::pod::STEP;
@@ -11,7 +11,6 @@ use kiln_e2e::{Container, ContainerSpec, Pod, Test, cases};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-use super::run_net::ip;
 use super::same;
 
 pub(crate) fn cases() -> Vec<Case> {
@@ -205,63 +204,26 @@ async fn udp_and_ping_work(test: Test) -> Result<()> {
     Ok(())
 }
 
-/// A network namespace, removed with the test.
-struct Namespace(String);
-
-impl Namespace {
-    async fn make(name: String) -> Result<Self> {
-        ip(&format!("netns add {name}")).await?;
-        Ok(Namespace(name))
-    }
-
-    /// A cable between the node, at `subnet`.1, and an interface of the namespace, at `subnet`.2.
-    async fn connect(&self, interface: &str, node: &str, subnet: &str) -> Result<()> {
-        let name = &self.0;
-        for command in [
-            format!(
-                "link add {node} mtu 1400 type veth peer name {interface} mtu 1400 netns {name}"
-            ),
-            format!("addr add {subnet}.1/24 dev {node}"),
-            format!("link set {node} up"),
-            format!("-n {name} addr add {subnet}.2/24 dev {interface}"),
-            format!("-n {name} link set {interface} up"),
-        ] {
-            ip(&command).await?;
-        }
-        Ok(())
-    }
-}
-
-impl Drop for Namespace {
-    fn drop(&mut self) {
-        // Its interfaces go with it. The node's cleanliness is looked at after every test.
-        drop(
-            std::process::Command::new("ip")
-                .args(["netns", "del", &self.0])
-                .status(),
-        );
-    }
-}
-
 /// As plug-ins for several networks leave it; their names are in nobody's order.
 async fn every_interface_of_a_namespace_is_the_containers(test: Test) -> Result<()> {
-    let namespace = Namespace::make(test.unique("several")).await?;
+    let namespace = Namespace::make(&test, "several")?;
     let interfaces = [
         ("net1", "several1", "10.91.1"),
         ("eth2", "several2", "10.91.2"),
         ("eth0", "several0", "10.91.0"),
     ];
     for (interface, node, subnet) in interfaces {
-        namespace.connect(interface, node, subnet).await?;
+        namespace.cable(node, interface, 1400)?;
+        ip(&format!("addr add {subnet}.1/24 dev {node}"))?;
+        namespace.ip(&format!("addr add {subnet}.2/24 dev {interface}"))?;
     }
     for route in [
         "default via 10.91.0.1",
         "192.0.2.0/24 via 10.91.1.1 dev net1",
     ] {
-        ip(&format!("-n {} route add {route}", namespace.0)).await?;
+        namespace.ip(&format!("route add {route}"))?;
     }
-    let path = PathBuf::from("/run/netns").join(&namespace.0);
-    let spec = PlainSpec::testprog(&["http", "8080"]).netns(&path);
+    let spec = PlainSpec::testprog(&["http", "8080"]).netns(&namespace.path());
     let task = Plain::run(&test, &spec).await?;
     task.streams.wait_for("listening").await?;
     for (interface, _, subnet) in interfaces {

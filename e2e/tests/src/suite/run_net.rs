@@ -4,6 +4,7 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use kiln_e2e::cni::ip;
 use kiln_e2e::harness::Case;
 use kiln_e2e::{ContainerSpec, Test, cases, wait};
 use tokio::process::Command;
@@ -25,25 +26,13 @@ const STEP: Duration = Duration::from_secs(40);
 /// A tap of the node, removed with the test.
 struct Tap(String);
 
-/// Runs `ip` on the node.
-pub(super) async fn ip(arguments: &str) -> Result<()> {
-    let output = Command::new("ip")
-        .args(arguments.split(' '))
-        .output()
-        .await
-        .context("the node has no ip")?;
-    let errors = String::from_utf8_lossy(&output.stderr).into_owned();
-    ensure!(output.status.success(), "ip {arguments}: {errors}");
-    Ok(())
-}
-
 impl Tap {
-    async fn make(name: &str, addresses: &[&str]) -> Result<Tap> {
-        ip(&format!("tuntap add {name} mode tap")).await?;
+    fn make(name: &str, addresses: &[&str]) -> Result<Tap> {
+        ip(&format!("tuntap add {name} mode tap"))?;
         let tap = Tap(name.to_owned());
-        ip(&format!("link set {name} mtu 1400 up")).await?;
+        ip(&format!("link set {name} mtu 1400 up"))?;
         for address in addresses {
-            ip(&format!("addr add {address} dev {name} nodad")).await?;
+            ip(&format!("addr add {address} dev {name} nodad"))?;
         }
         Ok(tap)
     }
@@ -63,7 +52,7 @@ impl Drop for Tap {
 async fn container_talks_through_the_tap_it_is_given(test: Test) -> Result<()> {
     let kiln = Kiln::new(&test)?;
     let name = "kiln-e2e-t0";
-    let tap = Tap::make(name, &["10.123.0.1/24", "fd00:123::1/64"]).await?;
+    let tap = Tap::make(name, &["10.123.0.1/24", "fd00:123::1/64"])?;
     let net = format!("tap:{name}");
     let options = [
         "--net",
