@@ -15,8 +15,7 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
-use tokio::io::Interest;
-use tokio::io::unix::AsyncFd;
+use kiln_uvm::machine::process_ended;
 
 use crate::cleanup::pidfd_open;
 use crate::error::{Error, Result};
@@ -151,12 +150,7 @@ impl StandIn {
         let pid = i32::try_from(self.pid()).map_err(io::Error::other)?;
         // It is not reaped before it is dropped, so the number is its own.
         let pidfd = pidfd_open(pid)?.ok_or(io::ErrorKind::NotFound)?;
-        // SAFETY: an `OwnedFd` gives the same descriptor each time it is asked, and keeps it open as long as it lives.
-        let pidfd = unsafe { AsyncFd::register_with_interest(pidfd, Interest::READABLE) }?;
-        Ok(async move {
-            // An error would be one of the runtime's end.
-            let _ = pidfd.readable().await;
-        })
+        process_ended(pidfd)
     }
 }
 

@@ -1,13 +1,18 @@
 //! A VMM's process: started, told what to do, and followed to its end.
 
 use std::fs::File;
+use std::io;
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use kiln_overlay::Seat;
 use kiln_vmm_control::{Jail, Spawn, Vmm};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 use tokio::sync::watch;
 
 use crate::Error;
@@ -40,6 +45,8 @@ pub struct Machine {
     stopping: Arc<AtomicBool>,
     /// Given back when the VMM has ended, not before.
     seat: Arc<Mutex<Option<Arc<Seat>>>>,
+    /// What nobody has begun to wait for yet.
+    not_followed: Mutex<Option<Follower>>,
     ended: watch::Receiver<Option<End>>,
 }
 
@@ -52,28 +59,35 @@ impl Machine {
             log: Some(start.log),
         };
         let vmm = Arc::new(Vmm::spawn(spawn).map_err(Error::Spawn)?);
+        // Nobody can have reaped it yet, so the number is still its own.
+        let process = i32::try_from(vmm.pid()).ok().and_then(Pid::from_raw);
+        let process = process.ok_or(rustix::io::Errno::SRCH);
+        let process = process.and_then(|pid| pidfd_open(pid, PidfdFlags::empty()));
         let (tell, ended) = watch::channel(None);
-        let machine = Machine {
-            control: Control::new(Arc::clone(&vmm)),
-            stopping: Arc::default(),
-            seat: Arc::default(),
-            ended,
+        let (stopping, seat) = (Arc::default(), Arc::default());
+        let follower = Follower {
+            process: process.map_err(|errno| Error::system("watch the VMM")(errno.into()))?,
+            vmm: Arc::clone(&vmm),
+            stopping: Arc::clone(&stopping),
+            seat: Arc::clone(&seat),
+            words: start.words,
+            oom_kills: start.oom_kills,
+            tell,
         };
-        let (stopping, seat) = (Arc::clone(&machine.stopping), Arc::clone(&machine.seat));
-        let (oom_kills, words) = (start.oom_kills, start.words);
-        std::thread::Builder::new()
-            .name("vmm-end".into())
-            .spawn(move || {
-                let status = vmm.wait_status();
-                drop(seat.lock().unwrap_or_else(PoisonError::into_inner).take());
-                let by_us = stopping.load(Ordering::SeqCst);
-                let words = words.map(|words| words.after_the_end());
-                let (last, console) = words.unwrap_or_default();
-                let end = End::of(status, by_us, oom_kills, (&last, console));
-                tell.send_replace(Some(end));
-            })
-            .map_err(Error::system("watch the VMM"))?;
-        Ok(machine)
+        Ok(Machine {
+            control: Control::new(vmm),
+            stopping,
+            seat,
+            not_followed: Mutex::new(Some(follower)),
+            ended,
+        })
+    }
+
+    /// Has somebody wait for the VMM's end. A task is enough, which costs a start fewer system calls than a thread.
+    fn follow(&self) {
+        if let Some(follower) = lock(&self.not_followed).take() {
+            tokio::spawn(follower.follow());
+        }
     }
 
     /// The process's id.
@@ -88,7 +102,8 @@ impl Machine {
 
     /// Keeps a seat in the node's budget as long as the VMM lives.
     pub(crate) fn keep(&self, seat: Option<Arc<Seat>>) {
-        *self.seat.lock().unwrap_or_else(PoisonError::into_inner) = seat;
+        *lock(&self.seat) = seat;
+        self.follow();
     }
 
     /// Tells it something on a thread of its own, for that blocks. If the VMM has ended, the error says how.
@@ -122,6 +137,7 @@ impl Machine {
 
     /// Comes back when the VMM has ended.
     pub async fn ended(&self) -> End {
+        self.follow();
         let mut ended = self.ended.clone();
         let unknown = || End {
             reason: "nobody waits for it any more".into(),
@@ -142,6 +158,57 @@ impl Machine {
             stopping: Arc::clone(&self.stopping),
         }
     }
+}
+
+/// Returns when the process of a pidfd has ended. Has to be called within a runtime.
+pub fn process_ended(pidfd: OwnedFd) -> io::Result<impl Future<Output = ()> + Send> {
+    // SAFETY: an `OwnedFd` gives the same descriptor each time it is asked, and keeps it open as long as it lives.
+    let pidfd = unsafe { AsyncFd::register_with_interest(pidfd, Interest::READABLE) }?;
+    Ok(async move {
+        // An error would be one of the runtime's end.
+        let _ = pidfd.readable().await;
+    })
+}
+
+/// What waits for a VMM's end and tells the others of it.
+struct Follower {
+    process: OwnedFd,
+    vmm: Arc<Vmm>,
+    stopping: Arc<AtomicBool>,
+    seat: Arc<Mutex<Option<Arc<Seat>>>>,
+    words: Option<LastWords>,
+    oom_kills: Box<dyn FnOnce() -> bool + Send>,
+    tell: watch::Sender<Option<End>>,
+}
+
+impl Follower {
+    async fn follow(self) {
+        let Ok(ended) = process_ended(self.process) else {
+            // Those who wait hear that nobody does.
+            return;
+        };
+        ended.await;
+        // It has ended, so this does not block.
+        let status = self.vmm.wait_status();
+        drop(lock(&self.seat).take());
+        let by_us = self.stopping.load(Ordering::SeqCst);
+        let (last, console) = match self.words {
+            Some(words) => words.after_the_end().await,
+            None => <_>::default(),
+        };
+        let end = End::of(status, by_us, self.oom_kills, (&last, console));
+        self.tell.send_replace(Some(end));
+    }
+}
+
+impl std::fmt::Debug for Follower {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Follower").field(&self.process).finish()
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Ends a VMM, from whichever thread may wait for that.

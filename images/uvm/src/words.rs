@@ -3,11 +3,11 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::io::AsyncReadExt;
 use tokio::net::unix::pipe;
+use tokio::sync::watch;
 
 /// Longest line that is kept whole.
 const LONGEST: usize = 4096;
@@ -21,7 +21,7 @@ const MOST_LINES: usize = 60;
 
 /// The last thing a VMM said, and what its guest said last.
 #[derive(Debug, Clone, Default)]
-pub struct LastWords(Arc<(Mutex<Said>, Condvar)>);
+pub struct LastWords(watch::Sender<Said>);
 
 #[derive(Debug, Default)]
 struct Said {
@@ -33,32 +33,27 @@ struct Said {
 
 impl LastWords {
     fn set(&self, line: &str) {
-        let mut said = self.lock();
-        line.clone_into(&mut said.line);
-        if let Some(line) = line.strip_prefix(OF_GUEST)
-            && said.console.len() < MOST_LINES
-        {
-            said.console.push(printable(line));
-        }
+        self.0.send_modify(|said| {
+            line.clone_into(&mut said.line);
+            if let Some(line) = line.strip_prefix(OF_GUEST)
+                && said.console.len() < MOST_LINES
+            {
+                said.console.push(printable(line));
+            }
+        });
     }
 
     fn finish(&self) {
-        self.lock().over = true;
-        self.0.1.notify_all();
-    }
-
-    fn lock(&self) -> std::sync::MutexGuard<'_, Said> {
-        self.0.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.send_modify(|said| said.over = true);
     }
 
     /// What a VMM that has ended said last, once all that it said has been read, and the lines of the guest's console that
     /// it passed on.
-    pub(crate) fn after_the_end(&self) -> (String, Vec<String>) {
-        let (said, _) = self
-            .0
-            .1
-            .wait_timeout_while(self.lock(), BEHIND, |said| !said.over)
-            .unwrap_or_else(PoisonError::into_inner);
+    pub(crate) async fn after_the_end(&self) -> (String, Vec<String>) {
+        let mut said = self.0.subscribe();
+        // What came until then is taken if the reader stays behind.
+        let _ = tokio::time::timeout(BEHIND, said.wait_for(|said| said.over)).await;
+        let said = self.0.borrow();
         (said.line.clone(), said.console.clone())
     }
 }
@@ -109,8 +104,9 @@ async fn follow(mut reader: pipe::Receiver, mut tell: impl FnMut(&str), words: L
 mod tests {
     use super::*;
     use std::io::Write;
+    use std::sync::{Arc, Mutex};
 
-    #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+    #[tokio::test]
     async fn the_last_line_is_known_when_all_was_said() {
         let heard = Arc::new(Mutex::new(Vec::new()));
         let hearing = heard.clone();
@@ -119,20 +115,19 @@ mod tests {
         file.write_all(b"kiln-vmm: one\n\nkiln-vmm: the disk is full")
             .unwrap();
         drop(file);
-        let last = tokio::task::spawn_blocking(move || words.after_the_end());
-        assert_eq!(last.await.unwrap().0, "the disk is full");
+        assert_eq!(words.after_the_end().await.0, "the disk is full");
         assert_eq!(*heard.lock().unwrap(), ["one", "the disk is full"]);
     }
 
-    #[test]
-    fn a_pipe_that_somebody_else_holds_open_keeps_nobody_waiting() {
+    #[tokio::test]
+    async fn a_pipe_that_somebody_else_holds_open_keeps_nobody_waiting() {
         let words = LastWords::default();
         words.set("going");
-        assert_eq!(words.after_the_end().0, "going");
+        assert_eq!(words.after_the_end().await.0, "going");
     }
 
-    #[test]
-    fn guests_console_is_kept_to_the_last_lines_that_the_vmm_passes_on() {
+    #[tokio::test]
+    async fn guests_console_is_kept_to_the_last_lines_that_the_vmm_passes_on() {
         let words = LastWords::default();
         words.set("resumed");
         words.set("the guest's last words: Kernel panic - not syncing: sysrq\u{1b}[31m\r");
@@ -141,7 +136,7 @@ mod tests {
         }
         words.set("the machine has ended: Panicked");
         words.finish();
-        let (last, console) = words.after_the_end();
+        let (last, console) = words.after_the_end().await;
         assert_eq!(last, "the machine has ended: Panicked");
         assert_eq!(console.len(), MOST_LINES);
         assert_eq!(console[0], "Kernel panic - not syncing: sysrq [31m");
