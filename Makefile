@@ -14,6 +14,8 @@ RUNTIMES ?= runc kiln
 T ?=
 # Only these benches.
 BENCH ?=
+# Only the tests on a cluster that `make test` runs, too.
+SHORT ?=
 # How often tests that try their luck do so.
 ROUNDS ?= 1
 # A folder with programs of an earlier build (kiln, kiln-vmm, kiln-agent, the shim), for benches to measure by turns with
@@ -67,7 +69,8 @@ test: setup ## Run every test: lints, unit tests and fuzz targets here, end-to-e
 	@set -o pipefail; { $(MAKE) --no-print-directory lint && \
 	    $(MAKE) --no-print-directory test-unit && \
 	    $(MAKE) --no-print-directory test-fuzz && \
-	    $(MAKE) --no-print-directory test-e2e BESIDE=--tests; } 2>&1 | tee target/test.log; \
+	    $(MAKE) --no-print-directory test-e2e BESIDE=--tests && \
+	    $(MAKE) --no-print-directory test-k8s BESIDE=--tests SHORT=1; } 2>&1 | tee target/test.log; \
 	    status=$$?; e2e/count-tests target/test.log; exit $$status
 
 test-unit: setup ## Run the unit tests
@@ -91,15 +94,15 @@ test-e2e: build ## Run the end-to-end tests (T=… selects)
 	fi; \
 	[ $$status -eq 0 ] || echo "logs of failed tests: $(RESULTS)"; exit $$status
 
-test-k8s: NODE := k8s
+test-k8s: override NODE := k8s
 test-k8s: build ## Run the tests on a Kubernetes cluster in the node VM (T=… selects)
 	@rm -rf target/k8s; $(NODE_VM) --timeout 5000 \
 	    --get /var/log/kiln-e2e:target/k8s --get /var/log/k8s:target/k8s/cluster --env KILN_E2E_OUT=/var/log/kiln-e2e \
-	    --env KILN_E2E_RUNTIMES=$(subst $(space),$(comma),$(RUNTIMES)) -- kiln-k8s test $(T) \
+	    --env KILN_E2E_RUNTIMES=$(subst $(space),$(comma),$(RUNTIMES)) --env KILN_E2E_SHORT=$(SHORT) -- kiln-k8s test $(T) \
 	    || { echo "logs of failed tests, and of the cluster: target/k8s"; exit 1; }
 
-conformance: NODE := k8s
-conformance: PARTS += suite-images
+conformance: override NODE := k8s
+conformance: override PARTS += suite-images
 conformance: build ## Run critest with kiln and runc (T=… selects an area); goes on where it stopped, writes target/conformance
 	@results=target/conformance/$$(git describe --always --dirty); mkdir -p $$results; \
 	$(NODE_VM) --timeout 10000 --put $$results:/var/lib/kiln-conformance --get /var/lib/kiln-conformance:$$results \

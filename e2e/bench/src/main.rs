@@ -60,12 +60,13 @@ fn run(cli: &Cli) -> Result<()> {
         return benches::store::pick(root);
     }
     let all = benches::all();
+    let names = all.iter().flat_map(|bench| bench.names);
     let unknown = cli
         .benches
         .iter()
-        .find(|name| all.iter().all(|bench| bench.name != name.as_str()));
+        .find(|name| names.clone().all(|known| known != name));
     if let Some(name) = unknown {
-        let names: Vec<&str> = all.iter().map(|bench| bench.name).collect();
+        let names: Vec<&str> = names.copied().collect();
         bail!("there is no bench {name:?}, but: {}", names.join(" "));
     }
     let runtimes = if cli.runtimes.is_empty() {
@@ -84,17 +85,25 @@ fn run(cli: &Cli) -> Result<()> {
         .enable_all()
         .build()
         .context("cannot start the async runtime")?;
-    for bench in all {
-        if !cli.benches.is_empty() && cli.benches.iter().all(|name| name != bench.name) {
+    for bench in &all {
+        let is_wanted = |name: &&str| cli.benches.iter().any(|wanted| wanted == name);
+        let wanted = match cli.benches.is_empty() {
+            true => (bench.can_run)(),
+            false => bench.names.iter().any(is_wanted),
+        };
+        if !wanted {
             continue;
         }
-        println!("{}: {} runs of each", bench.name, settings.runs);
+        let names = bench.names.join(", ");
+        println!("{names}: {} runs of each", settings.runs);
         let measured = runtime
             .block_on((bench.run)(settings.clone()))
-            .with_context(|| format!("bench {}", bench.name))?;
-        let result = measured.named(bench.name, &cli.commit, &cli.machine);
-        result.write(&cli.out)?;
-        println!("{}", report::table(&result));
+            .with_context(|| format!("bench {names}"))?;
+        for (name, measured) in measured {
+            let result = measured.named(name, &cli.commit, &cli.machine);
+            result.write(&cli.out)?;
+            println!("{}", report::table(&result));
+        }
     }
     report::write(&cli.out)
 }

@@ -5,13 +5,15 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 
-use crate::result::BenchResult;
+use crate::result::{BenchResult, quantile};
 
 /// A bench's result as a table in Markdown.
 pub(crate) fn table(result: &BenchResult) -> String {
     let mut text = format!("## {}\n\n", result.name);
     let _ = writeln!(text, "Commit {}, {}.\n", result.commit, result.machine);
-    text.push_str("| what | median | least | most | unit | n |\n|---|--:|--:|--:|---|--:|\n");
+    text.push_str(
+        "| what | median | quartiles | least | most | unit | n |\n|---|--:|--:|--:|--:|---|--:|\n",
+    );
     for series in &result.series {
         let least = series.samples.iter().copied().fold(f64::INFINITY, f64::min);
         let most = series
@@ -21,9 +23,11 @@ pub(crate) fn table(result: &BenchResult) -> String {
             .fold(f64::NEG_INFINITY, f64::max);
         let _ = writeln!(
             text,
-            "| {} | {} | {} | {} | {} | {} |",
+            "| {} | {} | {} – {} | {} | {} | {} | {} |",
             series.name,
             number(series.median),
+            number(quantile(&series.samples, 0.25)),
+            number(quantile(&series.samples, 0.75)),
             number(least),
             number(most),
             series.unit,
@@ -97,7 +101,7 @@ mod tests {
         let (one, two) = (report.find("## one"), report.find("## two"));
         assert!(one.is_some() && one < two, "{report}");
         assert!(
-            report.contains("| runc total | 12.3 | 12.3 | 12.3 | ms | 1 |"),
+            report.contains("| runc total | 12.3 | 12.3 – 12.3 | 12.3 | 12.3 | ms | 1 |"),
             "{report}"
         );
     }

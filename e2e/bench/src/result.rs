@@ -104,14 +104,28 @@ impl BenchResult {
 
 /// The middle sample, or the mean of the two in the middle; 0 of none.
 pub(crate) fn median(samples: &[f64]) -> f64 {
+    quantile(samples, 0.5)
+}
+
+/// The value below which this part of the samples is, between two samples in proportion; 0 of none.
+pub(crate) fn quantile(samples: &[f64], part: f64) -> f64 {
     let mut sorted = samples.to_vec();
     sorted.sort_by(f64::total_cmp);
-    let middle = sorted.len() / 2;
-    match sorted.len() {
-        0 => 0.0,
-        even if even % 2 == 0 => f64::midpoint(sorted[middle - 1], sorted[middle]),
-        _ => sorted[middle],
-    }
+    let Some(last) = sorted.len().checked_sub(1) else {
+        return 0.0;
+    };
+    // There are never so many samples that an f64 could not count them.
+    #[allow(
+        clippy::cast_precision_loss,
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss
+    )]
+    let (below, rest) = {
+        let place = part * last as f64;
+        (place as usize, place.fract())
+    };
+    let above = (below + 1).min(last);
+    sorted[below] + (sorted[above] - sorted[below]) * rest
 }
 
 #[cfg(test)]
@@ -123,6 +137,8 @@ mod tests {
         assert_eq!(median(&[3.0, 1.0, 1000.0]), 3.0);
         assert_eq!(median(&[4.0, 1.0, 2.0, 3.0]), 2.5);
         assert_eq!(median(&[]), 0.0);
+        assert_eq!(quantile(&[5.0, 1.0, 2.0, 3.0, 4.0], 0.25), 2.0);
+        assert_eq!(quantile(&[1.0, 2.0], 0.75), 1.75);
     }
 
     #[test]

@@ -6,6 +6,7 @@
 //! which has a namespace and a client; [`kubectl`] is for what people do with `kubectl`.
 //! [`conformance`] runs critest.
 
+pub mod calls;
 pub mod cluster;
 pub mod component;
 pub mod config;
@@ -15,6 +16,8 @@ pub mod kubectl;
 pub mod manifest;
 pub mod pki;
 pub mod pods;
+mod set_up;
 mod test;
 
-pub use test::{IMAGE, STEP, Test, remove_leftovers};
+pub use set_up::set_up;
+pub use test::{IMAGE, STEP, Test};

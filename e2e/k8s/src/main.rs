@@ -3,14 +3,14 @@
 mod suite;
 
 use std::path::PathBuf;
-use std::process::{Command, ExitCode};
+use std::process::ExitCode;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use clap::{Parser, Subcommand};
 use kiln_e2e::{harness, setup};
 use kiln_k8s::cluster::Cluster;
 use kiln_k8s::conformance;
-use kiln_k8s::remove_leftovers;
+use kiln_k8s::set_up;
 use libtest_mimic::Arguments;
 
 /// A Kubernetes cluster of one node, and end-to-end tests by its API.
@@ -90,28 +90,7 @@ fn conformance(options: &conformance::Options) -> Result<bool> {
 
 #[tokio::main(worker_threads = 2)]
 async fn up() -> Result<()> {
-    // The μVM first: both are busy work for a CPU.
-    let kiln = harness::handlers()
-        .iter()
-        .any(|handler| setup::needs_bake(handler));
-    if kiln || installed("kiln") {
-        setup::bake()?;
-        println!("a μVM is baked");
-    }
-    let containerd = kiln_e2e::api::connect().await?;
-    setup::import(&containerd, &setup::Images::make()?).await?;
-    let cluster = Cluster::default();
-    cluster.up(|ready| println!("{ready}")).await?;
-    remove_leftovers(&cluster.client().await?)
-        .await
-        .context("cannot remove an earlier run's namespaces")
-}
-
-fn installed(program: &str) -> bool {
-    Command::new(program)
-        .arg("--version")
-        .output()
-        .is_ok_and(|output| output.status.success())
+    set_up(|ready| println!("{ready}")).await
 }
 
 fn test(arguments: Vec<String>) -> Result<ExitCode> {

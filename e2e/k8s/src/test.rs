@@ -383,7 +383,7 @@ impl Subject for Test {
 }
 
 /// Removes what earlier, killed runs of the tests left behind.
-pub async fn remove_leftovers(client: &Client) -> Result<()> {
+pub(crate) async fn remove_leftovers(client: &Client) -> Result<()> {
     let all: Api<Namespace> = Api::all(client.clone());
     for namespace in all.list(&ListParams::default()).await?.items {
         let name = namespace.metadata.name.unwrap_or_default();

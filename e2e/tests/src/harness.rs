@@ -63,6 +63,8 @@ pub struct Case<T = Test> {
     name: &'static str,
     limit: Duration,
     alone: bool,
+    /// Whether it belongs to a short run.
+    short: bool,
     /// The only handler it runs for, and what stands in the handler's place in its name.
     only: Option<(&'static str, &'static str)>,
     /// A handler that can't pass it since this major version of containerd.
@@ -94,6 +96,7 @@ impl<T: Subject> Case<T> {
             name,
             limit: T::LIMIT,
             alone: false,
+            short: false,
             only: None,
             fails: None,
             needs: 0,
@@ -145,6 +148,12 @@ impl<T: Subject> Case<T> {
         self.alone = true;
         self
     }
+
+    /// Makes it one of those that a short run consists of, which is for whoever has no time for all.
+    pub fn short(mut self) -> Self {
+        self.short = true;
+        self
+    }
 }
 
 /// Makes a list of [`Case`]s of functions, each named like its function.
@@ -163,6 +172,11 @@ pub fn handlers() -> Vec<String> {
         .filter(|name| !name.is_empty())
         .map(str::to_owned)
         .collect()
+}
+
+/// Whether only a part of the tests is to run: `KILN_E2E_SHORT` is set and not empty.
+fn is_short_run() -> bool {
+    std::env::var_os("KILN_E2E_SHORT").is_some_and(|value| !value.is_empty())
 }
 
 /// Tests that need not run again: those that passed in a node before it died, a name a line in the file
@@ -198,10 +212,12 @@ pub fn run_selected<T: Subject>(
     // Three at a time keep two emulated CPUs busy: a pod start waits a good part of its time.
     arguments.test_threads.get_or_insert(3);
     let passed = passed_before();
+    let short = is_short_run();
     let shared = Arc::new(Shared::default());
     let mut selected: Vec<_> = handlers()
         .into_iter()
         .flat_map(|handler| cases.iter().map(move |case| (case, handler.clone())))
+        .filter(|(case, _)| case.short || !short)
         .filter_map(|(case, handler)| Some((case.full_name(&handler)?, case.clone(), handler)))
         .filter(|(name, ..)| !passed.contains(name))
         .collect();

@@ -4,8 +4,9 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 
 const CGROUPS: &str = "/sys/fs/cgroup";
 /// Where containerd, its shims and the CNI plug-ins keep things by a container's id.
@@ -260,6 +261,20 @@ impl Census {
     }
 }
 
+/// A path as an argument.
+pub fn text(path: &Path) -> String {
+    path.display().to_string()
+}
+
+/// Runs one of busybox's programs on the node; its output.
+pub fn busybox(command: &[&str]) -> Result<String> {
+    let output = Command::new("busybox").args(command).output();
+    let output = output.context("busybox is not on the PATH")?;
+    let errors = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "{command:?}: {errors}");
+    Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -267,7 +282,7 @@ mod tests {
     #[test]
     fn a_process_is_a_trace_of_a_word_in_its_arguments() {
         let word = format!("kiln-trace-{}", std::process::id());
-        let mut child = std::process::Command::new("sh")
+        let mut child = Command::new("sh")
             // Without a child of its own, which would have the same arguments for a moment.
             .args(["-c", "read line", &word])
             .stdin(std::process::Stdio::piped())

@@ -10,6 +10,7 @@
 //! (`/sys/fs/cgroup`). It then neither boots anything nor sets the clock.
 
 mod agent;
+mod beneath;
 mod boot;
 mod container;
 mod disk;

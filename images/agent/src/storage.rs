@@ -3,14 +3,16 @@
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::fd::AsFd;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use kiln_agent_api::proto;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use thiserror::Error;
 
+use crate::beneath::{self, Found};
 use crate::disk;
 use crate::spans::Spans;
 use crate::users::{self, Users};
@@ -164,7 +166,8 @@ pub(crate) fn add(mounts: &[proto::Mount], users: Option<&Users>) -> Result<Span
     let mut spans = Spans::new();
     for (done, mount) in mounts.iter().enumerate() {
         if let Err(error) = spans.now(&mount.type_, || add_one(mount, users)) {
-            for earlier in mounts[..done].iter().rev() {
+            let own = |mount: &&proto::Mount| !mount.of_pod;
+            for earlier in mounts[..done].iter().filter(own).rev() {
                 // The first error is the one to report.
                 detach(&earlier.target);
             }
@@ -175,7 +178,15 @@ pub(crate) fn add(mounts: &[proto::Mount], users: Option<&Users>) -> Result<Span
 }
 
 fn add_one(wanted: &proto::Mount, users: Option<&Users>) -> Result<()> {
-    checked(&wanted.target)?;
+    let target = checked(&wanted.target)?;
+    // Two containers that begin at once are not to mount it twice.
+    static OF_POD: Mutex<()> = Mutex::new(());
+    let _alone = wanted
+        .of_pod
+        .then(|| OF_POD.lock().unwrap_or_else(PoisonError::into_inner));
+    if wanted.of_pod && is_mount_point(target) {
+        return Ok(());
+    }
     let no_users = || StorageError::NoUsers(wanted.target.clone());
     let owner = match wanted.owned_by_user_namespace {
         true => {
@@ -196,8 +207,16 @@ fn add_one(wanted: &proto::Mount, users: Option<&Users>) -> Result<()> {
                 .map_err(|source| file_error("give away", folder, source))?;
         }
     }
+    let beneath = match wanted.beneath.as_ref() {
+        Some(place) => Some(beneath::find(Path::new(&wanted.source), place)?),
+        None => None,
+    };
+    let beneath = beneath.as_ref().map(Found::path);
     let disk = disk::find(wanted)?;
-    let source = disk.as_deref().unwrap_or(&wanted.source);
+    let source = beneath
+        .as_deref()
+        .or(disk.as_deref())
+        .unwrap_or(&wanted.source);
     let options = parse_options(&wanted.type_, &wanted.options);
     let read_only = options.flags.contains(MsFlags::MS_RDONLY);
     // A file system that is mounted read-only needs nothing of its device.
@@ -259,6 +278,13 @@ fn add_one(wanted: &proto::Mount, users: Option<&Users>) -> Result<()> {
         })?;
     }
     Ok(())
+}
+
+/// Whether something else is mounted there than what its folder lies on.
+fn is_mount_point(path: &Path) -> bool {
+    let device = |path: &Path| fs::symlink_metadata(path).map(|found| found.dev()).ok();
+    let folder = path.parent().and_then(device);
+    device(path).is_some_and(|own| Some(own) != folder)
 }
 
 /// Takes back a mount of a request that failed; the failure is the error to report.
@@ -365,7 +391,7 @@ fn checked(path: &str) -> Result<&Path> {
     }
 }
 
-fn file_error(action: &'static str, path: &Path, source: io::Error) -> StorageError {
+pub(crate) fn file_error(action: &'static str, path: &Path, source: io::Error) -> StorageError {
     StorageError::File {
         action,
         path: path.display().to_string(),
@@ -383,7 +409,7 @@ pub(crate) struct Placed {
 
 impl Placed {
     pub(crate) fn by(mounts: &[proto::Mount]) -> Self {
-        let backwards = || mounts.iter().rev();
+        let backwards = || mounts.iter().filter(|mount| !mount.of_pod).rev();
         Self {
             targets: backwards().map(|mount| mount.target.clone()).collect(),
             folders: backwards()

@@ -7,11 +7,12 @@
 //! for each chain of layers and kept on the node; one that gives a device or image file
 //! (`blockfile`, `devmapper`) is used as it is, and so are the layers that are images (`erofs`), each
 //! in a slot of its own, as long as those suffice. Volumes stay where they are and are shown to the
-//! guest through the pod's shared directory; block volumes are disks of the guest.
+//! guest through the pod's shared directory; those of memory are the guest's own, and block volumes are disks of the guest.
 
 mod devices;
 mod image;
 mod layers;
+mod memory;
 mod mounts;
 mod volumes;
 mod written;
@@ -35,6 +36,7 @@ use kiln_node::config::Config;
 use kiln_uvm::root;
 use kiln_uvm::timeline::{Timeline, step};
 use layers::Layer;
+use volumes::InGuest;
 
 /// How long the guest waits for a disk whose slot was just filled.
 const DISK_WAIT_MS: u32 = 5000;
@@ -113,8 +115,8 @@ impl Storage {
         // Volumes first: what can't be had is found out before a disk is attached.
         let users = UserNamespace::of(spec, rootfs)?;
         let wanted = spec.mounts()?;
-        let mut mounts = timeline.time("host.volumes", || {
-            volumes::prepare(uvm, &mut self.volumes, wanted)
+        let InGuest { before, mut mounts } = timeline.time("host.volumes", || {
+            volumes::prepare(id, uvm, &mut self.volumes, wanted)
         })?;
         if pod_files {
             volumes::add_pods_own(&mut mounts, spec.root_is_read_only());
@@ -123,7 +125,8 @@ impl Storage {
         let root = self
             .attach_root(image::find(rootfs, bundle)?, config, uvm, timeline)
             .await?;
-        let mut mounts_in_guest = guest_mounts(id, &root, users);
+        let mut mounts_in_guest = before;
+        mounts_in_guest.extend(guest_mounts(id, &root, users));
         for (number, device) in spec.block_devices().iter().enumerate() {
             let disk = uvm
                 .attach_disk(devices::open(device)?, device.read_only)

@@ -42,6 +42,26 @@ impl Mounts {
         self.0.iter().any(below)
     }
 
+    /// Where the file system of a directory is mounted whole, at such a place, and what of it the directory is.
+    pub(super) fn whole_and_part(
+        &self,
+        dir: &Path,
+        is_place: impl Fn(&Path) -> bool,
+    ) -> Option<(PathBuf, PathBuf)> {
+        // The last one lies on top of those before it.
+        let on = |dir: &Path| self.0.iter().rfind(|mount| mount.target == dir);
+        let (mount, below) = dir
+            .ancestors()
+            .find_map(|above| Some((on(above)?, dir.strip_prefix(above).ok()?)))?;
+        let is_whole = |other: &&Mounted| {
+            other.device == mount.device && other.root == Path::new("/") && is_place(&other.target)
+        };
+        let whole = self.0.iter().find(is_whole)?;
+        let part = mount.root.strip_prefix("/").ok()?.join(below);
+        // Joined with nothing, a path ends with a slash.
+        Some((whole.target.clone(), part.components().collect()))
+    }
+
     pub(super) fn parse(table: &[u8]) -> Self {
         Self(
             table

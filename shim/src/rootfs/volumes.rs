@@ -11,10 +11,11 @@ use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 
-use kiln_agent_api::{GUEST_FILES, GUEST_SHM};
+use kiln_agent_api::{GUEST_FILES, GUEST_SHM, proto};
 use kiln_uvm::share::{Access, Owners, Volume};
 use nix::sys::statfs::{HUGETLBFS_MAGIC, statfs};
 
+use super::memory;
 use super::mounts::Mounts;
 use crate::error::{Error, Result};
 use crate::refusal::{self, Refusal};
@@ -130,13 +131,23 @@ fn is_of_hugepages(source: &Path) -> bool {
     statfs(source).is_ok_and(|found| found.filesystem_type() == HUGETLBFS_MAGIC)
 }
 
-/// Makes ready what the mounts need, noting it in `shared`, and gives them back with guest paths.
+/// A container's volumes as the guest has them.
+#[derive(Debug, Default)]
+pub(super) struct InGuest {
+    /// What the agent mounts before the container is made.
+    pub(super) before: Vec<proto::Mount>,
+    /// The spec's mounts, with guest paths.
+    pub(super) mounts: Vec<SpecMount>,
+}
+
+/// Makes ready what the mounts of a container need, noting it in `shared`.
 pub(super) fn prepare(
+    container: &str,
     uvm: &dyn Uvm,
     shared: &mut Vec<Volume>,
     mounts: Vec<SpecMount>,
-) -> Result<Vec<SpecMount>> {
-    let mut out = Vec::with_capacity(mounts.len());
+) -> Result<InGuest> {
+    let mut guest = InGuest::default();
     // Read once, if at all: a node has thousands of mounts.
     let mut table = None;
     for mut mount in mounts {
@@ -146,15 +157,29 @@ pub(super) fn prepare(
             Plan::Device(path) => mount.source = path.to_owned(),
             Plan::Refused(refusal) => return Err(refusal.into()),
             Plan::Share(volume) => {
+                if let Some(memory) = memory::find(&mount, &mut table)? {
+                    let (before, source) = memory.in_guest(container, guest.mounts.len());
+                    guest.before.extend(before);
+                    mount.source = source;
+                    // Nothing is ever mounted below it.
+                    let plain = |option: &mut String| {
+                        if option == "rro" {
+                            "ro".clone_into(option);
+                        }
+                    };
+                    mount.options.iter_mut().for_each(plain);
+                    guest.mounts.push(mount);
+                    continue;
+                }
                 let options = std::mem::take(&mut mount.options);
                 mount.options = guest_options(&volume, options, &mut table)?;
                 mount.source = uvm.share(&volume)?;
                 shared.push(volume);
             }
         }
-        out.push(mount);
+        guest.mounts.push(mount);
     }
-    Ok(out)
+    Ok(guest)
 }
 
 /// Files in `/etc` that all containers of a pod have alike, in the guest's [`GUEST_FILES`].

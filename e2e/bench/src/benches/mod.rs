@@ -1,6 +1,7 @@
 //! The benches, one file each. A new one is a file here and a line in [`all`].
 
 mod density;
+mod kubelet;
 mod overlay;
 mod overlay_curve;
 mod pod_start;
@@ -24,48 +25,48 @@ pub(crate) struct Settings {
     pub(crate) runs: u32,
 }
 
-type Run = fn(Settings) -> Pin<Box<dyn Future<Output = Result<Measured>>>>;
+/// What a run found, by the name under which it is kept.
+type Found = Result<Vec<(&'static str, Measured)>>;
+type Run = fn(Settings) -> Pin<Box<dyn Future<Output = Found>>>;
 
-/// A bench.
+/// A run that measures one thing, or several that cost no more together.
 pub(crate) struct Bench {
-    pub(crate) name: &'static str,
+    pub(crate) names: &'static [&'static str],
+    /// Whether this node has what it needs.
+    pub(crate) can_run: fn() -> bool,
     pub(crate) run: Run,
+}
+
+macro_rules! bench {
+    ($name:literal, $run:path) => {
+        Bench {
+            names: &[$name],
+            can_run: || true,
+            run: |settings| Box::pin(async { Ok(vec![($name, $run(settings).await?)]) }),
+        }
+    };
 }
 
 /// All benches.
 pub(crate) fn all() -> Vec<Bench> {
     vec![
+        bench!("pod-start", pod_start::run),
+        bench!("steady", steady::run),
+        bench!("overlay-fsync", overlay::fsync),
+        bench!("overlay-short-job", overlay::short_job),
+        bench!("overlay-curve", overlay_curve::run),
+        bench!("resume", resume::run),
+        bench!("store", store::run),
+        bench!("density", density::run),
         Bench {
-            name: "pod-start",
-            run: |settings| Box::pin(pod_start::run(settings)),
+            names: &kubelet::OF_ONE,
+            can_run: kubelet::has_cluster,
+            run: |settings| Box::pin(kubelet::one(settings)),
         },
         Bench {
-            name: "steady",
-            run: |settings| Box::pin(steady::run(settings)),
-        },
-        Bench {
-            name: "overlay-fsync",
-            run: |settings| Box::pin(overlay::fsync(settings)),
-        },
-        Bench {
-            name: "overlay-short-job",
-            run: |settings| Box::pin(overlay::short_job(settings)),
-        },
-        Bench {
-            name: "overlay-curve",
-            run: |settings| Box::pin(overlay_curve::run(settings)),
-        },
-        Bench {
-            name: "resume",
-            run: |settings| Box::pin(resume::run(settings)),
-        },
-        Bench {
-            name: "store",
-            run: |settings| Box::pin(store::run(settings)),
-        },
-        Bench {
-            name: "density",
-            run: |settings| Box::pin(density::run(settings)),
+            names: &[kubelet::CROWD],
+            can_run: kubelet::has_cluster,
+            run: |settings| Box::pin(kubelet::crowd(settings)),
         },
     ]
 }

@@ -9,12 +9,12 @@ use super::{Case, same};
 
 pub(crate) fn cases() -> Vec<Case> {
     cases![
-        init_containers_and_sidecars_run_in_order,
-        readiness_probes_of_each_kind_hold_pods_back,
+        init_containers_and_sidecars_run_in_order.short(),
+        readiness_probes_of_each_kind_hold_pods_back.short(),
         liveness_and_startup_probes_restart_what_fails,
-        hooks_run_and_grace_is_given,
+        hooks_run_and_grace_is_given.short(),
         restart_policies_are_kept_and_restarts_back_off,
-        container_over_its_memory_is_oom_killed,
+        container_over_its_memory_is_oom_killed.short(),
     ]
 }
 

@@ -14,8 +14,8 @@ use super::{Case, same};
 
 pub(crate) fn cases() -> Vec<Case> {
     cases![
-        pod_cgroups_have_the_classes_limits_and_the_overhead,
-        container_is_resized_in_place_up_and_down,
+        pod_cgroups_have_the_classes_limits_and_the_overhead.short(),
+        container_is_resized_in_place_up_and_down.short(),
         static_pod_runs_as_long_as_its_file_is_there,
         pod_outlives_restarts_of_kubelet_and_containerd
             .alone()

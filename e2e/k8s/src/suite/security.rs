@@ -12,10 +12,10 @@ use super::{Case, same};
 pub(crate) fn cases() -> Vec<Case> {
     cases![
         users_and_groups_are_as_asked,
-        privileges_are_as_asked,
+        privileges_are_as_asked.short(),
         seccomp_profiles_are_applied,
         sysctls_are_set_for_the_pod,
-        shared_process_namespace_is_shared,
+        shared_process_namespace_is_shared.short(),
     ]
 }
 

@@ -13,12 +13,12 @@ use super::{Case, same};
 
 pub(crate) fn cases() -> Vec<Case> {
     cases![
-        exec_has_input_an_exit_code_and_a_terminal,
+        exec_has_input_an_exit_code_and_a_terminal.short(),
         attach_talks_to_the_first_process,
         cp_brings_files_there_and_back,
-        port_forward_reaches_what_listens_on_either_loopback_address,
+        port_forward_reaches_what_listens_on_either_loopback_address.short(),
         debug_adds_a_container_of_its_own,
-        debug_of_a_target_sees_its_processes,
+        debug_of_a_target_sees_its_processes.short(),
     ]
 }
 

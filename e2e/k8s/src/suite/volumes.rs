@@ -11,12 +11,12 @@ use super::{Case, same};
 
 pub(crate) fn cases() -> Vec<Case> {
     cases![
-        empty_dir_is_shared_and_outlives_a_container,
+        empty_dir_is_shared_and_outlives_a_container.short(),
         empty_dir_over_its_limit_evicts_the_pod.limit(600),
         ephemeral_storage_over_its_limit_evicts_the_pod.limit(600),
         downward_api_and_projected_volumes_tell_of_the_pod,
         config_map_is_mounted_and_its_change_is_seen,
-        sub_paths_show_a_part_of_a_volume,
+        sub_paths_show_a_part_of_a_volume.short(),
         host_paths_of_each_type_are_as_asked,
     ]
 }

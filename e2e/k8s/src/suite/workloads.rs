@@ -12,7 +12,7 @@ use super::{Case, same};
 
 pub(crate) fn cases() -> Vec<Case> {
     cases![
-        deployment_scales_and_rolls_out.limit(600),
+        deployment_scales_and_rolls_out.short().limit(600),
         stateful_set_has_pods_with_names_that_stay,
         daemon_set_has_a_pod_on_the_node,
         job_runs_its_pods_and_counts_failures,

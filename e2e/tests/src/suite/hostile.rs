@@ -12,6 +12,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow, ensure};
 use kiln_e2e::harness::Case;
 use kiln_e2e::inventory::Inventory;
+use kiln_e2e::node::{busybox, text};
 use kiln_e2e::pod::STEP;
 use kiln_e2e::{Container, ContainerSpec, Pod, PodSpec, Test, cases, wait};
 
@@ -104,21 +105,6 @@ impl Drop for Targets {
             while busybox(&["umount", &target]).is_ok() {}
         }
     }
-}
-
-fn text(path: &Path) -> String {
-    path.display().to_string()
-}
-
-fn busybox(arguments: &[&str]) -> Result<()> {
-    let output = Command::new("busybox").args(arguments).output();
-    let output = output.context("busybox is not on the PATH")?;
-    ensure!(
-        output.status.success(),
-        "{arguments:?}: {}",
-        String::from_utf8_lossy(&output.stderr)
-    );
-    Ok(())
 }
 
 /// Looks at the targets all the time: what an attack did there may be undone by the time that a container has started.

@@ -1,12 +1,12 @@
 //! What is mounted below volumes: which of it can be written to, and which mounts are seen on the other side.
 
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use k8s_cri::v1 as api;
 use kiln_e2e::harness::Case;
+use kiln_e2e::node::{busybox, text};
 use kiln_e2e::{ContainerSpec, Test, cases, wait};
 
 use super::same;
@@ -52,18 +52,6 @@ impl Drop for Shared {
         // A failure shows in what is left on the node.
         let _ = busybox(&["umount", "-l", &text(&self.0)]);
     }
-}
-
-fn text(path: &Path) -> String {
-    path.display().to_string()
-}
-
-fn busybox(arguments: &[&str]) -> Result<()> {
-    let output = Command::new("busybox").args(arguments).output();
-    let output = output.context("busybox is not on the PATH")?;
-    let errors = String::from_utf8_lossy(&output.stderr);
-    ensure!(output.status.success(), "{arguments:?}: {errors}");
-    Ok(())
 }
 
 async fn read_only_volume_leaves_mounts_below_as_they_are(test: Test) -> Result<()> {

@@ -1,0 +1,172 @@
+//! Pods as kubelet starts and stops them, on a cluster of one node, the runtimes taking turns: one pod at a time, and a
+//! Deployment of thirty.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use k8s_openapi::api::apps::v1::Deployment;
+use kiln_e2e::harness::Subject as _;
+use kiln_k8s::cluster::Cluster;
+use kiln_k8s::{Test, calls, pods, set_up};
+
+use super::Settings;
+use crate::result::Measured;
+
+/// Of CRI alone: from the request for the sandbox to the answer that the container is started.
+const START: &str = "kubelet-start";
+/// From the pod's object to its condition Ready, as a client sees it.
+const READY: &str = "kubelet-ready";
+/// From the deletion of a pod, whose program ends when it is asked to, to the end of its object.
+const GONE: &str = "kubelet-gone";
+/// What one pod is measured by.
+pub(crate) const OF_ONE: [&str; 3] = [START, READY, GONE];
+/// From a Deployment's object to its last available pod.
+pub(crate) const CROWD: &str = "kubelet-30";
+/// How many these are.
+const REPLICAS: i32 = 30;
+/// What has to settle between two pods (kubelet removes cgroups and volumes behind the API's answer).
+const PAUSE: Duration = Duration::from_secs(1);
+
+const POD: &str = r#"
+apiVersion: v1
+kind: Pod
+metadata: {name: pod}
+spec:
+  runtimeClassName: ${RUNTIME}
+  containers:
+  - name: main
+    image: ${IMAGE}
+    command: [testprog, started]
+"#;
+
+const DEPLOYMENT: &str = r#"
+apiVersion: apps/v1
+kind: Deployment
+metadata: {name: crowd}
+spec:
+  replicas: ${REPLICAS}
+  selector: {matchLabels: {of: crowd}}
+  template:
+    metadata: {labels: {of: crowd}}
+    spec:
+      runtimeClassName: ${RUNTIME}
+      containers:
+      - name: main
+        image: ${IMAGE}
+        command: [testprog, started]
+"#;
+
+pub(crate) async fn one(settings: Settings) -> Result<Vec<(&'static str, Measured)>> {
+    let tests = prepare(&settings, "kubelet").await?;
+    let mut measured = OF_ONE.map(|name| (name, Measured::default()));
+    // Run 0 reads programs from the disk and the like: it is not counted.
+    for run in 0..=settings.runs {
+        for test in &tests {
+            let took = pod(test)
+                .await
+                .with_context(|| format!("run {run} with {}", test.handler()))?;
+            if run > 0 {
+                for ((_, measured), took) in measured.iter_mut().zip(took) {
+                    measured.add(test.handler(), "ms", took.as_secs_f64() * 1000.0);
+                }
+            }
+            tokio::time::sleep(PAUSE).await;
+        }
+        println!("  run {run} of {}", settings.runs);
+    }
+    end(&tests).await?;
+    for (_, measured) in &mut measured {
+        ratios(&settings, measured)?;
+    }
+    Ok(measured.into())
+}
+
+pub(crate) async fn crowd(settings: Settings) -> Result<Vec<(&'static str, Measured)>> {
+    let tests = prepare(&settings, CROWD).await?;
+    let mut measured = Measured::default();
+    for run in 0..=settings.runs {
+        for test in &tests {
+            let took = deployment(test)
+                .await
+                .with_context(|| format!("run {run} with {}", test.handler()))?;
+            if run > 0 {
+                measured.add(test.handler(), "ms", took.as_secs_f64() * 1000.0);
+            }
+            tokio::time::sleep(PAUSE).await;
+        }
+        println!("  run {run} of {}", settings.runs);
+    }
+    end(&tests).await?;
+    ratios(&settings, &mut measured)?;
+    Ok(vec![(CROWD, measured)])
+}
+
+/// Whether the node has what a cluster is made of.
+pub(crate) fn has_cluster() -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path).any(|folder| folder.join("kubelet").exists())
+}
+
+async fn prepare(settings: &Settings, name: &str) -> Result<Vec<Test>> {
+    if !has_cluster() {
+        bail!("this node has no kubelet; use one of suite k8s (make bench NODE=k8s)");
+    }
+    set_up(|ready| println!("  {ready}")).await?;
+    let mut tests = Vec::new();
+    for runtime in &settings.runtimes {
+        tests.push(Test::new(name, runtime).await?);
+    }
+    Ok(tests)
+}
+
+async fn end(tests: &[Test]) -> Result<()> {
+    for test in tests {
+        test.clean_up().await?;
+    }
+    Ok(Cluster::default().down()?)
+}
+
+fn ratios(settings: &Settings, measured: &mut Measured) -> Result<()> {
+    let Some((base, others)) = settings.runtimes.split_first() else {
+        bail!("no runtime to measure");
+    };
+    for other in others {
+        measured.ratio(&format!("{other}/{base}"), other, base)?;
+    }
+    Ok(())
+}
+
+/// Starts and deletes a pod: what the three benches of one pod measure.
+async fn pod(test: &Test) -> Result<[Duration; 3]> {
+    let begin = Instant::now();
+    let pod = test.run(POD).await?;
+    let ready = begin.elapsed();
+    let uid = pod.metadata.uid.as_deref().context("a pod without a uid")?;
+    let status = pods::container(&pod, "main");
+    let id = status.and_then(|status| status.container_id.as_deref());
+    let id = id.and_then(|id| id.split("//").nth(1));
+    let start = calls::sandbox_to_start(uid, id.context("a Ready pod without a container")?)?;
+    let begin = Instant::now();
+    test.delete("pod").await?;
+    Ok([start, ready, begin.elapsed()])
+}
+
+/// Makes a Deployment, and removes it again.
+async fn deployment(test: &Test) -> Result<Duration> {
+    let begin = Instant::now();
+    test.apply_with(DEPLOYMENT, &[("REPLICAS", &REPLICAS.to_string())])
+        .await?;
+    let all = |deployment: Option<&Deployment>| {
+        let status = deployment.and_then(|deployment| deployment.status.as_ref());
+        status.and_then(|status| status.available_replicas) == Some(REPLICAS)
+    };
+    test.until("crowd", "to have all its pods", all).await?;
+    let took = begin.elapsed();
+    test.kubectl()
+        .run(&["delete", "deployment", "crowd", "--cascade=foreground"])
+        .await?;
+    test.kubectl()
+        .run(&["wait", "--for=delete", "pod", "--all", "--timeout=600s"])
+        .await?;
+    Ok(took)
+}
