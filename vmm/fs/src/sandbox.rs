@@ -25,19 +25,32 @@ pub struct SandboxError {
 /// Capability numbers (linux/capability.h).
 const CHOWN: u32 = 0;
 const DAC_OVERRIDE: u32 = 1;
+const DAC_READ_SEARCH: u32 = 2;
 const FOWNER: u32 = 3;
 const FSETID: u32 = 4;
 const SETGID: u32 = 6;
 const SETUID: u32 = 7;
+const SETPCAP: u32 = 8;
 const SYS_CHROOT: u32 = 18;
 const SYS_ADMIN: u32 = 21;
 /// Two words of 32 bits each (linux/capability.h).
 const CAPABILITY_VERSION_3: u32 = 0x2008_0522;
 
-/// What serving files takes: acting for any of the pod's users, whose rights the guest's kernel has checked. Not
-/// among them: making devices, which would be the node's, not the pod's.
-const SERVING: u64 =
-    1 << CHOWN | 1 << DAC_OVERRIDE | 1 << FOWNER | 1 << FSETID | 1 << SETGID | 1 << SETUID;
+/// Acting for another user takes no capability away, and nobody can change that again (linux/securebits.h).
+const KEEP_FOR_OTHER_USERS: libc::c_ulong = 1 << 2 | 1 << 3;
+
+/// What serving files takes: acting for any of the pod's users, whose rights the guest's kernel has checked, by all of
+/// their groups, of which a request names one. Not among them: making devices, which would be the node's, not the pod's.
+///
+/// A link to an open file may be made by who has opened it with the same credentials (Linux 6.10), which acting for
+/// another user ends, or by who may search everywhere. The filter sees to it that this opens no file by its handle.
+const SERVING: u64 = 1 << CHOWN
+    | 1 << DAC_OVERRIDE
+    | 1 << DAC_READ_SEARCH
+    | 1 << FOWNER
+    | 1 << FSETID
+    | 1 << SETGID
+    | 1 << SETUID;
 
 #[repr(C)]
 struct Header {
@@ -55,7 +68,7 @@ struct Sets {
 
 /// Keeps those capabilities of the calling thread that a file server's thread needs or needs to confine itself.
 pub fn keep_what_serving_needs() -> Result<(), SandboxError> {
-    limit(SERVING | 1 << SYS_CHROOT | 1 << SYS_ADMIN)
+    limit(SERVING | 1 << SETPCAP | 1 << SYS_CHROOT | 1 << SYS_ADMIN)
 }
 
 /// What a confined thread left behind, in the table of the process: drop it on a thread that has that table.
@@ -88,6 +101,9 @@ pub(crate) fn enter<T, E: From<SandboxError>>(
         // SAFETY: the owners of these are about to be sent to the process's table, which has both as well.
         check("closing the folder", unsafe { libc::close(fd) })?;
     }
+    // SAFETY: plain numbers.
+    let kept = unsafe { libc::prctl(libc::PR_SET_SECUREBITS, KEEP_FOR_OTHER_USERS, 0, 0, 0) };
+    check("keeping its rights for each user", kept)?;
     limit(SERVING)?;
     Ok((made, Left([folder, outside])))
 }

@@ -18,6 +18,7 @@ pub(crate) fn cases() -> Vec<Case> {
         directory_is_the_same_inside_and_outside,
         file_and_subdirectory_mounts_hide_the_rest,
         read_only_volume_cannot_be_written_to,
+        groups_of_a_user_count_on_a_volume,
         empty_dir_is_shared_between_containers,
         memory_volume_is_a_tmpfs_of_the_pods_containers,
         part_of_a_memory_volume_is_no_way_out_of_it,
@@ -320,6 +321,56 @@ async fn block_volume_is_a_disk_that_keeps_what_is_written(test: Test) -> Result
         .await?;
     same!(line, "0123456789abcde");
     pod.remove().await
+}
+
+async fn groups_of_a_user_count_on_a_volume(test: Test) -> Result<()> {
+    // As the kubelet leaves a volume of a pod with fsGroup: 2000.
+    let data = test.scratch().join("data");
+    std::fs::create_dir(&data)?;
+    std::os::unix::fs::chown(&data, Some(0), Some(2000))?;
+    std::fs::set_permissions(&data, Permissions::from_mode(0o2775))?;
+    let pod = test.pod().await?;
+    let spec = |name: &str| {
+        ContainerSpec::pause(name)
+            .user(1234, 3000)
+            .mount(&data, "/data")
+    };
+    let member = pod.start(&spec("member").groups(&[2000, 4000])).await?;
+    member
+        .shell(
+            "cd /data && echo text > file && mkdir dir && echo text > dir/file && ln -s file link && mkfifo pipe && \
+             ln file hard && mv dir/file dir/moved && echo more >> file && rm hard && mkdir gone && rmdir gone",
+        )
+        .await?;
+    for (name, mode) in [
+        ("file", 0o644),
+        ("dir", 0o2755),
+        ("dir/moved", 0o644),
+        ("pipe", 0o644),
+    ] {
+        let found = std::fs::symlink_metadata(data.join(name))?;
+        same!(
+            (name, found.uid(), found.gid(), found.mode() & 0o7777),
+            (name, 1234, 2000, mode)
+        );
+    }
+    same!(std::fs::symlink_metadata(data.join("link"))?.uid(), 1234);
+    // Who is no member may not, and a member no more than the group.
+    let stranger = pod.start(&spec("stranger")).await?;
+    ensure!(stranger.exec(&["touch", "/data/strange"]).await?.code != 0);
+    ensure!(stranger.exec(&["mkdir", "/data/strange"]).await?.code != 0);
+    std::fs::write(data.join("of-root"), "text\n")?;
+    std::fs::set_permissions(data.join("of-root"), Permissions::from_mode(0o640))?;
+    same!(member.read(&["cat", "/data/of-root"]).await?, "text");
+    ensure!(
+        member
+            .exec(&["sh", "-c", "echo x >> /data/of-root"])
+            .await?
+            .code
+            != 0
+    );
+    ensure!(stranger.exec(&["cat", "/data/of-root"]).await?.code != 0);
+    Ok(())
 }
 
 /// A volume as the kubelet makes one of medium `Memory`: a tmpfs with the group of the pod's volumes.
