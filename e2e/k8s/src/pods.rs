@@ -2,7 +2,7 @@
 
 pub use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::api::core::v1::{
-    ContainerState, ContainerStateTerminated, ContainerStatus, PodStatus,
+    ContainerState, ContainerStateTerminated, ContainerStatus, PodCondition, PodStatus,
 };
 
 /// The pod's phase; empty before it has one.
@@ -23,13 +23,18 @@ pub fn reason(pod: &Pod) -> &str {
 
 /// Whether a condition of the pod is `True`.
 pub fn has(pod: &Pod, condition: &str) -> bool {
-    let all = pod
-        .status
-        .as_ref()
-        .and_then(|status| status.conditions.as_ref());
-    all.into_iter()
-        .flatten()
-        .any(|is| is.type_ == condition && is.status == "True")
+    holding(pod, condition).is_some()
+}
+
+/// The reason of a condition of the pod that is `True`.
+pub fn why<'a>(pod: &'a Pod, condition: &str) -> Option<&'a str> {
+    holding(pod, condition)?.reason.as_deref()
+}
+
+fn holding<'a>(pod: &'a Pod, condition: &str) -> Option<&'a PodCondition> {
+    let all = pod.status.as_ref()?.conditions.as_ref()?;
+    all.iter()
+        .find(|is| is.type_ == condition && is.status == "True")
 }
 
 /// Whether it is Ready.

@@ -17,8 +17,16 @@ use crate::text::say;
 /// Seed of what `/bytes/N` answers.
 const BYTES_SEED: u64 = 1;
 
-/// Serves on all addresses of both families, one thread for each connection; prints `listening PORT`.
+/// Serves on all addresses of both families; prints `listening PORT`.
 pub(crate) fn serve(port: u16) -> Result<()> {
+    listen(port, answer)
+}
+
+/// Answers connections, a thread for each; prints `listening PORT`.
+pub(crate) fn listen(
+    port: u16,
+    answer: impl Fn(&TcpStream) -> Result<()> + Clone + Send + 'static,
+) -> Result<()> {
     let listener = TcpListener::bind(("::", port))
         .or_else(|_| TcpListener::bind(("0.0.0.0", port)))
         .with_context(|| format!("cannot listen on port {port}"))?;
@@ -28,6 +36,7 @@ pub(crate) fn serve(port: u16) -> Result<()> {
     ))?;
     for connection in listener.incoming() {
         let connection = connection.context("cannot accept a connection")?;
+        let answer = answer.clone();
         std::thread::Builder::new()
             .name("connection".to_owned())
             .spawn(move || {

@@ -5,6 +5,7 @@
 //! its arguments and needs nothing from the image around it.
 
 mod files;
+mod grpc;
 mod guest;
 mod hostile;
 mod http;
@@ -37,6 +38,7 @@ testprog COMMAND [ARGUMENTS]    (or COMMAND, if the program has that name)
   build DIR MIB              unpack a tree of sources, build it, sync now and then, delete it
   hash PATH...               print the SHA-256 of files
   http PORT                  answer HTTP
+  health PORT FILE           answer gRPC's health checks by whether the file is there
   get HOST:PORT PATH         GET, print the body; exit 22 unless the status is 200
   udp PORT                   answer each datagram with what it holds and who sent it
   ask HOST:PORT TEXT         send a datagram, repeat it each second, print the answer
@@ -102,6 +104,7 @@ fn run(arguments: &[String]) -> Result<ExitCode> {
         "build" => job::build(word(rest, 0)?, number(rest, 1)?)?,
         "hash" => files::hash(rest)?,
         "http" => http::serve(number(rest, 0)?)?,
+        "health" => grpc::serve(number(rest, 0)?, word(rest, 1)?.as_ref())?,
         "get" => return http::get(word(rest, 0)?, word(rest, 1)?),
         "udp" => udp::serve(number(rest, 0)?)?,
         "ask" => udp::ask(word(rest, 0)?, word(rest, 1)?)?,

@@ -275,6 +275,37 @@ pub fn busybox(command: &[&str]) -> Result<String> {
     Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
 }
 
+/// A loop device of the node, as long as this lives.
+#[derive(Debug)]
+pub struct LoopDevice(String);
+
+impl LoopDevice {
+    /// Makes a file of that size and the device on it.
+    pub fn over(file: &Path, bytes: u64) -> Result<Self> {
+        fs::File::create(file)?.set_len(bytes)?;
+        // One that takes the device between the two calls makes the second fail: then anew.
+        for _ in 0..8 {
+            let device = busybox(&["losetup", "-f"])?;
+            if busybox(&["losetup", &device, &text(file)]).is_ok() {
+                return Ok(LoopDevice(device));
+            }
+        }
+        anyhow::bail!("no free loop device")
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &str {
+        &self.0
+    }
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        // A failure shows in what is left on the node.
+        let _ = busybox(&["losetup", "-d", &self.0]);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

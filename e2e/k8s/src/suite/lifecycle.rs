@@ -88,10 +88,15 @@ spec:
     command: [sh, -c, "until [ -e /shared/tcp ]; do sleep 0.2; done; exec testprog http 8081"]
     readinessProbe: {tcpSocket: {port: 8081}, periodSeconds: 1, timeoutSeconds: 60}
     volumeMounts: [{name: shared, mountPath: /shared}]
+  - name: grpc
+    image: ${IMAGE}
+    command: [testprog, health, "8082", /shared/grpc]
+    readinessProbe: {grpc: {port: 8082}, periodSeconds: 1, timeoutSeconds: 60}
+    volumeMounts: [{name: shared, mountPath: /shared}]
 "#,
     )
     .await?;
-    let names = ["exec", "http", "tcp"];
+    let names = ["exec", "http", "tcp", "grpc"];
     let all_run = move |pod: Option<&Pod>| {
         pod.is_some_and(|pod| names.iter().all(|name| pods::is_running(pod, name)))
     };

@@ -1,8 +1,10 @@
 //! All tests, by what they are about. Each is a statement that holds for any runtime.
 
+mod claims;
 mod lifecycle;
 mod on_node;
 mod pods;
+mod resources;
 mod security;
 mod verbs;
 mod volumes;
@@ -21,7 +23,9 @@ pub(crate) fn all() -> Vec<Case> {
         lifecycle::cases(),
         workloads::cases(),
         volumes::cases(),
+        claims::cases(),
         on_node::cases(),
+        resources::cases(),
         security::cases(),
     ]
     .into_iter()

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use kiln_e2e::harness::Case;
-use kiln_e2e::node::{busybox, text};
+use kiln_e2e::node::{LoopDevice, busybox, text};
 use kiln_e2e::{ContainerSpec, Test, cases, wait};
 use sha2::{Digest, Sha256};
 
@@ -264,30 +264,6 @@ async fn large_file_keeps_its_hash_both_ways(test: Test) -> Result<()> {
     Ok(())
 }
 
-/// A loop device of the node, as long as this lives.
-struct LoopDevice(String);
-
-impl LoopDevice {
-    fn over(file: &Path, bytes: u64) -> Result<Self> {
-        std::fs::File::create(file)?.set_len(bytes)?;
-        // One that takes the device between the two calls makes the second fail: then anew.
-        for _ in 0..8 {
-            let device = busybox(&["losetup", "-f"])?;
-            if busybox(&["losetup", &device, &file.display().to_string()]).is_ok() {
-                return Ok(LoopDevice(device));
-            }
-        }
-        anyhow::bail!("no free loop device")
-    }
-}
-
-impl Drop for LoopDevice {
-    fn drop(&mut self) {
-        // A failure shows in what is left on the node.
-        let _ = busybox(&["losetup", "-d", &self.0]);
-    }
-}
-
 async fn block_volume_is_a_disk_that_keeps_what_is_written(test: Test) -> Result<()> {
     const SIZE: u64 = 24 << 20;
     let (file, other) = (test.scratch().join("volume"), test.scratch().join("fixed"));
@@ -295,8 +271,8 @@ async fn block_volume_is_a_disk_that_keeps_what_is_written(test: Test) -> Result
     let fixed = LoopDevice::over(&other, 1 << 20)?;
     let pod = test.pod().await?;
     let spec = ContainerSpec::pause("main")
-        .device(&volume.0, "/dev/volume", "rwm")
-        .device(&fixed.0, "/dev/fixed", "r");
+        .device(volume.path(), "/dev/volume", "rwm")
+        .device(fixed.path(), "/dev/fixed", "r");
     let container = pod.start(&spec).await?;
     for (device, bytes) in [("/dev/volume", SIZE), ("/dev/fixed", 1 << 20)] {
         let size = container.read(&["blockdev", "--getsize64", device]).await?;
@@ -314,7 +290,7 @@ async fn block_volume_is_a_disk_that_keeps_what_is_written(test: Test) -> Result
     // Another container of the pod has it next.
     container.stop(Duration::from_secs(1)).await?;
     container.remove().await?;
-    let spec = ContainerSpec::pause("next").device(&volume.0, "/dev/again", "rwm");
+    let spec = ContainerSpec::pause("next").device(volume.path(), "/dev/again", "rwm");
     let next = pod.start(&spec).await?;
     let line = next
         .read(&["dd", "if=/dev/again", "bs=16", "count=1", "skip=1000"])
