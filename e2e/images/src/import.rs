@@ -42,6 +42,9 @@ pub struct Error {
     pub source: Status,
 }
 
+/// CRI's namespace.
+const CRI: &str = "k8s.io";
+
 /// Where images go.
 pub struct Importer<'a> {
     client: &'a Client,
@@ -82,6 +85,12 @@ impl<'a> Importer<'a> {
         self.record(name, image)
             .await
             .map_err(at("record the image"))?;
+        if self.namespace == CRI {
+            // As CRI does with what it pulls: volumes that are images are looked up by this.
+            self.record(&image.config.descriptor.digest, image)
+                .await
+                .map_err(at("record the image by its id"))?;
+        }
         self.delete_lease().await.map_err(at("give the lease back"))
     }
 

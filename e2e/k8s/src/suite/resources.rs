@@ -1,6 +1,6 @@
 //! Resources of a pod as a whole, and changes of them that have to wait.
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use kiln_e2e::cases;
 use kiln_k8s::Test;
 use kiln_k8s::pods::{self, Pod};
@@ -10,7 +10,7 @@ use super::{Case, same};
 pub(crate) fn cases() -> Vec<Case> {
     cases![
         limits_of_a_pod_hold_for_all_its_containers,
-        resize_without_room_waits_or_is_said_to_be_impossible.alone(),
+        resize_without_room_waits_or_is_refused.alone(),
     ]
 }
 
@@ -45,7 +45,7 @@ spec:
     Ok(())
 }
 
-async fn resize_without_room_waits_or_is_said_to_be_impossible(test: Test) -> Result<()> {
+async fn resize_without_room_waits_or_is_refused(test: Test) -> Result<()> {
     const POD: &str = r#"
 apiVersion: v1
 kind: Pod
@@ -62,10 +62,14 @@ spec:
     test.apply_with(POD, &[("NAME", "pod"), ("CPU", "100m")])
         .await?;
     test.ready("pod").await?;
-    // The node has two CPUs.
-    resize(&test, "16").await?;
-    waits(&test, Some("Infeasible")).await?;
-    test.apply_with(POD, &[("NAME", "beside"), ("CPU", "1")])
+    let refused = resize(&test, "64").await.err();
+    let refused = refused.context("more CPUs than the node has are granted")?;
+    ensure!(
+        format!("{refused:#}").contains("allocatable"),
+        "{refused:#}"
+    );
+    // The node has three CPUs.
+    test.apply_with(POD, &[("NAME", "beside"), ("CPU", "2")])
         .await?;
     test.ready("beside").await?;
     resize(&test, "1500m").await?;
