@@ -97,13 +97,17 @@ fn test(arguments: Vec<String>) -> Result<ExitCode> {
     let program = "kiln-k8s test".to_owned();
     let arguments = Arguments::from_iter(std::iter::once(program).chain(arguments));
     if arguments.list {
-        return Ok(harness::run_selected(&suite::all(), arguments, u32::MAX));
+        return Ok(harness::run_selected(
+            &suite::all(),
+            arguments,
+            harness::NEWEST,
+        ));
     }
     let cluster = Cluster::default();
     let was_up = cluster.is_up();
     up()?;
     // Kubernetes of today needs a containerd of today: no test is skipped for its age.
-    let code = harness::run_selected(&suite::all(), arguments, u32::MAX);
+    let code = harness::run_selected(&suite::all(), arguments, harness::NEWEST);
     if !was_up {
         cluster.down()?;
     }

@@ -3,7 +3,7 @@
 use kube::Client;
 use kube::api::{Api, DynamicObject, Patch, PatchParams};
 use kube::core::{ApiResource, GroupVersionKind};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 /// A manifest that is none.
 #[derive(Debug, thiserror::Error)]
@@ -28,12 +28,40 @@ pub fn value(text: &str) -> Result<Value, Error> {
 
 /// The objects of a manifest.
 pub fn parse(text: &str) -> Result<Vec<DynamicObject>, Error> {
+    parse_with(text, |document| document)
+}
+
+/// The objects of a manifest, each made of what one of its documents is `completed` to.
+pub fn parse_with(
+    text: &str,
+    complete: impl Fn(Value) -> Value,
+) -> Result<Vec<DynamicObject>, Error> {
     let documents: Vec<Value> =
         serde_saphyr::from_multiple(text).map_err(|error| unreadable(text, &error))?;
     let objects = documents.into_iter().filter(|document| !document.is_null());
-    let objects = objects
-        .map(|document| serde_json::from_value(document).map_err(|error| unreadable(text, &error)));
+    let objects = objects.map(|document| {
+        serde_json::from_value(complete(document)).map_err(|error| unreadable(text, &error))
+    });
     objects.collect()
+}
+
+/// The pod called `pod` of a spec, which need not say its runtime class, nor its containers' image, nor that it ends
+/// without long grace.
+pub fn pod(mut spec: Value, class: &str, image: &str) -> Value {
+    let set = |object: &mut Value, field: &str, value: Value| {
+        if let Some(object) = object.as_object_mut() {
+            object.entry(field).or_insert(value);
+        }
+    };
+    set(&mut spec, "runtimeClassName", class.into());
+    set(&mut spec, "terminationGracePeriodSeconds", 1.into());
+    for list in ["containers", "initContainers"] {
+        let containers = spec.get_mut(list).and_then(Value::as_array_mut);
+        for container in containers.into_iter().flatten() {
+            set(container, "image", image.into());
+        }
+    }
+    json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pod"}, "spec": spec})
 }
 
 fn unreadable(text: &str, why: &dyn std::fmt::Display) -> Error {
@@ -88,6 +116,25 @@ mod tests {
             .collect();
         assert_eq!(names, ["one", "two"]);
         assert_eq!(objects[1].data["spec"]["replicas"], 3);
+    }
+
+    #[test]
+    fn spec_of_a_pod_is_completed_where_it_says_nothing() {
+        let text = "initContainers: [{name: a}]\ncontainers: [{name: b, image: other}]\n\
+                    terminationGracePeriodSeconds: 9\n";
+        let made = pod(value(text).unwrap(), "kiln", "image");
+        let expected = json!({
+            "apiVersion": "v1",
+            "kind": "Pod",
+            "metadata": {"name": "pod"},
+            "spec": {
+                "initContainers": [{"name": "a", "image": "image"}],
+                "containers": [{"name": "b", "image": "other"}],
+                "terminationGracePeriodSeconds": 9,
+                "runtimeClassName": "kiln",
+            },
+        });
+        assert_eq!(made, expected);
     }
 
     #[test]

@@ -17,6 +17,7 @@ use kube::api::{Api, DeleteParams, DynamicObject, ListParams, LogParams, ObjectM
 use kube::runtime::wait::{Condition, await_condition, conditions};
 use kube::{Client, Resource};
 use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
 
 use crate::cluster::Cluster;
 use crate::kubectl::Kubectl;
@@ -142,7 +143,8 @@ impl Test {
         Api::namespaced(self.client().clone(), self.namespace())
     }
 
-    /// Applies a manifest. `${RUNTIME}`, `${IMAGE}`, `${NAMESPACE}` and `${SCRATCH}` are filled in.
+    /// Applies a manifest. `${RUNTIME}`, `${IMAGE}`, `${NAMESPACE}` and `${SCRATCH}` are filled in. A document without a
+    /// kind is the spec of a pod called `pod` ([`manifest::pod`]).
     pub async fn apply(&self, text: &str) -> Result<()> {
         self.apply_with(text, &[]).await
     }
@@ -159,7 +161,11 @@ impl Test {
 
     /// A manifest's objects, filled in.
     pub fn objects(&self, text: &str, values: &[(&str, &str)]) -> Result<Vec<DynamicObject>> {
-        Ok(manifest::parse(&self.fill(text, values))?)
+        let complete = |document: Value| match document.get("kind") {
+            Some(_) => document,
+            None => manifest::pod(document, self.handler(), IMAGE),
+        };
+        Ok(manifest::parse_with(&self.fill(text, values), complete)?)
     }
 
     /// A manifest, filled in.
@@ -261,6 +267,16 @@ impl Test {
                 .find_map(|line| line.strip_prefix(prefix).map(str::to_owned)))
         })
         .await
+    }
+
+    /// Asks for other limits (which are requests, too) of the container `main` of the pod `pod`.
+    pub async fn resize(&self, limits: Value) -> Result<()> {
+        let resources = json!({"limits": limits, "requests": limits});
+        let container = json!({"name": "main", "resources": resources});
+        let patch = json!({"spec": {"containers": [container]}});
+        let patch = format!("--patch={patch}");
+        let command = ["patch", "pod", "pod", "--subresource=resize", &patch];
+        self.kubectl().run(&command).await.map(drop)
     }
 
     /// Deletes a pod and waits until it is gone.

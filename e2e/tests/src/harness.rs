@@ -58,6 +58,12 @@ const LONGEST: Duration = Duration::from_secs(400);
 
 type Body<T> = dyn Fn(T) -> Pin<Box<dyn Future<Output = Result<()>> + Send>> + Send + Sync;
 
+/// Of containerd: major and minor.
+pub type Version = (u32, u32);
+
+/// The newest containerd that there may ever be.
+pub const NEWEST: Version = (u32::MAX, 0);
+
 /// One test, for any runtime.
 pub struct Case<T = Test> {
     name: &'static str,
@@ -67,10 +73,10 @@ pub struct Case<T = Test> {
     short: bool,
     /// The only handler it runs for, and what stands in the handler's place in its name.
     only: Option<(&'static str, &'static str)>,
-    /// A handler that can't pass it since this major version of containerd.
-    fails: Option<(&'static str, u32)>,
-    /// The major version of containerd that brings what it needs.
-    needs: u32,
+    /// A handler that can't pass it since this version of containerd.
+    fails: Option<(&'static str, Version)>,
+    /// The version of containerd that brings what it needs.
+    needs: Version,
     body: Arc<Body<T>>,
 }
 
@@ -99,7 +105,7 @@ impl<T: Subject> Case<T> {
             short: false,
             only: None,
             fails: None,
-            needs: 0,
+            needs: (0, 0),
             body,
         }
     }
@@ -116,20 +122,20 @@ impl<T: Subject> Case<T> {
         self
     }
 
-    /// Skips it for a handler since a major version of containerd whose own failing makes it fail. docs/node.md has the
+    /// Skips it for a handler since a version of containerd whose own failing makes it fail. docs/node.md has the
     /// list.
-    pub fn fails_with(mut self, handler: &'static str, containerd: u32) -> Self {
+    pub fn fails_with(mut self, handler: &'static str, containerd: Version) -> Self {
         self.fails = Some((handler, containerd));
         self
     }
 
-    /// Skips it before a major version of containerd, which brings what the test is about.
-    pub fn since(mut self, containerd: u32) -> Self {
+    /// Skips it before a version of containerd, which brings what the test is about.
+    pub fn since(mut self, containerd: Version) -> Self {
         self.needs = containerd;
         self
     }
 
-    fn is_skipped(&self, handler: &str, containerd: u32) -> bool {
+    fn is_skipped(&self, handler: &str, containerd: Version) -> bool {
         let fails = self
             .fails
             .is_some_and(|(name, since)| name == handler && containerd >= since);
@@ -190,10 +196,10 @@ fn passed_before() -> Vec<String> {
 /// Runs the tests that the command line selects; the exit code says whether all passed.
 pub fn main(cases: &[Case]) -> std::process::ExitCode {
     let arguments = Arguments::from_args();
-    let mut containerd = 0;
+    let mut containerd = (0, 0);
     if !arguments.list {
         match prepare(arguments.filter.as_deref()) {
-            Ok(major) => containerd = major,
+            Ok(version) => containerd = version,
             Err(error) => {
                 eprintln!("the node is not ready for tests: {error:#}");
                 return std::process::ExitCode::FAILURE;
@@ -207,7 +213,7 @@ pub fn main(cases: &[Case]) -> std::process::ExitCode {
 pub fn run_selected<T: Subject>(
     cases: &[Case<T>],
     mut arguments: Arguments,
-    containerd: u32,
+    containerd: Version,
 ) -> std::process::ExitCode {
     // Three at a time keep two emulated CPUs busy: a pod start waits a good part of its time.
     arguments.test_threads.get_or_insert(3);
@@ -258,9 +264,9 @@ pub fn run_selected<T: Subject>(
     conclusion.exit_code()
 }
 
-/// Removes what earlier runs left, imports the images, and bakes what the selected tests resume. containerd's major
+/// Removes what earlier runs left, imports the images, and bakes what the selected tests resume. containerd's
 /// version.
-fn prepare(filter: Option<&str>) -> Result<u32> {
+fn prepare(filter: Option<&str>) -> Result<Version> {
     let start = Instant::now();
     let images = setup::Images::make()?;
     let version = runtime()?.block_on(async {
@@ -283,9 +289,10 @@ fn prepare(filter: Option<&str>) -> Result<u32> {
         setup::bake()?;
         println!("baked a μVM in {:.1} s", start.elapsed().as_secs_f64());
     }
-    let major = version.trim_start_matches('v').split('.').next();
-    major
-        .and_then(|major| major.parse().ok())
+    let mut numbers = version.trim_start_matches('v').split('.');
+    let mut number = || numbers.next()?.parse().ok();
+    number()
+        .zip(number())
         .with_context(|| format!("containerd's version {version:?} has no number"))
 }
 

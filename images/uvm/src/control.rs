@@ -97,7 +97,11 @@ impl Control {
 
     /// Boots a machine. Only of a VMM that has none yet.
     pub fn boot(&self, boot: &Boot<'_>, ends: Ends<'_>) -> Result<Vec<Span>, Error> {
-        let Ends { mut fds, by_slot } = ends;
+        let Ends {
+            mut fds,
+            by_slot,
+            rings,
+        } = ends;
         let request = Request::Boot {
             machine: boot.machine.clone(),
             kernel: fds.add(boot.kernel),
@@ -105,18 +109,24 @@ impl Control {
             cmdline: boot.command_line.to_owned(),
             console: boot.console.map(|console| fds.add(console)),
             ends: by_slot,
+            rings,
         };
         self.ask("start the guest", &request, &fds, started)
     }
 
     /// Resumes a machine. Only of a VMM that has none yet. The answer says where the time went.
     pub fn resume(&self, resume: &Resume<'_>, ends: Ends<'_>) -> Result<Vec<Span>, Error> {
-        let Ends { mut fds, by_slot } = ends;
+        let Ends {
+            mut fds,
+            by_slot,
+            rings,
+        } = ends;
         let request = Request::Resume {
             state: fds.add(resume.state),
             memory: fds.add(resume.memory),
             console: resume.console.map(|console| fds.add(console)),
             ends: by_slot,
+            rings,
             touched: resume.touched.to_vec(),
             one_by_one: resume.one_by_one,
         };

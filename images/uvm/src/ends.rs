@@ -45,6 +45,7 @@ pub struct Pool<'a> {
 pub struct Ends<'a> {
     pub(crate) fds: Descriptors<'a>,
     pub(crate) by_slot: Vec<(u8, End)>,
+    pub(crate) rings: u8,
 }
 
 impl<'a> Ends<'a> {
@@ -79,6 +80,13 @@ impl<'a> Ends<'a> {
     pub fn disk(&mut self, slot: u8, disk: &'a File, read_only: bool) {
         let fd = self.fds.add(disk);
         self.put(slot, End::Disk { fd, read_only });
+        self.disks_later(1);
+    }
+
+    /// So many disks are going to be attached. A VMM makes the rings for their I/O before it runs a guest or never; each
+    /// takes 16 KiB and six system calls of the start. A disk without one is served by threads.
+    pub fn disks_later(&mut self, count: u8) {
+        self.rings = self.rings.saturating_add(count);
     }
 
     /// A writable disk of `size` bytes over a base that never changes. The first overlay brings the pool.

@@ -114,8 +114,12 @@ async fn connect(vsock: &Vsock, patient: bool) -> Result<Agent, GuestError> {
     }
 }
 
+/// Most pods have one container, and so one disk that comes later; some have a second or a volume.
+const DISKS: u8 = 2;
+
 fn resume(vmm: &Control, baked: &Baked, host: &HostSide, timeline: &Timeline) -> Result<(), Error> {
     let mut ends = Ends::new();
+    ends.disks_later(DISKS);
     ends.listener(slots::VSOCK, &host.vsock.1);
     host.scratch.end(&mut ends, baked);
     if let Some(share) = &host.share {

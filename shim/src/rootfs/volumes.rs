@@ -74,22 +74,31 @@ fn plan(mount: &SpecMount) -> Plan {
 
 /// What the guest's own mount of a volume is told: `ro` would be for all that is mounted below, which the host keeps
 /// apart.
-fn guest_options(
+fn adapt_options(
     volume: &Volume,
-    options: Vec<String>,
+    options: &mut Vec<String>,
     table: &mut Option<Mounts>,
-) -> Result<Vec<String>> {
+) -> Result<()> {
     let writable_below = volume.access == Access::Read
         && volume.whole
         && (volume.follows_host || is_anything_below(&volume.source, table)?);
-    let keep = |option: String| match option.as_str() {
-        "ro" if writable_below => None,
-        "rro" => Some("ro".to_owned()),
+    options.retain(|option| match option.as_str() {
+        "ro" => !writable_below,
         // What the host has done is done.
-        "idmap" | "ridmap" => None,
-        _ => Some(option),
-    };
-    Ok(options.into_iter().filter_map(keep).collect())
+        "idmap" | "ridmap" => false,
+        _ => true,
+    });
+    plain_read_only(options);
+    Ok(())
+}
+
+/// The guest's mount has nothing below that `rro` could say more of than `ro` does.
+fn plain_read_only(options: &mut [String]) {
+    for option in options {
+        if option == "rro" {
+            "ro".clone_into(option);
+        }
+    }
 }
 
 fn is_anything_below(source: &Path, table: &mut Option<Mounts>) -> Result<bool> {
@@ -156,26 +165,20 @@ pub(super) fn prepare(
             Plan::SharedMemory => mount.source = GUEST_SHM.to_owned(),
             Plan::Device(path) => mount.source = path.to_owned(),
             Plan::Refused(refusal) => return Err(refusal.into()),
-            Plan::Share(volume) => {
-                if let Some(memory) = memory::find(&mount, &mut table)? {
+            Plan::Share(volume) => match memory::find(&mount, &mut table)? {
+                Some(memory) => {
                     let (before, source) = memory.in_guest(container, guest.mounts.len());
                     guest.before.extend(before);
                     mount.source = source;
                     // Nothing is ever mounted below it.
-                    let plain = |option: &mut String| {
-                        if option == "rro" {
-                            "ro".clone_into(option);
-                        }
-                    };
-                    mount.options.iter_mut().for_each(plain);
-                    guest.mounts.push(mount);
-                    continue;
+                    plain_read_only(&mut mount.options);
                 }
-                let options = std::mem::take(&mut mount.options);
-                mount.options = guest_options(&volume, options, &mut table)?;
-                mount.source = uvm.share(&volume)?;
-                shared.push(volume);
-            }
+                None => {
+                    adapt_options(&volume, &mut mount.options, &mut table)?;
+                    mount.source = uvm.share(&volume)?;
+                    shared.push(volume);
+                }
+            },
         }
         guest.mounts.push(mount);
     }
@@ -314,11 +317,10 @@ mod tests {
     #[test]
     fn the_guests_mount_is_read_only_unless_something_below_is_not() {
         let options = |volume: &Volume, options: &[&str], table: &str| {
-            let options = options.iter().map(|o| (*o).to_owned()).collect();
+            let mut options = options.iter().map(|o| (*o).to_owned()).collect();
             let mut table = Some(Mounts::parse(table.as_bytes()));
-            guest_options(volume, options, &mut table)
-                .unwrap()
-                .join(",")
+            adapt_options(volume, &mut options, &mut table).unwrap();
+            options.join(",")
         };
         let (none, proc) = (
             "",

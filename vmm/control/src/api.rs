@@ -171,6 +171,8 @@ pub enum Request {
         console: Option<FdIndex>,
         /// Host sides by slot.
         ends: Vec<(u8, End)>,
+        /// How many disks, of those given now and later, get a ring for their I/O; others get threads.
+        rings: u8,
     },
     /// Resumes a machine. First request only.
     Resume {
@@ -182,6 +184,8 @@ pub enum Request {
         console: Option<FdIndex>,
         /// Host sides by slot.
         ends: Vec<(u8, End)>,
+        /// How many disks, of those given now and later, get a ring for their I/O; others get threads.
+        rings: u8,
         /// Pages that the guest touches first. They are mapped before it runs: it need not leave for each of them.
         touched: Vec<PageRun>,
         /// Whether to read pages of the memory file singly, as the guest needs them, so that the page cache tells

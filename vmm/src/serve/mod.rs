@@ -81,10 +81,6 @@ struct Server {
     overlays: Overlays,
 }
 
-/// Disks that get a ring; others get threads. Most pods have one container, and so one such disk, some have a second or
-/// a volume. A ring takes 16 KiB and six system calls of each start, used or not.
-const RINGS: usize = 2;
-
 /// Serves one machine.
 pub(crate) fn run(args: impl Iterator<Item = String>, mut timeline: Timeline) -> Result<i32> {
     jail::close_inherited().context("closing what the process was started with")?;
@@ -109,24 +105,24 @@ pub(crate) fn run(args: impl Iterator<Item = String>, mut timeline: Timeline) ->
     // SAFETY: descriptor 0 is the socket the client put there; nothing else in this process uses it.
     let socket = unsafe { UnixStream::from_raw_fd(0) };
     let events = EventLoop::new()?;
-    let rings = Rings::new(RINGS);
     timeline.mark("vmm.process");
     let Some((mut request, fds)) = wire::receive::<Request>(&socket, wire::MAX_FDS)? else {
         return Ok(exit::ENDED);
     };
     timeline.skip();
     let mut fds = Fds::new(fds);
+    let (ends, rings) = take_ends(&mut request);
+    // While rings may still be made.
+    let rings = Rings::new(rings.into());
     let overlays = Overlays::default();
-    let started = fds
-        .ends(take_ends(&mut request), Some(files), &overlays)
-        .and_then(|ends| {
-            // From here on nothing has rights but the file server's thread, and that only if there is one.
-            jail::become_user(&jail).context("changing user")?;
-            filter::install(Kind::Control).context("installing the system call filter")?;
-            timeline.mark("vmm.jail");
-            let ends = (ends, rings);
-            start(request, ends, fds, overlays, seed, &events, &mut timeline)
-        });
+    let started = fds.ends(ends, Some(files), &overlays).and_then(|ends| {
+        // From here on nothing has rights but the file server's thread, and that only if there is one.
+        jail::become_user(&jail).context("changing user")?;
+        filter::install(Kind::Control).context("installing the system call filter")?;
+        timeline.mark("vmm.jail");
+        let ends = (ends, rings);
+        start(request, ends, fds, overlays, seed, &events, &mut timeline)
+    });
     match started {
         Ok(server) => {
             let kernel = server.kernel.clone();
@@ -163,10 +159,13 @@ fn parse(mut args: impl Iterator<Item = String>) -> Result<Jail> {
     Ok(jail)
 }
 
-fn take_ends(request: &mut Request) -> Vec<(u8, End)> {
+/// The host's sides, and for how many disks there are to be rings.
+fn take_ends(request: &mut Request) -> (Vec<(u8, End)>, u8) {
     match request {
-        Request::Boot { ends, .. } | Request::Resume { ends, .. } => std::mem::take(ends),
-        _ => Vec::new(),
+        Request::Boot { ends, rings, .. } | Request::Resume { ends, rings, .. } => {
+            (std::mem::take(ends), *rings)
+        }
+        _ => (Vec::new(), 0),
     }
 }
 
@@ -199,6 +198,7 @@ fn start(
             cmdline,
             console,
             ends: _,
+            rings: _,
         } => {
             let spec = BootSpec {
                 config: machine_config(machine),
@@ -217,6 +217,7 @@ fn start(
             memory,
             console,
             ends: _,
+            rings: _,
             touched,
             one_by_one,
         } => {

@@ -102,18 +102,12 @@ async fn claimed_disk_is_a_device_of_the_container(test: Test) -> Result<()> {
     let log = test
         .finish(
             r#"
-apiVersion: v1
-kind: Pod
-metadata: {name: pod}
-spec:
-  runtimeClassName: ${RUNTIME}
-  restartPolicy: Never
-  volumes: [{name: data, persistentVolumeClaim: {claimName: claim}}]
-  containers:
-  - name: main
-    image: ${IMAGE}
-    command: [sh, -c, "blockdev --getsize64 /dev/data && echo hello | dd of=/dev/data conv=fsync 2> /dev/null"]
-    volumeDevices: [{name: data, devicePath: /dev/data}]
+restartPolicy: Never
+volumes: [{name: data, persistentVolumeClaim: {claimName: claim}}]
+containers:
+- name: main
+  command: [sh, -c, "blockdev --getsize64 /dev/data && echo hello | dd of=/dev/data conv=fsync 2> /dev/null"]
+  volumeDevices: [{name: data, devicePath: /dev/data}]
 "#,
         )
         .await;
@@ -128,20 +122,14 @@ async fn image_is_a_volume_that_nobody_writes_to(test: Test) -> Result<()> {
     let log = test
         .finish(
             r#"
-apiVersion: v1
-kind: Pod
-metadata: {name: pod}
-spec:
-  runtimeClassName: ${RUNTIME}
-  restartPolicy: Never
-  volumes: [{name: image, image: {reference: "${IMAGE}", pullPolicy: Never}}]
-  containers:
-  - name: main
-    image: ${IMAGE}
-    command: [sh, -c, "cmp /bin/busybox /image/bin/busybox && ls /etc-of-it/passwd; touch /image/file 2> /dev/null || echo refused"]
-    volumeMounts:
-    - {name: image, mountPath: /image}
-    - {name: image, mountPath: /etc-of-it, subPath: etc}
+restartPolicy: Never
+volumes: [{name: image, image: {reference: "${IMAGE}", pullPolicy: Never}}]
+containers:
+- name: main
+  command: [sh, -c, "cmp /bin/busybox /image/bin/busybox && ls /etc-of-it/passwd; touch /image/file 2> /dev/null || echo refused"]
+  volumeMounts:
+  - {name: image, mountPath: /image}
+  - {name: image, mountPath: /etc-of-it, subPath: etc}
 "#,
         )
         .await?;

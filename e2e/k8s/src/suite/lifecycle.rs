@@ -21,33 +21,24 @@ pub(crate) fn cases() -> Vec<Case> {
 async fn init_containers_and_sidecars_run_in_order(test: Test) -> Result<()> {
     test.apply(
         r#"
-apiVersion: v1
-kind: Pod
-metadata: {name: pod}
-spec:
-  runtimeClassName: ${RUNTIME}
-  restartPolicy: Never
-  volumes: [{name: shared, emptyDir: {}}]
-  initContainers:
-  - name: first
-    image: ${IMAGE}
-    command: [sh, -c, "echo first > /shared/order"]
-    volumeMounts: [{name: shared, mountPath: /shared}]
-  - name: sidecar
-    image: ${IMAGE}
-    restartPolicy: Always
-    command: [sh, -c, "echo sidecar >> /shared/order; trap 'echo asked; exit 0' TERM; while :; do sleep 0.2; done"]
-    startupProbe: {exec: {command: [grep, -q, sidecar, /shared/order]}, periodSeconds: 1, failureThreshold: 120}
-    volumeMounts: [{name: shared, mountPath: /shared}]
-  - name: last
-    image: ${IMAGE}
-    command: [sh, -c, "echo last >> /shared/order"]
-    volumeMounts: [{name: shared, mountPath: /shared}]
-  containers:
-  - name: main
-    image: ${IMAGE}
-    command: [sh, -c, "cat /shared/order"]
-    volumeMounts: [{name: shared, mountPath: /shared}]
+restartPolicy: Never
+volumes: [{name: shared, emptyDir: {}}]
+initContainers:
+- name: first
+  command: [sh, -c, "echo first > /shared/order"]
+  volumeMounts: [{name: shared, mountPath: /shared}]
+- name: sidecar
+  restartPolicy: Always
+  command: [sh, -c, "echo sidecar >> /shared/order; trap 'echo asked; exit 0' TERM; while :; do sleep 0.2; done"]
+  startupProbe: {exec: {command: [grep, -q, sidecar, /shared/order]}, periodSeconds: 1, failureThreshold: 120}
+  volumeMounts: [{name: shared, mountPath: /shared}]
+- name: last
+  command: [sh, -c, "echo last >> /shared/order"]
+  volumeMounts: [{name: shared, mountPath: /shared}]
+containers:
+- name: main
+  command: [sh, -c, "cat /shared/order"]
+  volumeMounts: [{name: shared, mountPath: /shared}]
 "#,
     )
     .await?;
@@ -65,34 +56,24 @@ spec:
 async fn readiness_probes_of_each_kind_hold_pods_back(test: Test) -> Result<()> {
     test.apply(
         r#"
-apiVersion: v1
-kind: Pod
-metadata: {name: pod}
-spec:
-  runtimeClassName: ${RUNTIME}
-  terminationGracePeriodSeconds: 1
-  volumes: [{name: shared, emptyDir: {}}]
-  containers:
-  - name: exec
-    image: ${IMAGE}
-    command: [testprog, started]
-    readinessProbe: {exec: {command: [test, -e, /shared/exec]}, periodSeconds: 1, timeoutSeconds: 60}
-    volumeMounts: [{name: shared, mountPath: /shared}]
-  - name: http
-    image: ${IMAGE}
-    command: [httpd, -f, -p, "8080", -h, /shared]
-    readinessProbe: {httpGet: {path: /http, port: 8080}, periodSeconds: 1, timeoutSeconds: 60}
-    volumeMounts: [{name: shared, mountPath: /shared}]
-  - name: tcp
-    image: ${IMAGE}
-    command: [sh, -c, "until [ -e /shared/tcp ]; do sleep 0.2; done; exec testprog http 8081"]
-    readinessProbe: {tcpSocket: {port: 8081}, periodSeconds: 1, timeoutSeconds: 60}
-    volumeMounts: [{name: shared, mountPath: /shared}]
-  - name: grpc
-    image: ${IMAGE}
-    command: [testprog, health, "8082", /shared/grpc]
-    readinessProbe: {grpc: {port: 8082}, periodSeconds: 1, timeoutSeconds: 60}
-    volumeMounts: [{name: shared, mountPath: /shared}]
+volumes: [{name: shared, emptyDir: {}}]
+containers:
+- name: exec
+  command: [testprog, started]
+  readinessProbe: {exec: {command: [test, -e, /shared/exec]}, periodSeconds: 1, timeoutSeconds: 60}
+  volumeMounts: [{name: shared, mountPath: /shared}]
+- name: http
+  command: [httpd, -f, -p, "8080", -h, /shared]
+  readinessProbe: {httpGet: {path: /http, port: 8080}, periodSeconds: 1, timeoutSeconds: 60}
+  volumeMounts: [{name: shared, mountPath: /shared}]
+- name: tcp
+  command: [sh, -c, "until [ -e /shared/tcp ]; do sleep 0.2; done; exec testprog http 8081"]
+  readinessProbe: {tcpSocket: {port: 8081}, periodSeconds: 1, timeoutSeconds: 60}
+  volumeMounts: [{name: shared, mountPath: /shared}]
+- name: grpc
+  command: [testprog, health, "8082", /shared/grpc]
+  readinessProbe: {grpc: {port: 8082}, periodSeconds: 1, timeoutSeconds: 60}
+  volumeMounts: [{name: shared, mountPath: /shared}]
 "#,
     )
     .await?;
@@ -129,27 +110,19 @@ spec:
 async fn liveness_and_startup_probes_restart_what_fails(test: Test) -> Result<()> {
     test.apply(
         r#"
-apiVersion: v1
-kind: Pod
-metadata: {name: pod}
-spec:
-  runtimeClassName: ${RUNTIME}
-  terminationGracePeriodSeconds: 1
-  volumes: [{name: shared, emptyDir: {}}]
-  containers:
-  - name: live
-    image: ${IMAGE}
-    command: [testprog, started]
-    # Whoever is started the second time lives.
-    livenessProbe: {exec: {command: [sh, -c, "[ -e /shared/live ] || { touch /shared/live; exit 1; }"]}, periodSeconds: 2, failureThreshold: 1, timeoutSeconds: 60}
-    volumeMounts: [{name: shared, mountPath: /shared}]
-  - name: startup
-    image: ${IMAGE}
-    command: [sh, -c, "echo start >> /shared/starts; exec testprog started"]
-    startupProbe: {exec: {command: [sh, -c, "[ $(wc -l < /shared/starts) -ge 2 ]"]}, periodSeconds: 2, failureThreshold: 1, timeoutSeconds: 60}
-    # Would end it at once if the startup probe did not hold it back.
-    livenessProbe: {exec: {command: [sh, -c, "[ $(wc -l < /shared/starts) -ge 2 ]"]}, periodSeconds: 1, failureThreshold: 1, timeoutSeconds: 60}
-    volumeMounts: [{name: shared, mountPath: /shared}]
+volumes: [{name: shared, emptyDir: {}}]
+containers:
+- name: live
+  command: [testprog, started]
+  # Whoever is started the second time lives.
+  livenessProbe: {exec: {command: [sh, -c, "[ -e /shared/live ] || { touch /shared/live; exit 1; }"]}, periodSeconds: 2, failureThreshold: 1, timeoutSeconds: 60}
+  volumeMounts: [{name: shared, mountPath: /shared}]
+- name: startup
+  command: [sh, -c, "echo start >> /shared/starts; exec testprog started"]
+  startupProbe: {exec: {command: [sh, -c, "[ $(wc -l < /shared/starts) -ge 2 ]"]}, periodSeconds: 2, failureThreshold: 1, timeoutSeconds: 60}
+  # Would end it at once if the startup probe did not hold it back.
+  livenessProbe: {exec: {command: [sh, -c, "[ $(wc -l < /shared/starts) -ge 2 ]"]}, periodSeconds: 1, failureThreshold: 1, timeoutSeconds: 60}
+  volumeMounts: [{name: shared, mountPath: /shared}]
 "#,
     )
     .await?;
@@ -169,21 +142,15 @@ spec:
 async fn hooks_run_and_grace_is_given(test: Test) -> Result<()> {
     test.run(
         r#"
-apiVersion: v1
-kind: Pod
-metadata: {name: pod}
-spec:
-  runtimeClassName: ${RUNTIME}
-  terminationGracePeriodSeconds: 120
-  volumes: [{name: node, hostPath: {path: "${SCRATCH}"}}]
-  containers:
-  - name: main
-    image: ${IMAGE}
-    command: [sh, -c, "trap 'sleep 3; echo end >> /node/said; exit 0' TERM; echo ready; while :; do sleep 0.1; done"]
-    lifecycle:
-      postStart: {exec: {command: [sh, -c, "echo postStart >> /node/said"]}}
-      preStop: {exec: {command: [sh, -c, "echo preStop >> /node/said"]}}
-    volumeMounts: [{name: node, mountPath: /node}]
+terminationGracePeriodSeconds: 120
+volumes: [{name: node, hostPath: {path: "${SCRATCH}"}}]
+containers:
+- name: main
+  command: [sh, -c, "trap 'sleep 3; echo end >> /node/said; exit 0' TERM; echo ready; while :; do sleep 0.1; done"]
+  lifecycle:
+    postStart: {exec: {command: [sh, -c, "echo postStart >> /node/said"]}}
+    preStop: {exec: {command: [sh, -c, "echo preStop >> /node/said"]}}
+  volumeMounts: [{name: node, mountPath: /node}]
 "#,
     )
     .await?;
@@ -238,21 +205,14 @@ spec:
 async fn container_over_its_memory_is_oom_killed(test: Test) -> Result<()> {
     test.apply(
         r#"
-apiVersion: v1
-kind: Pod
-metadata: {name: pod}
-spec:
-  runtimeClassName: ${RUNTIME}
-  restartPolicy: Never
-  containers:
-  - name: main
-    image: ${IMAGE}
-    command: [testprog, fill, "200"]
-    resources: {limits: {memory: 64Mi}}
-  - name: beside
-    image: ${IMAGE}
-    command: [sh, -c, "until [ -e /tmp/go ]; do sleep 0.2; done"]
-    resources: {limits: {memory: 32Mi}}
+restartPolicy: Never
+containers:
+- name: main
+  command: [testprog, fill, "200"]
+  resources: {limits: {memory: 64Mi}}
+- name: beside
+  command: [sh, -c, "until [ -e /tmp/go ]; do sleep 0.2; done"]
+  resources: {limits: {memory: 32Mi}}
 "#,
     )
     .await?;

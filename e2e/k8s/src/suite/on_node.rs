@@ -9,6 +9,7 @@ use kiln_k8s::cluster::{self, Cluster};
 use kiln_k8s::pods::Pod;
 use kiln_k8s::{STEP, Test, pods};
 use rustix::process::{Pid, Signal, kill_process};
+use serde_json::json;
 
 use super::{Case, same};
 
@@ -113,33 +114,17 @@ async fn container_is_resized_in_place_up_and_down(test: Test) -> Result<()> {
     let pod = test
         .run(
             r#"
-apiVersion: v1
-kind: Pod
-metadata: {name: pod}
-spec:
-  runtimeClassName: ${RUNTIME}
-  terminationGracePeriodSeconds: 1
-  containers:
-  - name: main
-    image: ${IMAGE}
-    command: [testprog, started]
-    resources: {limits: {memory: 64Mi, cpu: 500m}}
+containers:
+- name: main
+  command: [testprog, started]
+  resources: {limits: {memory: 64Mi, cpu: 500m}}
 "#,
         )
         .await?;
     let before = pods::container(&pod, "main").and_then(|status| status.container_id.clone());
     for (memory, cpu) in [(192, 1500), (96, 250)] {
-        let patch = serde_json::json!({"spec": {"containers": [{
-            "name": "main",
-            "resources": {
-                "limits": {"memory": format!("{memory}Mi"), "cpu": format!("{cpu}m")},
-                "requests": {"memory": format!("{memory}Mi"), "cpu": format!("{cpu}m")},
-            },
-        }]}});
-        let patch = format!("--patch={patch}");
-        test.kubectl()
-            .run(&["patch", "pod", "pod", "--subresource=resize", &patch])
-            .await?;
+        let limits = json!({"memory": format!("{memory}Mi"), "cpu": format!("{cpu}m")});
+        test.resize(limits).await?;
         let inside = format!("{} {}00 100000", memory * MIB, cpu);
         wait::until(
             &format!("limits {inside} in the container"),
@@ -219,16 +204,9 @@ async fn pod_outlives_restarts_of_kubelet_and_containerd(test: Test) -> Result<(
     let pod = test
         .run(
             r#"
-apiVersion: v1
-kind: Pod
-metadata: {name: pod}
-spec:
-  runtimeClassName: ${RUNTIME}
-  terminationGracePeriodSeconds: 1
-  containers:
-  - name: main
-    image: ${IMAGE}
-    command: [sh, -c, "i=0; while :; do i=$((i + 1)); echo line $i; sleep 0.5; done"]
+containers:
+- name: main
+  command: [sh, -c, "i=0; while :; do i=$((i + 1)); echo line $i; sleep 0.5; done"]
 "#,
         )
         .await?;

@@ -13,16 +13,10 @@ pub(crate) fn cases() -> Vec<Case> {
 async fn pod_gets_ready_and_its_log_is_followed(test: Test) -> Result<()> {
     test.run(
         r#"
-apiVersion: v1
-kind: Pod
-metadata: {name: pod}
-spec:
-  runtimeClassName: ${RUNTIME}
-  containers:
-  - name: main
-    image: ${IMAGE}
-    command: [sh, -c, "echo one; until [ -e /tmp/go ]; do sleep 0.2; done; echo two"]
-  restartPolicy: Never
+containers:
+- name: main
+  command: [sh, -c, "echo one; until [ -e /tmp/go ]; do sleep 0.2; done; echo two"]
+restartPolicy: Never
 "#,
     )
     .await?;

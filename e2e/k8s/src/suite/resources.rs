@@ -4,6 +4,7 @@ use anyhow::{Context, Result, ensure};
 use kiln_e2e::cases;
 use kiln_k8s::Test;
 use kiln_k8s::pods::{self, Pod};
+use serde_json::json;
 
 use super::{Case, same};
 
@@ -17,20 +18,13 @@ pub(crate) fn cases() -> Vec<Case> {
 async fn limits_of_a_pod_hold_for_all_its_containers(test: Test) -> Result<()> {
     test.apply(
         r#"
-apiVersion: v1
-kind: Pod
-metadata: {name: pod}
-spec:
-  runtimeClassName: ${RUNTIME}
-  restartPolicy: Never
-  resources: {limits: {memory: 128Mi, cpu: "1"}}
-  containers:
-  - name: small
-    image: ${IMAGE}
-    command: [testprog, fill, "32"]
-  - name: large
-    image: ${IMAGE}
-    command: [sh, -c, "sleep 2; exec testprog fill 400"]
+restartPolicy: Never
+resources: {limits: {memory: 128Mi, cpu: "1"}}
+containers:
+- name: small
+  command: [testprog, fill, "32"]
+- name: large
+  command: [sh, -c, "sleep 2; exec testprog fill 400"]
 "#,
     )
     .await?;
@@ -62,7 +56,7 @@ spec:
     test.apply_with(POD, &[("NAME", "pod"), ("CPU", "100m")])
         .await?;
     test.ready("pod").await?;
-    let refused = resize(&test, "64").await.err();
+    let refused = test.resize(json!({"cpu": "64"})).await.err();
     let refused = refused.context("more CPUs than the node has are granted")?;
     ensure!(
         format!("{refused:#}").contains("allocatable"),
@@ -72,7 +66,7 @@ spec:
     test.apply_with(POD, &[("NAME", "beside"), ("CPU", "2")])
         .await?;
     test.ready("beside").await?;
-    resize(&test, "1500m").await?;
+    test.resize(json!({"cpu": "1500m"})).await?;
     waits(&test, Some("Deferred")).await?;
     same!(
         test.exec("cat /sys/fs/cgroup/cpu.max").await?,
@@ -93,16 +87,6 @@ spec:
         "150000 100000\n"
     );
     Ok(())
-}
-
-async fn resize(test: &Test, cpu: &str) -> Result<()> {
-    let patch = serde_json::json!({"spec": {"containers": [{
-        "name": "main",
-        "resources": {"limits": {"cpu": cpu}, "requests": {"cpu": cpu}},
-    }]}});
-    let patch = format!("--patch={patch}");
-    let command = ["patch", "pod", "pod", "--subresource=resize", &patch];
-    test.kubectl().run(&command).await.map(drop)
 }
 
 /// Waits until the pod says why its resize waits, or that none does.

@@ -23,19 +23,13 @@ async fn users_and_groups_are_as_asked(test: Test) -> Result<()> {
     let log = test
         .finish(
             r#"
-apiVersion: v1
-kind: Pod
-metadata: {name: pod}
-spec:
-  runtimeClassName: ${RUNTIME}
-  restartPolicy: Never
-  securityContext: {runAsUser: 1000, runAsGroup: 3000, fsGroup: 2000, supplementalGroups: [4000], runAsNonRoot: true}
-  volumes: [{name: empty, emptyDir: {}}]
-  containers:
-  - name: main
-    image: ${IMAGE}
-    command: [sh, -c, "id -u; id -g; id -G; touch /empty/file; stat -c '%u %g' /empty/file; touch /root/file 2>/dev/null || echo refused"]
-    volumeMounts: [{name: empty, mountPath: /empty}]
+restartPolicy: Never
+securityContext: {runAsUser: 1000, runAsGroup: 3000, fsGroup: 2000, supplementalGroups: [4000], runAsNonRoot: true}
+volumes: [{name: empty, emptyDir: {}}]
+containers:
+- name: main
+  command: [sh, -c, "id -u; id -g; id -G; touch /empty/file; stat -c '%u %g' /empty/file; touch /root/file 2>/dev/null || echo refused"]
+  volumeMounts: [{name: empty, mountPath: /empty}]
 "#,
         )
         .await?;
@@ -73,27 +67,19 @@ async fn privileges_are_as_asked(test: Test) -> Result<()> {
     const NET_RAW: u64 = 1 << 13;
     const SYS_TIME: u64 = 1 << 25;
     const POD: &str = r#"
-apiVersion: v1
-kind: Pod
-metadata: {name: pod}
-spec:
-  runtimeClassName: ${RUNTIME}
-  restartPolicy: Never
-  containers:
-  - name: plain
-    image: ${IMAGE}
-    command: [sh, -c, "${STATUS}; touch /file && echo written"]
-  - name: bound
-    image: ${IMAGE}
-    command: [sh, -c, "${STATUS}; touch /file 2>/dev/null || echo refused"]
-    securityContext:
-      allowPrivilegeEscalation: false
-      readOnlyRootFilesystem: true
-      capabilities: {drop: [ALL], add: [NET_RAW]}
-  - name: more
-    image: ${IMAGE}
-    command: [sh, -c, "${STATUS}"]
-    securityContext: {capabilities: {add: [SYS_TIME], drop: [CHOWN]}}
+restartPolicy: Never
+containers:
+- name: plain
+  command: [sh, -c, "${STATUS}; touch /file && echo written"]
+- name: bound
+  command: [sh, -c, "${STATUS}; touch /file 2>/dev/null || echo refused"]
+  securityContext:
+    allowPrivilegeEscalation: false
+    readOnlyRootFilesystem: true
+    capabilities: {drop: [ALL], add: [NET_RAW]}
+- name: more
+  command: [sh, -c, "${STATUS}"]
+  securityContext: {capabilities: {add: [SYS_TIME], drop: [CHOWN]}}
 "#;
     test.apply_with(POD, &[("STATUS", STATUS)]).await?;
     test.ended("pod").await?;
@@ -126,25 +112,17 @@ async fn seccomp_profiles_are_applied(test: Test) -> Result<()> {
     let log = test
         .apply_with(
             r#"
-apiVersion: v1
-kind: Pod
-metadata: {name: pod}
-spec:
-  runtimeClassName: ${RUNTIME}
-  restartPolicy: Never
-  containers:
-  - name: none
-    image: ${IMAGE}
-    command: [sh, -c, "${STATUS}"]
-    securityContext: {seccompProfile: {type: Unconfined}}
-  - name: default
-    image: ${IMAGE}
-    command: [sh, -c, "${STATUS}; mkdir /made && echo made"]
-    securityContext: {seccompProfile: {type: RuntimeDefault}}
-  - name: local
-    image: ${IMAGE}
-    command: [sh, -c, "${STATUS}; mkdir /made 2>/dev/null || echo refused"]
-    securityContext: {seccompProfile: {type: Localhost, localhostProfile: "${NAMESPACE}.json"}}
+restartPolicy: Never
+containers:
+- name: none
+  command: [sh, -c, "${STATUS}"]
+  securityContext: {seccompProfile: {type: Unconfined}}
+- name: default
+  command: [sh, -c, "${STATUS}; mkdir /made && echo made"]
+  securityContext: {seccompProfile: {type: RuntimeDefault}}
+- name: local
+  command: [sh, -c, "${STATUS}; mkdir /made 2>/dev/null || echo refused"]
+  securityContext: {seccompProfile: {type: Localhost, localhostProfile: "${NAMESPACE}.json"}}
 "#,
             &[("STATUS", STATUS)],
         )
@@ -170,22 +148,16 @@ async fn sysctls_are_set_for_the_pod(test: Test) -> Result<()> {
     let log = test
         .finish(
             r#"
-apiVersion: v1
-kind: Pod
-metadata: {name: pod}
-spec:
-  runtimeClassName: ${RUNTIME}
-  restartPolicy: Never
-  securityContext:
-    sysctls:
-    - {name: kernel.shm_rmid_forced, value: "1"}
-    - {name: net.ipv4.ip_local_port_range, value: "2000 3000"}
-    # Those that are safe come for themselves; this one the node allows.
-    - {name: net.core.somaxconn, value: "1234"}
-  containers:
-  - name: main
-    image: ${IMAGE}
-    command: [sh, -c, "cd /proc/sys; cat kernel/shm_rmid_forced net/core/somaxconn net/ipv4/ip_local_port_range"]
+restartPolicy: Never
+securityContext:
+  sysctls:
+  - {name: kernel.shm_rmid_forced, value: "1"}
+  - {name: net.ipv4.ip_local_port_range, value: "2000 3000"}
+  # Those that are safe come for themselves; this one the node allows.
+  - {name: net.core.somaxconn, value: "1234"}
+containers:
+- name: main
+  command: [sh, -c, "cd /proc/sys; cat kernel/shm_rmid_forced net/core/somaxconn net/ipv4/ip_local_port_range"]
 "#,
         )
         .await?;
@@ -198,32 +170,25 @@ async fn shared_process_namespace_is_shared(test: Test) -> Result<()> {
     let log = test
         .finish(
             r#"
-apiVersion: v1
-kind: Pod
-metadata: {name: pod}
-spec:
-  runtimeClassName: ${RUNTIME}
-  restartPolicy: Never
-  shareProcessNamespace: true
-  initContainers:
-  - name: beside
-    image: ${IMAGE}
-    restartPolicy: Always
-    command: [testprog, pause, beside]
-  containers:
-  - name: main
-    image: ${IMAGE}
-    command:
-    - sh
-    - -c
-    - |
-      until ps | grep -q 'testprog pause besid[e]'; do sleep 0.2; done
-      # Kubernetes makes one dollar sign of two.
-      [ $$$$ -ne 1 ] && echo not the first
-      # What nobody waits for is waited for by the first process, or stays as a zombie.
-      (sleep 0.1 & echo $! > /tmp/orphan)
-      while [ -e /proc/$(cat /tmp/orphan) ]; do sleep 0.2; done
-      echo reaped
+restartPolicy: Never
+shareProcessNamespace: true
+initContainers:
+- name: beside
+  restartPolicy: Always
+  command: [testprog, pause, beside]
+containers:
+- name: main
+  command:
+  - sh
+  - -c
+  - |
+    until ps | grep -q 'testprog pause besid[e]'; do sleep 0.2; done
+    # Kubernetes makes one dollar sign of two.
+    [ $$$$ -ne 1 ] && echo not the first
+    # What nobody waits for is waited for by the first process, or stays as a zombie.
+    (sleep 0.1 & echo $! > /tmp/orphan)
+    while [ -e /proc/$(cat /tmp/orphan) ]; do sleep 0.2; done
+    echo reaped
 "#,
         )
         .await?;

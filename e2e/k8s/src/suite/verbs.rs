@@ -24,15 +24,9 @@ pub(crate) fn cases() -> Vec<Case> {
 
 /// A pod that does nothing until it is asked to end.
 const IDLE: &str = r#"
-apiVersion: v1
-kind: Pod
-metadata: {name: pod}
-spec:
-  runtimeClassName: ${RUNTIME}
-  containers:
-  - name: main
-    image: ${IMAGE}
-    command: [testprog, started]
+containers:
+- name: main
+  command: [testprog, started]
 "#;
 
 async fn exec_has_input_an_exit_code_and_a_terminal(test: Test) -> Result<()> {
@@ -77,18 +71,12 @@ async fn exec_has_input_an_exit_code_and_a_terminal(test: Test) -> Result<()> {
 async fn attach_talks_to_the_first_process(test: Test) -> Result<()> {
     test.run(
         r#"
-apiVersion: v1
-kind: Pod
-metadata: {name: pod}
-spec:
-  runtimeClassName: ${RUNTIME}
-  restartPolicy: Never
-  containers:
-  - name: main
-    image: ${IMAGE}
-    stdin: true
-    stdinOnce: true
-    command: [sh, -c, "while read line; do echo got $line; done; echo end"]
+restartPolicy: Never
+containers:
+- name: main
+  stdin: true
+  stdinOnce: true
+  command: [sh, -c, "while read line; do echo got $line; done; echo end"]
 "#,
     )
     .await?;
@@ -131,22 +119,16 @@ async fn cp_brings_files_there_and_back(test: Test) -> Result<()> {
 async fn port_forward_reaches_what_listens_on_either_loopback_address(test: Test) -> Result<()> {
     test.run(
         r#"
-apiVersion: v1
-kind: Pod
-metadata: {name: pod}
-spec:
-  runtimeClassName: ${RUNTIME}
-  containers:
-  - name: main
-    image: ${IMAGE}
-    command:
-    - sh
-    - -c
-    - |
-      echo four > /tmp/four; mkdir /tmp/6; echo six > /tmp/6/six
-      httpd -p 127.0.0.1:8004 -h /tmp
-      httpd -p [::1]:8006 -h /tmp/6
-      exec testprog http 8000
+containers:
+- name: main
+  command:
+  - sh
+  - -c
+  - |
+    echo four > /tmp/four; mkdir /tmp/6; echo six > /tmp/6/six
+    httpd -p 127.0.0.1:8004 -h /tmp
+    httpd -p [::1]:8006 -h /tmp/6
+    exec testprog http 8000
 "#,
     )
     .await?;

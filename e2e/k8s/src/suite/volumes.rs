@@ -24,25 +24,18 @@ pub(crate) fn cases() -> Vec<Case> {
 async fn empty_dir_is_shared_and_outlives_a_container(test: Test) -> Result<()> {
     test.apply(
         r#"
-apiVersion: v1
-kind: Pod
-metadata: {name: pod}
-spec:
-  runtimeClassName: ${RUNTIME}
-  restartPolicy: OnFailure
-  volumes:
-  - {name: disk, emptyDir: {}}
-  - {name: memory, emptyDir: {medium: Memory, sizeLimit: 16Mi}}
-  containers:
-  - name: writer
-    image: ${IMAGE}
-    # Ends badly the first time; the second time both files are there.
-    command: [sh, -c, "cat /disk/file /memory/file && exit 0; echo disk > /disk/file; echo memory > /memory/file; exit 1"]
-    volumeMounts: [{name: disk, mountPath: /disk}, {name: memory, mountPath: /memory}]
-  - name: reader
-    image: ${IMAGE}
-    command: [sh, -c, "until [ -e /memory/file ]; do sleep 0.2; done; cat /disk/file /memory/file; stat -f -c %T /memory; df -m /memory | tail -1 | awk '{print $2}'"]
-    volumeMounts: [{name: disk, mountPath: /disk}, {name: memory, mountPath: /memory}]
+restartPolicy: OnFailure
+volumes:
+- {name: disk, emptyDir: {}}
+- {name: memory, emptyDir: {medium: Memory, sizeLimit: 16Mi}}
+containers:
+- name: writer
+  # Ends badly the first time; the second time both files are there.
+  command: [sh, -c, "cat /disk/file /memory/file && exit 0; echo disk > /disk/file; echo memory > /memory/file; exit 1"]
+  volumeMounts: [{name: disk, mountPath: /disk}, {name: memory, mountPath: /memory}]
+- name: reader
+  command: [sh, -c, "until [ -e /memory/file ]; do sleep 0.2; done; cat /disk/file /memory/file; stat -f -c %T /memory; df -m /memory | tail -1 | awk '{print $2}'"]
+  volumeMounts: [{name: disk, mountPath: /disk}, {name: memory, mountPath: /memory}]
 "#,
     )
     .await?;
@@ -60,18 +53,11 @@ spec:
 async fn empty_dir_over_its_limit_evicts_the_pod(test: Test) -> Result<()> {
     test.apply(
         r#"
-apiVersion: v1
-kind: Pod
-metadata: {name: pod}
-spec:
-  runtimeClassName: ${RUNTIME}
-  terminationGracePeriodSeconds: 1
-  volumes: [{name: small, emptyDir: {sizeLimit: 4Mi}}]
-  containers:
-  - name: main
-    image: ${IMAGE}
-    command: [sh, -c, "testprog put /small/file 33554432 1; exec testprog started"]
-    volumeMounts: [{name: small, mountPath: /small}]
+volumes: [{name: small, emptyDir: {sizeLimit: 4Mi}}]
+containers:
+- name: main
+  command: [sh, -c, "testprog put /small/file 33554432 1; exec testprog started"]
+  volumeMounts: [{name: small, mountPath: /small}]
 "#,
     )
     .await?;
@@ -81,17 +67,10 @@ spec:
 async fn ephemeral_storage_over_its_limit_evicts_the_pod(test: Test) -> Result<()> {
     test.apply(
         r#"
-apiVersion: v1
-kind: Pod
-metadata: {name: pod}
-spec:
-  runtimeClassName: ${RUNTIME}
-  terminationGracePeriodSeconds: 1
-  containers:
-  - name: main
-    image: ${IMAGE}
-    command: [sh, -c, "testprog put /tmp/file 33554432 1; exec testprog started"]
-    resources: {limits: {ephemeral-storage: 4Mi}}
+containers:
+- name: main
+  command: [sh, -c, "testprog put /tmp/file 33554432 1; exec testprog started"]
+  resources: {limits: {ephemeral-storage: 4Mi}}
 "#,
     )
     .await?;
@@ -188,19 +167,12 @@ data: {key: "${VALUE}"}
     test.apply_with(MAP, &[("VALUE", "one")]).await?;
     test.run(
         r#"
-apiVersion: v1
-kind: Pod
-metadata: {name: pod}
-spec:
-  runtimeClassName: ${RUNTIME}
-  terminationGracePeriodSeconds: 1
-  volumes: [{name: map, configMap: {name: map}}]
-  containers:
-  - name: main
-    image: ${IMAGE}
-    command: [sh, -c, "echo env $KEY; while :; do echo file $(cat /map/key); sleep 1; done"]
-    env: [{name: KEY, valueFrom: {configMapKeyRef: {name: map, key: key}}}]
-    volumeMounts: [{name: map, mountPath: /map}]
+volumes: [{name: map, configMap: {name: map}}]
+containers:
+- name: main
+  command: [sh, -c, "echo env $KEY; while :; do echo file $(cat /map/key); sleep 1; done"]
+  env: [{name: KEY, valueFrom: {configMapKeyRef: {name: map, key: key}}}]
+  volumeMounts: [{name: map, mountPath: /map}]
 "#,
     )
     .await?;
@@ -223,26 +195,20 @@ kind: ConfigMap
 metadata: {name: map}
 data: {one: "first", two: "second"}
 ---
-apiVersion: v1
-kind: Pod
-metadata: {name: pod}
-spec:
-  runtimeClassName: ${RUNTIME}
-  restartPolicy: Never
-  volumes:
-  - {name: node, hostPath: {path: "${SCRATCH}"}}
-  - {name: map, configMap: {name: map}}
-  - {name: empty, emptyDir: {}}
-  containers:
-  - name: main
-    image: ${IMAGE}
-    command: [sh, -c, "cat /deep/file /etc/one; echo; ls /deep /etc/two 2>&1; echo made > /made/here; ls /all/made-here-pod"]
-    env: [{name: POD, valueFrom: {fieldRef: {fieldPath: metadata.name}}}]
-    volumeMounts:
-    - {name: node, mountPath: /deep, subPath: below/deeper}
-    - {name: map, mountPath: /etc/one, subPath: one}
-    - {name: empty, mountPath: /made, subPathExpr: made-here-$(POD)}
-    - {name: empty, mountPath: /all}
+restartPolicy: Never
+volumes:
+- {name: node, hostPath: {path: "${SCRATCH}"}}
+- {name: map, configMap: {name: map}}
+- {name: empty, emptyDir: {}}
+containers:
+- name: main
+  command: [sh, -c, "cat /deep/file /etc/one; echo; ls /deep /etc/two 2>&1; echo made > /made/here; ls /all/made-here-pod"]
+  env: [{name: POD, valueFrom: {fieldRef: {fieldPath: metadata.name}}}]
+  volumeMounts:
+  - {name: node, mountPath: /deep, subPath: below/deeper}
+  - {name: map, mountPath: /etc/one, subPath: one}
+  - {name: empty, mountPath: /made, subPathExpr: made-here-$(POD)}
+  - {name: empty, mountPath: /all}
 "#,
         )
         .await?;
@@ -261,29 +227,23 @@ async fn host_paths_of_each_type_are_as_asked(test: Test) -> Result<()> {
     let log = test
         .finish(
             r#"
-apiVersion: v1
-kind: Pod
-metadata: {name: pod}
-spec:
-  runtimeClassName: ${RUNTIME}
-  restartPolicy: Never
-  volumes:
-  - {name: file, hostPath: {path: "${SCRATCH}/file", type: File}}
-  - {name: new-file, hostPath: {path: "${SCRATCH}/new-file", type: FileOrCreate}}
-  - {name: folder, hostPath: {path: "${SCRATCH}/folder", type: Directory}}
-  - {name: new-folder, hostPath: {path: "${SCRATCH}/new-folder", type: DirectoryOrCreate}}
-  - {name: socket, hostPath: {path: "${SCRATCH}/socket", type: Socket}}
-  containers:
-  - name: main
-    image: ${IMAGE}
-    command: [sh, -c, "cat /file; echo more >> /new-file; echo more > /folder/more; echo more > /new-folder/more; [ -S /socket ] && echo socket; echo x 2>/dev/null > /read-only/x || echo read-only"]
-    volumeMounts:
-    - {name: file, mountPath: /file, readOnly: true}
-    - {name: new-file, mountPath: /new-file}
-    - {name: folder, mountPath: /folder}
-    - {name: folder, mountPath: /read-only, readOnly: true}
-    - {name: new-folder, mountPath: /new-folder}
-    - {name: socket, mountPath: /socket}
+restartPolicy: Never
+volumes:
+- {name: file, hostPath: {path: "${SCRATCH}/file", type: File}}
+- {name: new-file, hostPath: {path: "${SCRATCH}/new-file", type: FileOrCreate}}
+- {name: folder, hostPath: {path: "${SCRATCH}/folder", type: Directory}}
+- {name: new-folder, hostPath: {path: "${SCRATCH}/new-folder", type: DirectoryOrCreate}}
+- {name: socket, hostPath: {path: "${SCRATCH}/socket", type: Socket}}
+containers:
+- name: main
+  command: [sh, -c, "cat /file; echo more >> /new-file; echo more > /folder/more; echo more > /new-folder/more; [ -S /socket ] && echo socket; echo x 2>/dev/null > /read-only/x || echo read-only"]
+  volumeMounts:
+  - {name: file, mountPath: /file, readOnly: true}
+  - {name: new-file, mountPath: /new-file}
+  - {name: folder, mountPath: /folder}
+  - {name: folder, mountPath: /read-only, readOnly: true}
+  - {name: new-folder, mountPath: /new-folder}
+  - {name: socket, mountPath: /socket}
 "#,
         )
         .await?;

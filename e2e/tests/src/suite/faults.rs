@@ -23,10 +23,10 @@ pub(crate) fn cases() -> Vec<Case> {
         task_without_its_shim_is_gone_and_leaves_nothing.alone(),
         pod_without_its_shim_ends_and_leaves_nothing
             .alone()
-            .fails_with("runc", 2),
+            .fails_with("runc", (2, 0)),
         pod_whose_processes_are_killed_ends_and_leaves_nothing
             .alone()
-            .fails_with("runc", 2),
+            .fails_with("runc", (2, 0)),
         shim_killed_while_a_pod_starts_leaves_nothing
             .alone()
             .limit(400),

@@ -17,11 +17,11 @@ const SOON: Duration = Duration::from_secs(60);
 pub(crate) fn cases() -> Vec<Case> {
     cases![
         read_only_volume_leaves_mounts_below_as_they_are,
-        recursive_read_only_volume_leaves_nothing_writable.since(2),
+        recursive_read_only_volume_leaves_nothing_writable.since((2, 4)),
         what_the_node_mounts_later_is_seen_only_where_asked_for,
         what_a_pod_mounts_is_seen_on_the_node_or_refused_by_name,
         volume_of_hugepages_has_them_or_is_refused_by_name,
-        runtime_handlers_tell_what_they_can.since(2),
+        runtime_handlers_tell_what_they_can.since((2, 4)),
     ]
 }
 

@@ -30,10 +30,10 @@ const SOON: Duration = Duration::from_secs(30);
 pub(crate) fn cases() -> Vec<Case> {
     let all = cases![
         task_on_overlayfs,
-        task_on_erofs.since(2),
-        task_of_many_layers_on_erofs.since(2),
-        task_on_blockfile.since(2),
-        pod_on_erofs.since(2),
+        task_on_erofs.since((2, 0)),
+        task_of_many_layers_on_erofs.since((2, 0)),
+        task_on_blockfile.since((2, 0)),
+        pod_on_erofs.since((2, 0)),
     ];
     // Each counts what is on the node.
     let named = |case: Case| case.only_with("kiln", "snapshotters").alone();

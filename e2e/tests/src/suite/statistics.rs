@@ -17,7 +17,7 @@ pub(crate) fn cases() -> Vec<Case> {
         processes_of_a_pod_are_those_of_its_containers,
         network_of_a_pod_is_its_own,
         // Where the runtime of the comparison tells it, too.
-        pressure_is_what_the_container_sees.since(2),
+        pressure_is_what_the_container_sees.since((2, 0)),
     ]
 }
 

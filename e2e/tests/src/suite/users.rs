@@ -14,10 +14,10 @@ const ROOT: u32 = 131_072;
 
 pub(crate) fn cases() -> Vec<Case> {
     cases![
-        user_namespace_has_the_map_that_was_asked_for.since(2),
-        containers_and_execs_share_the_pods_user_namespace.since(2),
-        volumes_of_a_user_namespace_belong_to_whom_they_do_on_the_node.since(2),
-        root_of_a_user_namespace_has_the_image_and_no_more.since(2),
+        user_namespace_has_the_map_that_was_asked_for.since((2, 0)),
+        containers_and_execs_share_the_pods_user_namespace.since((2, 0)),
+        volumes_of_a_user_namespace_belong_to_whom_they_do_on_the_node.since((2, 0)),
+        root_of_a_user_namespace_has_the_image_and_no_more.since((2, 0)),
         user_namespace_that_can_not_be_had_is_refused_by_name,
     ]
 }

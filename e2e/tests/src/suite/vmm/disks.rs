@@ -40,6 +40,13 @@ fn disk(path: &Path, len: u64) -> Result<File> {
     Ok(file)
 }
 
+/// As a pod's machine: its first disks get rings, those after them threads.
+fn with_rings() -> Ends<'static> {
+    let mut ends = Ends::new();
+    ends.disks_later(2);
+    ends
+}
+
 /// Waits until the disk in a slot has a size in the guest; its name there.
 fn name_of(uvm: &Uvm, slot: u8, size: u64) -> Result<String> {
     let script = format!(
@@ -78,7 +85,7 @@ fn wait_gone(uvm: &Uvm, slot: u8) -> Result<()> {
 
 async fn a_disk_comes_into_a_slot_is_written_and_goes(test: Test) -> Result<()> {
     blocking(test, |dir| {
-        let uvm = Uvm::resume(dir, &baked()?, Ends::new())?;
+        let uvm = Uvm::resume(dir, &baked()?, with_rings())?;
         let file = disk(&dir.join("disk"), 64 * MIB)?;
         file.write_all_at(b"from the node", 1 << 20)?;
         let slot = uvm.vmm().attach_disk(None, &file, false)?;
@@ -140,7 +147,7 @@ async fn a_disk_given_at_resume_is_there(test: Test) -> Result<()> {
 
 async fn disks_beyond_the_slots_are_plugged_and_unplugged(test: Test) -> Result<()> {
     blocking(test, |dir| {
-        let mut uvm = Uvm::resume(dir, &baked()?, Ends::new())?;
+        let mut uvm = Uvm::resume(dir, &baked()?, with_rings())?;
         // Disks come and go while others are read.
         uvm.sh(
             "(while :; do cat /dev/vd* > /dev/null 2>&1; usleep 20000; done) > /dev/null 2>&1 &",
@@ -173,7 +180,7 @@ async fn disks_beyond_the_slots_are_plugged_and_unplugged(test: Test) -> Result<
             if round == 0 {
                 let again = uvm.snapshot(&dir.join("again"), false)?;
                 drop(uvm);
-                uvm = Uvm::resume(dir, &again, Ends::new())?;
+                uvm = Uvm::resume(dir, &again, with_rings())?;
             }
         }
         Ok(())
