@@ -19,6 +19,7 @@ use crate::size::{Limits, Resources};
 
 const CONTAINER_TYPE: &str = "io.kubernetes.cri.container-type";
 const SANDBOX_ID: &str = "io.kubernetes.cri.sandbox-id";
+const SANDBOX_UID: &str = "io.kubernetes.cri.sandbox-uid";
 const CONTAINER_NAME: &str = "io.kubernetes.cri.container-name";
 const GROUP: &str = "io.containerd.runc.v2.group";
 const SANDBOX_CPU_QUOTA: &str = "io.kubernetes.cri.sandbox-cpu-quota";
@@ -184,6 +185,12 @@ impl Spec {
     /// Its name in its pod, if it has one.
     pub fn container_name(&self) -> Option<&str> {
         self.annotations.get(CONTAINER_NAME).map(String::as_str)
+    }
+
+    /// The uid that Kubernetes has given its pod.
+    pub fn pod_uid(&self) -> Option<&str> {
+        let uid = self.annotations.get(SANDBOX_UID)?;
+        Some(uid.as_str()).filter(|uid| !uid.is_empty())
     }
 
     /// What it is to its pod.

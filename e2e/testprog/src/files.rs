@@ -2,8 +2,9 @@
 
 use std::fs::File;
 use std::io::{BufWriter, Read, Write};
+use std::os::unix::fs::FileExt;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use sha2::{Digest, Sha256};
 
 use crate::load::Random;
@@ -36,6 +37,42 @@ pub(crate) fn put(path: &str, bytes: u64, seed: u64) -> Result<()> {
     }
     file.sync_all()
         .with_context(|| format!("cannot sync {path}"))
+}
+
+/// Reads a file whole, again and again, as programs read what configures them.
+pub(crate) fn opens(path: &str, count: u64) -> Result<()> {
+    for _ in 0..count {
+        std::fs::read(path).with_context(|| format!("cannot read {path}"))?;
+    }
+    Ok(())
+}
+
+/// Reads or writes blocks of a file that is there, at random.
+pub(crate) fn blocks(path: &str, what: &str, count: u64) -> Result<()> {
+    const BLOCK: u64 = 4096;
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .open(path)
+        .with_context(|| format!("cannot open {path}"))?;
+    let blocks = file.metadata()?.len() / BLOCK;
+    ensure!(blocks > 0, "{path} has less than a block");
+    let mut random = Random::new(1);
+    let mut block = vec![7; usize::try_from(BLOCK)?];
+    let refused = || format!("cannot {what} {path}");
+    for _ in 0..count {
+        let at = random.next() % blocks * BLOCK;
+        match what {
+            "read" => file.read_exact_at(&mut block, at).with_context(refused)?,
+            "write" => file.write_all_at(&block, at).with_context(refused)?,
+            "sync" => {
+                file.write_all_at(&block, at).with_context(refused)?;
+                file.sync_all().with_context(refused)?;
+            }
+            _ => bail!("blocks are read, written or synced, not {what:?}"),
+        }
+    }
+    Ok(())
 }
 
 /// Fails unless the file is as [`put`] wrote it, and says where it is not.

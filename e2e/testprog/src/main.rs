@@ -37,6 +37,9 @@ testprog COMMAND [ARGUMENTS]    (or COMMAND, if the program has that name)
   grow PATH MIB STEP         write MIB in steps, sync each, print the microseconds of each
   build DIR MIB              unpack a tree of sources, build it, sync now and then, delete it
   hash PATH...               print the SHA-256 of files
+  opens PATH COUNT           open the file, read it and close it, so many times
+  blocks PATH WHAT COUNT     read, write or sync (write and fsync) random 4 KiB of the file, so many times
+  timed COMMAND [ARGUMENT]...  run the command, print the microseconds that it took
   http PORT                  answer HTTP
   health PORT FILE           answer gRPC's health checks by whether the file is there
   get HOST:PORT PATH         GET, print the body; exit 22 unless the status is 200
@@ -103,6 +106,9 @@ fn run(arguments: &[String]) -> Result<ExitCode> {
         "grow" => job::grow(word(rest, 0)?, number(rest, 1)?, number(rest, 2)?)?,
         "build" => job::build(word(rest, 0)?, number(rest, 1)?)?,
         "hash" => files::hash(rest)?,
+        "opens" => files::opens(word(rest, 0)?, number(rest, 1)?)?,
+        "blocks" => files::blocks(word(rest, 0)?, word(rest, 1)?, number(rest, 2)?)?,
+        "timed" => text::say(&process::timed(rest)?.to_string())?,
         "http" => http::serve(number(rest, 0)?)?,
         "health" => grpc::serve(number(rest, 0)?, word(rest, 1)?.as_ref())?,
         "get" => return http::get(word(rest, 0)?, word(rest, 1)?),

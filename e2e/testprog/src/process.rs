@@ -1,8 +1,9 @@
 //! Being, and having, child processes.
 
 use std::process::{Command, ExitCode, Stdio};
+use std::time::Instant;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 
 use crate::signals::Signals;
 use crate::text::say;
@@ -32,6 +33,19 @@ pub(crate) fn effective_user() -> String {
 fn reap() {
     // SAFETY: waitpid with a null status pointer writes to no memory of ours.
     while unsafe { libc::waitpid(-1, std::ptr::null_mut(), libc::WNOHANG) } > 0 {}
+}
+
+/// The microseconds that a command took, which has to end well.
+pub(crate) fn timed(command: &[String]) -> Result<u128> {
+    let (program, arguments) = command.split_first().context("no command to time")?;
+    let begin = Instant::now();
+    let status = Command::new(program)
+        .args(arguments)
+        .status()
+        .with_context(|| format!("cannot run {program}"))?;
+    let took = begin.elapsed();
+    ensure!(status.success(), "{command:?} ended with {status}");
+    Ok(took.as_micros())
 }
 
 /// Starts `count` children that sleep, prints their pids in one line, and pauses. If one can't be

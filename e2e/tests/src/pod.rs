@@ -67,6 +67,7 @@ pub struct PodSpec {
     pub(crate) port_mappings: Vec<(i32, i32)>,
     pub(crate) handler: Option<String>,
     pub(crate) class: Option<String>,
+    pub(crate) uid: Option<String>,
 }
 
 impl PodSpec {
@@ -78,6 +79,12 @@ impl PodSpec {
     /// Its host name, unless it is the pod's name.
     pub fn hostname(mut self, name: &str) -> Self {
         self.hostname = Some(name.to_owned());
+        self
+    }
+
+    /// Its uid, by which the kubelet calls its folder.
+    pub fn uid(mut self, uid: &str) -> Self {
+        self.uid = Some(uid.to_owned());
         self
     }
 

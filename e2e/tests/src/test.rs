@@ -158,7 +158,7 @@ impl Test {
             Some(class) => format!("kubepods/{class}/pod{name}"),
         };
         let identity = Identity {
-            uid: format!("uid-{name}"),
+            uid: spec.uid.clone().unwrap_or_else(|| format!("uid-{name}")),
             labels: self.labels(),
             logs: logs.display().to_string(),
             cgroup: format!("{}/{below}", self.cgroup()),

@@ -46,7 +46,7 @@ pub mod proto {
 
 /// Version of the API. It counts up when an old host could misunderstand a new agent, or the other
 /// way round; fields that are merely new don't change it.
-pub const PROTOCOL_VERSION: u32 = 3;
+pub const PROTOCOL_VERSION: u32 = 4;
 
 /// vsock port of the ttrpc service, in the guest.
 pub const RPC_PORT: u32 = 1024;
@@ -86,7 +86,10 @@ pub const GUEST_SHM: &str = "/run/kiln/shm";
 /// Where the pod's volumes of memory are mounted, in the guest.
 pub const GUEST_MEMORY: &str = "/run/kiln/memory";
 
+/// Where those that are disks of the guest are mounted, by their names.
+pub const GUEST_DISKS: &str = "/run/kiln/disks";
+
 // A baked μVM carries an agent with these numbers inside it; a host with others cannot reach it. A
 // change here is a new PROTOCOL_VERSION.
 const _: () = assert!(RPC_PORT == 1024 && STREAM_PORT == 1025 && READY_PORT == 1026);
-const _: () = assert!(PROTOCOL_VERSION == 3);
+const _: () = assert!(PROTOCOL_VERSION == 4);

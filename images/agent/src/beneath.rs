@@ -66,11 +66,11 @@ fn step(from: &OwnedFd, name: &Path, place: &proto::Beneath) -> nix::Result<Owne
             let made = open_directory(from, name, plain)?;
             fchown(
                 &made,
-                Some(Uid::from_raw(place.uid)),
-                Some(Gid::from_raw(place.gid)),
+                Some(Uid::from_raw(place.owned.uid)),
+                Some(Gid::from_raw(place.owned.gid)),
             )?;
             // After the owner, whose change takes bits away; not by the umask.
-            fchmod(&made, Mode::from_bits_truncate(place.mode))?;
+            fchmod(&made, Mode::from_bits_truncate(place.owned.mode))?;
             Ok(made)
         }
     }
@@ -95,9 +95,13 @@ mod tests {
     fn place(path: &str) -> proto::Beneath {
         proto::Beneath {
             path: path.into(),
-            mode: 0o2770,
-            uid: nix::unistd::getuid().as_raw(),
-            gid: nix::unistd::getgid().as_raw(),
+            owned: Some(proto::Owned {
+                mode: 0o2770,
+                uid: nix::unistd::getuid().as_raw(),
+                gid: nix::unistd::getgid().as_raw(),
+                ..Default::default()
+            })
+            .into(),
             ..Default::default()
         }
     }

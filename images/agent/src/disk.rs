@@ -3,14 +3,16 @@
 use std::fs::{self, File};
 use std::io::{self, Seek, SeekFrom};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
+use std::sync::mpsc;
 use std::time::Duration;
 
 use kiln_agent_api::{proto, slots};
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
+use nix::unistd::syncfs;
 
-use crate::storage::{Result, StorageError};
+use crate::storage::{Result, StorageError, file_error};
 use crate::uevent;
 
 /// The path of the disk that a mount is of, once it is there; none if it is of something else.
@@ -90,6 +92,49 @@ pub(crate) fn set_read_only(device: &str, read_only: bool) -> Result<()> {
         path: device.to_owned(),
         source,
     })
+}
+
+/// Gives the top of a file system that was just made to whom it is meant for. mke2fs leaves an empty directory in each, which
+/// tells until it is removed, last of all, that nobody has.
+pub(crate) fn adopt(top: &Path, owned: &proto::Owned) -> Result<()> {
+    /// The first inode that is not the file system's own.
+    const FIRST: u64 = 11;
+    let left = top.join("lost+found");
+    let give = || -> io::Result<()> {
+        let is_mke2fs = match fs::symlink_metadata(&left) {
+            Ok(found) => found.is_dir() && found.ino() == FIRST,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => false,
+            Err(error) => return Err(error),
+        };
+        if !is_mke2fs || fs::read_dir(&left)?.next().is_some() {
+            return Ok(());
+        }
+        chown(top, Some(owned.uid), Some(owned.gid))?;
+        fs::set_permissions(top, fs::Permissions::from_mode(owned.mode))?;
+        fs::remove_dir(&left)
+    };
+    give().map_err(|source| file_error("give away", top, source))
+}
+
+/// Has what containers wrote to disks reach the host: the guest may end next, and what is on these disks outlives it. A slow
+/// disk of the host's is not waited for.
+pub(crate) fn write_back(mounted: &[PathBuf]) {
+    const LIMIT: Duration = Duration::from_secs(2);
+    if mounted.is_empty() {
+        return;
+    }
+    let (mounted, (done, wait)) = (mounted.to_vec(), mpsc::channel());
+    std::thread::spawn(move || {
+        for top in mounted {
+            let written = File::open(&top).and_then(|top| Ok(syncfs(top)?));
+            if let Err(error) = written {
+                tracing::error!(top = %top.display(), %error, "a volume is not written back");
+            }
+        }
+        // Nobody may wait any more.
+        let _ = done.send(());
+    });
+    let _ = wait.recv_timeout(LIMIT);
 }
 
 #[cfg(test)]

@@ -260,6 +260,9 @@ fn add_one(wanted: &proto::Mount, users: Option<&Users>) -> Result<()> {
         )
         .map_err(refused)?;
     }
+    if let Some(owned) = wanted.top.as_ref() {
+        disk::adopt(Path::new(target), owned).inspect_err(|_| detach(target))?;
+    }
     if let Some(users) = owners {
         let mapped = File::open(&users.path)
             .and_then(|namespace| users::map_owners(target, namespace.as_fd()));
@@ -405,6 +408,8 @@ pub(crate) struct Placed {
     targets: Vec<String>,
     /// Made for the mounts, and theirs with all that is in them.
     folders: Vec<PathBuf>,
+    /// Where disks of the pod's are mounted, which stay.
+    disks: Vec<PathBuf>,
 }
 
 impl Placed {
@@ -415,6 +420,11 @@ impl Placed {
             folders: backwards()
                 .flat_map(|mount| mount.make_directories.iter().rev().map(PathBuf::from))
                 .collect(),
+            disks: mounts
+                .iter()
+                .filter(|mount| mount.of_pod && mount.top.is_some())
+                .map(|mount| mount.target.clone().into())
+                .collect(),
         }
     }
 
@@ -422,6 +432,7 @@ impl Placed {
     pub(crate) fn remove(&self) -> Result<()> {
         // A volume may still be written back: detached, that goes on behind.
         remove(&self.targets, true, false)?;
+        disk::write_back(&self.disks);
         for folder in &self.folders {
             match fs::remove_dir_all(folder) {
                 Err(source) if source.kind() != io::ErrorKind::NotFound => {

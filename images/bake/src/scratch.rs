@@ -3,7 +3,8 @@
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+
+use kiln_uvm::ext4::{self, FormatError};
 
 /// How large the file system is: the most that a pod's containers can write, whatever else limits them.
 pub(crate) const SIZE: u64 = 32 << 30;
@@ -12,12 +13,6 @@ pub(crate) const SIZE: u64 = 32 << 30;
 /// superblock: it is never read by another one. Nothing is initialized that the file's holes say already. Small groups:
 /// without a journal, ext4 looks through all of a group for an inode that was not deleted of late, at each new file.
 const OPTIONS: &[&str] = &[
-    "-t",
-    "ext4",
-    "-b",
-    "4096",
-    "-m",
-    "0",
     "-g",
     "8192",
     "-i",
@@ -42,19 +37,9 @@ pub enum ScratchError {
         #[source]
         source: io::Error,
     },
-    /// There is no mke2fs.
-    #[error(
-        "mke2fs, which formats the disk of the writable layers, cannot be run: install e2fsprogs"
-    )]
-    Missing(#[source] io::Error),
-    /// It failed.
-    #[error("mke2fs could not format {}: {said}", path.display())]
-    Failed {
-        /// The file.
-        path: PathBuf,
-        /// What it said.
-        said: String,
-    },
+    /// It cannot be formatted.
+    #[error("cannot make the disk of the writable layers")]
+    Format(#[from] FormatError),
 }
 
 /// Formats `file`, which is empty and lies at `path`.
@@ -63,20 +48,7 @@ pub(crate) fn make(file: &File, path: &Path) -> Result<(), ScratchError> {
         path: path.to_owned(),
         source,
     })?;
-    let output = Command::new("mke2fs")
-        .arg("-q")
-        .args(OPTIONS)
-        .arg(path)
-        .stdin(Stdio::null())
-        .output()
-        .map_err(ScratchError::Missing)?;
-    if output.status.success() {
-        return Ok(());
-    }
-    Err(ScratchError::Failed {
-        path: path.to_owned(),
-        said: String::from_utf8_lossy(&output.stderr).trim().to_owned(),
-    })
+    Ok(ext4::format(path, OPTIONS)?)
 }
 
 #[cfg(test)]
@@ -92,17 +64,5 @@ mod tests {
         let meta = path.metadata().unwrap();
         assert_eq!(meta.len(), SIZE);
         assert!(meta.blocks() * 512 < 4 << 20, "{} blocks", meta.blocks());
-    }
-
-    #[test]
-    fn failure_says_what_mke2fs_said() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("scratch");
-        let file = File::create(&path).unwrap();
-        let error = make(&file, &folder.path().join("none/scratch")).unwrap_err();
-        assert!(
-            matches!(&error, ScratchError::Failed { said, .. } if said.contains("none")),
-            "{error}"
-        );
     }
 }

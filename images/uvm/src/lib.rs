@@ -22,6 +22,7 @@ pub mod disks;
 pub mod end;
 pub mod ends;
 mod error;
+pub mod ext4;
 pub mod guest;
 pub mod jail;
 pub mod launch;

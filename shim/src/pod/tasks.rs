@@ -114,6 +114,7 @@ impl Pod {
             spec,
             rootfs,
             pod_files: lock(&self.sandbox).is_some(),
+            disks: &self.disks,
             timeline: &container.timeline,
         };
         let (pid_namespace, pid_namespace_container) = self.pid_namespace(spec)?;

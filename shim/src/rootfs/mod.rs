@@ -7,16 +7,18 @@
 //! for each chain of layers and kept on the node; one that gives a device or image file
 //! (`blockfile`, `devmapper`) is used as it is, and so are the layers that are images (`erofs`), each
 //! in a slot of its own, as long as those suffice. Volumes stay where they are and are shown to the
-//! guest through the pod's shared directory; those of memory are the guest's own, and block volumes are disks of the guest.
+//! guest through the pod's shared directory; those that are the pod's alone are the guest's own, in its memory or as a disk of its,
+//! and block volumes are disks of the guest.
 
 mod devices;
+mod empty_dir;
 mod image;
 mod layers;
-mod memory;
 mod mounts;
 mod volumes;
 mod written;
 
+pub use empty_dir::Disks;
 pub use volumes::POD_FILES;
 pub use written::{Spilled, WritableLayer};
 
@@ -36,7 +38,7 @@ use kiln_node::config::Config;
 use kiln_uvm::root;
 use kiln_uvm::timeline::{Timeline, step};
 use layers::Layer;
-use volumes::InGuest;
+use volumes::{InGuest, Whose};
 
 /// How long the guest waits for a disk whose slot was just filled.
 const DISK_WAIT_MS: u32 = 5000;
@@ -68,6 +70,8 @@ pub struct Wanted<'a> {
     pub rootfs: &'a [Mount],
     /// Whether the pod's own files are the shim's to bring, and not containerd's.
     pub pod_files: bool,
+    /// Those of the pod's volumes that are disks.
+    pub disks: &'a Disks,
     /// Of its start.
     pub timeline: &'a Timeline,
 }
@@ -110,14 +114,21 @@ impl Storage {
             spec,
             rootfs,
             pod_files,
+            disks,
             timeline,
         } = *wanted;
         // Volumes first: what can't be had is found out before a disk is attached.
         let users = UserNamespace::of(spec, rootfs)?;
         let wanted = spec.mounts()?;
-        let InGuest { before, mut mounts } = timeline.time("host.volumes", || {
-            volumes::prepare(id, uvm, &mut self.volumes, wanted)
-        })?;
+        let store = &config.store;
+        let whose = Whose {
+            container: id,
+            pod: spec.pod_uid(),
+            disks,
+            place: empty_dir::Place { store, uvm },
+        };
+        let preparing = volumes::prepare(whose, &mut self.volumes, wanted);
+        let InGuest { before, mut mounts } = timeline.of("host.volumes", preparing).await?;
         if pod_files {
             volumes::add_pods_own(&mut mounts, spec.root_is_read_only());
         }

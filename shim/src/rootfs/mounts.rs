@@ -42,24 +42,22 @@ impl Mounts {
         self.0.iter().any(below)
     }
 
-    /// Where the file system of a directory is mounted whole, at such a place, and what of it the directory is.
-    pub(super) fn whole_and_part(
-        &self,
-        dir: &Path,
-        is_place: impl Fn(&Path) -> bool,
-    ) -> Option<(PathBuf, PathBuf)> {
+    /// What of the directory `top` a directory is, which may be bound somewhere else.
+    pub(super) fn part(&self, top: &Path, dir: &Path) -> Option<PathBuf> {
+        let (top, dir) = (self.place(top)?, self.place(dir)?);
+        let part = dir.1.strip_prefix(&top.1).ok()?;
+        (top.0 == dir.0).then(|| part.to_owned())
+    }
+
+    /// The device of a directory's file system, and where in it that is.
+    fn place(&self, dir: &Path) -> Option<((u32, u32), PathBuf)> {
         // The last one lies on top of those before it.
         let on = |dir: &Path| self.0.iter().rfind(|mount| mount.target == dir);
         let (mount, below) = dir
             .ancestors()
             .find_map(|above| Some((on(above)?, dir.strip_prefix(above).ok()?)))?;
-        let is_whole = |other: &&Mounted| {
-            other.device == mount.device && other.root == Path::new("/") && is_place(&other.target)
-        };
-        let whole = self.0.iter().find(is_whole)?;
-        let part = mount.root.strip_prefix("/").ok()?.join(below);
         // Joined with nothing, a path ends with a slash.
-        Some((whole.target.clone(), part.components().collect()))
+        Some((mount.device, mount.root.join(below).components().collect()))
     }
 
     pub(super) fn parse(table: &[u8]) -> Self {
@@ -141,6 +139,37 @@ fn unescape(word: &[u8]) -> Vec<u8> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn part_is_found_below_a_directory_and_where_it_is_bound() {
+        const TOP: &str = "/pods/u/volumes/kubernetes.io~empty-dir";
+        const PARTS: &str = "/pods/u/volume-subpaths";
+        let table = Mounts::parse(
+            format!(
+                "20 1 8:1 /@ / rw - ext4 /dev/sda1 rw\n\
+                 36 35 0:54 / {TOP}/memory rw - tmpfs tmpfs rw\n\
+                 37 35 0:54 /a/b {PARTS}/memory/main/0 rw - tmpfs tmpfs rw\n\
+                 38 35 8:1 /@{TOP}/disk/c {PARTS}/disk/main/0 rw - ext4 /dev/sda1 rw\n\
+                 39 35 0:55 / {TOP}/disk/other rw - tmpfs tmpfs rw\n"
+            )
+            .as_bytes(),
+        );
+        let part = |top: &str, dir: String| {
+            table.part(Path::new(&format!("{TOP}/{top}")), Path::new(&dir))
+        };
+        assert_eq!(part("memory", format!("{TOP}/memory")), Some("".into()));
+        assert_eq!(part("memory", format!("{TOP}/memory/c")), Some("c".into()));
+        assert_eq!(
+            part("memory", format!("{PARTS}/memory/main/0")),
+            Some("a/b".into())
+        );
+        assert_eq!(part("memory", format!("{PARTS}/memory/main/1")), None);
+        assert_eq!(
+            part("disk", format!("{PARTS}/disk/main/0/d")),
+            Some("c/d".into())
+        );
+        assert_eq!(part("disk", format!("{TOP}/disk/other/x")), None);
+    }
 
     #[test]
     fn lines_with_and_without_optional_fields_and_with_escapes_are_read() {

@@ -15,12 +15,11 @@ use kiln_agent_api::{GUEST_FILES, GUEST_SHM, proto};
 use kiln_uvm::share::{Access, Owners, Volume};
 use nix::sys::statfs::{HUGETLBFS_MAGIC, statfs};
 
-use super::memory;
+use super::empty_dir::{self, Disks, Medium};
 use super::mounts::Mounts;
 use crate::error::{Error, Result};
 use crate::refusal::{self, Refusal};
 use crate::spec::SpecMount;
-use crate::uvm::Uvm;
 
 /// What becomes of a mount.
 #[derive(Debug, PartialEq, Eq)]
@@ -149,10 +148,19 @@ pub(super) struct InGuest {
     pub(super) mounts: Vec<SpecMount>,
 }
 
+/// The container whose mounts these are, and its pod.
+#[derive(Clone, Copy)]
+pub(super) struct Whose<'a> {
+    pub(super) container: &'a str,
+    /// The pod's uid, which the kubelet calls its folder by.
+    pub(super) pod: Option<&'a str>,
+    pub(super) disks: &'a Disks,
+    pub(super) place: empty_dir::Place<'a>,
+}
+
 /// Makes ready what the mounts of a container need, noting it in `shared`.
-pub(super) fn prepare(
-    container: &str,
-    uvm: &dyn Uvm,
+pub(super) async fn prepare(
+    whose: Whose<'_>,
     shared: &mut Vec<Volume>,
     mounts: Vec<SpecMount>,
 ) -> Result<InGuest> {
@@ -165,9 +173,8 @@ pub(super) fn prepare(
             Plan::SharedMemory => mount.source = GUEST_SHM.to_owned(),
             Plan::Device(path) => mount.source = path.to_owned(),
             Plan::Refused(refusal) => return Err(refusal.into()),
-            Plan::Share(volume) => match memory::find(&mount, &mut table)? {
-                Some(memory) => {
-                    let (before, source) = memory.in_guest(container, guest.mounts.len());
+            Plan::Share(volume) => match own_mounts(whose, &mount, &guest, &mut table).await? {
+                Some((before, source)) => {
                     guest.before.extend(before);
                     mount.source = source;
                     // Nothing is ever mounted below it.
@@ -175,7 +182,7 @@ pub(super) fn prepare(
                 }
                 None => {
                     adapt_options(&volume, &mut mount.options, &mut table)?;
-                    mount.source = uvm.share(&volume)?;
+                    mount.source = whose.place.uvm.share(&volume)?;
                     shared.push(volume);
                 }
             },
@@ -183,6 +190,24 @@ pub(super) fn prepare(
         guest.mounts.push(mount);
     }
     Ok(guest)
+}
+
+/// What the guest mounts for a volume that it has to itself, and where that then is.
+async fn own_mounts(
+    whose: Whose<'_>,
+    mount: &SpecMount,
+    guest: &InGuest,
+    table: &mut Option<Mounts>,
+) -> Result<Option<(Vec<proto::Mount>, String)>> {
+    let Some(volume) = empty_dir::find(mount, whose.pod, table)? else {
+        return Ok(None);
+    };
+    let whole = match volume.medium() {
+        Medium::Memory => Some(volume.memory()?),
+        Medium::Disk => whose.disks.mount(&volume, whose.place).await?,
+    };
+    let number = guest.mounts.len();
+    Ok(whole.map(|whole| volume.in_guest(whole, whose.container, number)))
 }
 
 /// Files in `/etc` that all containers of a pod have alike, in the guest's [`GUEST_FILES`].

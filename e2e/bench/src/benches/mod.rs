@@ -8,6 +8,7 @@ mod pod_start;
 mod resume;
 mod steady;
 pub(crate) mod store;
+mod volumes;
 
 use std::future::Future;
 use std::pin::Pin;
@@ -52,6 +53,7 @@ pub(crate) fn all() -> Vec<Bench> {
     vec![
         bench!("pod-start", pod_start::run),
         bench!("steady", steady::run),
+        bench!("volumes", volumes::run),
         bench!("overlay-fsync", overlay::fsync),
         bench!("overlay-short-job", overlay::short_job),
         bench!("overlay-curve", overlay_curve::run),

@@ -1,6 +1,7 @@
 //! All tests, by what they are about. Each is a statement that holds for any runtime.
 
 mod cni_shapes;
+mod empty_dirs;
 mod exec;
 mod exit;
 mod fault_matrix;
@@ -45,6 +46,7 @@ pub(crate) fn all() -> Vec<Case> {
         fault_matrix::cases(),
         logs::cases(),
         volumes::cases(),
+        empty_dirs::cases(),
         mounts::cases(),
         users::cases(),
         network::cases(),

@@ -2,12 +2,12 @@
 
 use std::fs::Permissions;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use kiln_e2e::harness::Case;
-use kiln_e2e::node::{LoopDevice, busybox, text};
+use kiln_e2e::node::LoopDevice;
 use kiln_e2e::{ContainerSpec, Test, cases, wait};
 use sha2::{Digest, Sha256};
 
@@ -20,8 +20,6 @@ pub(crate) fn cases() -> Vec<Case> {
         read_only_volume_cannot_be_written_to,
         groups_of_a_user_count_on_a_volume,
         empty_dir_is_shared_between_containers,
-        memory_volume_is_a_tmpfs_of_the_pods_containers,
-        part_of_a_memory_volume_is_no_way_out_of_it,
         config_map_update_is_seen_atomically,
         large_file_keeps_its_hash_both_ways,
         block_volume_is_a_disk_that_keeps_what_is_written,
@@ -346,123 +344,5 @@ async fn groups_of_a_user_count_on_a_volume(test: Test) -> Result<()> {
             != 0
     );
     ensure!(stranger.exec(&["cat", "/data/of-root"]).await?.code != 0);
-    Ok(())
-}
-
-/// A volume as the kubelet makes one of medium `Memory`: a tmpfs with the group of the pod's volumes.
-struct MemoryVolume {
-    top: PathBuf,
-    parts: PathBuf,
-}
-
-impl MemoryVolume {
-    fn make(test: &Test) -> Result<Self> {
-        let top = test.scratch().join("volumes/kubernetes.io~empty-dir/cache");
-        let parts = test.scratch().join("volume-subpaths/cache");
-        std::fs::create_dir_all(&top)?;
-        std::fs::create_dir_all(&parts)?;
-        let volume = Self { top, parts };
-        busybox(&[
-            "mount",
-            "-t",
-            "tmpfs",
-            "-o",
-            "size=8m",
-            "tmpfs",
-            &text(&volume.top),
-        ])?;
-        std::os::unix::fs::chown(&volume.top, None, Some(2000))?;
-        std::fs::set_permissions(&volume.top, Permissions::from_mode(0o2777))?;
-        Ok(volume)
-    }
-
-    /// A part of it as `subPath` asks for one: what is missing is made, and bound somewhere else.
-    fn part(&self, name: &str, sub_path: &str) -> Result<PathBuf> {
-        let part = self.top.join(sub_path);
-        std::fs::create_dir_all(&part)?;
-        let place = self.parts.join(name);
-        std::fs::create_dir(&place)?;
-        busybox(&["mount", "--bind", &text(&part), &text(&place)])?;
-        Ok(place)
-    }
-}
-
-impl Drop for MemoryVolume {
-    fn drop(&mut self) {
-        let parts = std::fs::read_dir(&self.parts).into_iter().flatten();
-        let parts = parts.filter_map(|entry| Some(entry.ok()?.path()));
-        for mounted in parts.chain([self.top.clone()]) {
-            // A failure shows in what is left on the node.
-            let _ = busybox(&["umount", "-l", &text(&mounted)]);
-        }
-    }
-}
-
-async fn memory_volume_is_a_tmpfs_of_the_pods_containers(test: Test) -> Result<()> {
-    let volume = MemoryVolume::make(&test)?;
-    let pod = test.pod().await?;
-    let spec = |name: &str| ContainerSpec::pause(name).mount(&volume.top, "/cache");
-    let first = pod.start(&spec("first").user(1000, 1000)).await?;
-    same!(
-        first.read(&["stat", "-f", "-c", "%T", "/cache"]).await?,
-        "tmpfs"
-    );
-    same!(
-        first.read(&["stat", "-c", "%a %u %g", "/cache"]).await?,
-        "2777 0 2000"
-    );
-    let size = "df -m /cache | tail -n 1 | awk '{print $2}'";
-    same!(first.read(&["sh", "-c", size]).await?, "8");
-    // As large as it was to be, and no larger.
-    let fill = "dd if=/dev/zero of=/cache/big bs=1M count=7 2> /dev/null && rm /cache/big && \
-                ! dd if=/dev/zero of=/cache/big bs=1M count=9 2> /dev/null && rm /cache/big";
-    first.shell(fill).await?;
-    first
-        .shell("echo kept > /cache/file && cp /bin/busybox /cache/true && /cache/true")
-        .await?;
-    let reader = ContainerSpec::pause("reader").mount_read_only(&volume.top, "/cache");
-    let reader = pod.start(&reader).await?;
-    same!(reader.read(&["cat", "/cache/file"]).await?, "kept");
-    ensure!(reader.exec(&["touch", "/cache/file"]).await?.code != 0);
-    // It is the pod's: a container's end changes nothing, and the next one finds all of it.
-    first.remove().await?;
-    reader.remove().await?;
-    let last = pod.start(&spec("last")).await?;
-    same!(
-        last.read(&["stat", "-c", "%u %g", "/cache/file"]).await?,
-        "1000 2000"
-    );
-    same!(last.read(&["cat", "/cache/file"]).await?, "kept");
-    Ok(())
-}
-
-async fn part_of_a_memory_volume_is_no_way_out_of_it(test: Test) -> Result<()> {
-    let volume = MemoryVolume::make(&test)?;
-    let pod = test.pod().await?;
-    let part = volume.part("0", "deep/part")?;
-    let spec = ContainerSpec::pause("main")
-        .mount(&volume.top, "/all")
-        .mount(&part, "/part");
-    let main = pod.start(&spec).await?;
-    main.shell("echo text > /part/file && cmp /part/file /all/deep/part/file")
-        .await?;
-    same!(main.read(&["ls", "-A", "/part"]).await?, "file");
-    // The way to a part may have become a link by the time that it is looked for again.
-    main.shell(
-        "mv /all/deep /all/was && ln -s / /all/deep && mkdir /all/root && ln -s / /all/root/part",
-    )
-    .await?;
-    let other = ContainerSpec::pause("other").mount(&part, "/part");
-    match pod.start(&other).await {
-        // The node has bound what it found when the pod began.
-        Ok(other) => same!(other.read(&["ls", "-A", "/part"]).await?, "file"),
-        Err(error) => {
-            let error = format!("{error:#}");
-            ensure!(
-                error.contains("deep/part") && error.contains("link"),
-                "{error}"
-            );
-        }
-    }
     Ok(())
 }

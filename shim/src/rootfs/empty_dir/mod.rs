@@ -1,0 +1,282 @@
+//! A pod's own volumes (`emptyDir`). Nobody but the pod's containers uses one, so it need not be shown to the guest by
+//! virtio-fs, where each access asks the host: one of memory is a tmpfs of the guest's, one on the node's disk is a disk.
+
+mod disk;
+mod memory;
+
+use std::fs::{self, Metadata};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Component, Path, PathBuf};
+
+use kiln_agent_api::proto;
+use kiln_uvm::root;
+use nix::sys::statfs::{HUGETLBFS_MAGIC, TMPFS_MAGIC, statfs};
+
+use super::mounts::Mounts;
+use crate::error::{Error, Result};
+use crate::spec::SpecMount;
+
+pub use disk::Disks;
+pub(super) use disk::Place;
+
+/// The folder in which the kubelet has a pod's volumes of this kind, by name.
+const EMPTY_DIRS: &str = "kubernetes.io~empty-dir";
+/// The folder of a pod's volumes, by kind.
+const VOLUMES: &str = "volumes";
+/// The folder in which it binds parts of volumes (`subPath`), by the volume's name, the container's and a number.
+const SUB_PATHS: &str = "volume-subpaths";
+/// What a file's mode has beside its type.
+const PERMISSIONS: u32 = 0o7777;
+
+/// A mount of the spec that is such a volume of the pod, or a part of one.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct EmptyDir {
+    /// Its directory on the node.
+    top: PathBuf,
+    owned: Owned,
+    medium: Medium,
+    /// What of it is wanted, if not all.
+    part: Option<(PathBuf, Owned)>,
+}
+
+/// What it is on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Medium {
+    Disk,
+    Memory,
+}
+
+/// Whose a directory is, and what they may do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Owned {
+    mode: u32,
+    uid: u32,
+    gid: u32,
+}
+
+impl Owned {
+    fn of(found: &Metadata) -> Self {
+        Self {
+            mode: found.mode() & PERMISSIONS,
+            uid: found.uid(),
+            gid: found.gid(),
+        }
+    }
+
+    fn told(self) -> proto::Owned {
+        let Self { mode, uid, gid } = self;
+        proto::Owned {
+            mode,
+            uid,
+            gid,
+            ..Default::default()
+        }
+    }
+}
+
+/// What a mount is a volume of this kind of, if it is one of the pod's, whose uid this is. The table of mounts is read if it
+/// has to be.
+pub(super) fn find(
+    mount: &SpecMount,
+    pod: Option<&str>,
+    table: &mut Option<Mounts>,
+) -> Result<Option<EmptyDir>> {
+    let source = Path::new(&mount.source);
+    let kubelets =
+        |part: Component<'_>| part.as_os_str() == EMPTY_DIRS || part.as_os_str() == SUB_PATHS;
+    let Some(pod) = pod.filter(|_| mount.is_bind() && source.components().any(kubelets)) else {
+        return Ok(None);
+    };
+    // A file system of the guest's could not have the owners of a user namespace that the node maps.
+    if mount.owners().is_some() {
+        return Ok(None);
+    }
+    let failed = |e| Error::failed(format!("look at the volume {}", source.display()), e);
+    // One that is not there is told of by whoever wants to show it.
+    let Ok(dir) = fs::canonicalize(source) else {
+        return Ok(None);
+    };
+    let Some(top) = top_of(&dir, pod).filter(|top| is_directory(top)) else {
+        return Ok(None);
+    };
+    let magic = statfs(&top)
+        .map_err(|e| failed(e.into()))?
+        .filesystem_type();
+    let medium = match magic {
+        HUGETLBFS_MAGIC => return Ok(None),
+        TMPFS_MAGIC => Medium::Memory,
+        _ => Medium::Disk,
+    };
+    let part = if dir == top {
+        None
+    } else {
+        let mounts = match table.take() {
+            Some(mounts) => mounts,
+            None => Mounts::read().map_err(failed)?,
+        };
+        // Something else that is mounted there is not the volume's.
+        let Some(part) = table.insert(mounts).part(&top, &dir) else {
+            return Ok(None);
+        };
+        Some((part, Owned::of(&fs::metadata(&dir).map_err(failed)?)))
+    };
+    Ok(Some(EmptyDir {
+        owned: Owned::of(&fs::metadata(&top).map_err(failed)?),
+        top,
+        medium,
+        part,
+    }))
+}
+
+/// The directory of the pod's volume that a path is of, in it or where the kubelet binds parts of it.
+fn top_of(dir: &Path, pod: &str) -> Option<PathBuf> {
+    let is =
+        |path: Option<&Path>, name: &str| path?.file_name().filter(|own| *own == name).map(drop);
+    let of_pod = |top: &Path| {
+        let kind = top.parent()?;
+        let volumes = kind.parent()?;
+        is(Some(kind), EMPTY_DIRS)?;
+        is(Some(volumes), VOLUMES)?;
+        is(volumes.parent(), pod)
+    };
+    dir.ancestors().find_map(|above| {
+        if of_pod(above).is_some() {
+            return Some(above.to_owned());
+        }
+        let parts = above.parent()?;
+        is(Some(parts), SUB_PATHS)?;
+        is(parts.parent(), pod)?;
+        let volumes = parts.with_file_name(VOLUMES);
+        Some(volumes.join(EMPTY_DIRS).join(above.file_name()?))
+    })
+}
+
+fn is_directory(path: &Path) -> bool {
+    fs::symlink_metadata(path).is_ok_and(|found| found.is_dir())
+}
+
+impl EmptyDir {
+    pub(super) fn medium(&self) -> Medium {
+        self.medium
+    }
+
+    /// What the guest has to mount for the `number`th mount of a container, and where it then is. `whole` mounts all of it,
+    /// once for the pod.
+    pub(super) fn in_guest(
+        &self,
+        whole: proto::Mount,
+        container: &str,
+        number: usize,
+    ) -> (Vec<proto::Mount>, String) {
+        let top = whole.target.clone();
+        let Some((path, owned)) = &self.part else {
+            return (vec![whole], top);
+        };
+        let target = format!("{}/volume-{number}", root::storage_path(container));
+        let beneath = proto::Beneath {
+            path: path.display().to_string(),
+            owned: Some(owned.told()).into(),
+            ..Default::default()
+        };
+        let part = proto::Mount {
+            source: top,
+            target: target.clone(),
+            type_: "bind".into(),
+            make_target: true,
+            beneath: Some(beneath).into(),
+            ..Default::default()
+        };
+        (vec![whole, part], target)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const POD: &str = "/var/lib/kubelet/pods/u";
+
+    #[test]
+    fn volume_and_its_parts_are_known_by_their_paths() {
+        let top = PathBuf::from(format!("{POD}/volumes/kubernetes.io~empty-dir/cache"));
+        let of = |path: &str| top_of(Path::new(&format!("{POD}/{path}")), "u");
+        assert_eq!(
+            of("volumes/kubernetes.io~empty-dir/cache"),
+            Some(top.clone())
+        );
+        assert_eq!(
+            of("volumes/kubernetes.io~empty-dir/cache/a/b"),
+            Some(top.clone())
+        );
+        assert_eq!(of("volume-subpaths/cache/main/0"), Some(top.clone()));
+        for other in [
+            "volumes/kubernetes.io~empty-dir",
+            "volumes/kubernetes.io~secret/s",
+            "volume-subpaths",
+            "kubernetes.io~empty-dir/cache",
+        ] {
+            assert_eq!(of(other), None, "{other}");
+        }
+        // Another pod's is a directory of the node's like any other.
+        assert_eq!(top_of(&top, "v"), None);
+    }
+
+    #[test]
+    fn what_is_no_volume_of_the_pod_is_left_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let top = dir.path().join("u/volumes/kubernetes.io~empty-dir/cache");
+        fs::create_dir_all(top.join("below")).unwrap();
+        let bind = |source: &Path, pod: Option<&str>| {
+            let mount = SpecMount {
+                kind: "bind".into(),
+                source: source.display().to_string(),
+                options: vec!["rbind".into()],
+                ..SpecMount::default()
+            };
+            find(&mount, pod, &mut None).unwrap()
+        };
+        assert_eq!(bind(&top, None), None);
+        assert_eq!(bind(&top, Some("v")), None);
+        assert_eq!(bind(&top.join("gone"), Some("u")), None);
+        let whole = bind(&top, Some("u")).unwrap();
+        let top = fs::canonicalize(&top).unwrap();
+        assert_eq!((whole.top.as_path(), &whole.part), (top.as_path(), &None));
+        let part = bind(&top.join("below"), Some("u")).unwrap();
+        assert_eq!(part.part.unwrap().0, Path::new("below"));
+    }
+
+    #[test]
+    fn part_is_bound_from_the_pods_one_file_system() {
+        let owned = Owned {
+            mode: 0o2777,
+            uid: 0,
+            gid: 2000,
+        };
+        let mut volume = EmptyDir {
+            top: "/top".into(),
+            owned,
+            medium: Medium::Disk,
+            part: None,
+        };
+        let whole = proto::Mount {
+            target: "/run/kiln/disks/cache".into(),
+            of_pod: true,
+            ..Default::default()
+        };
+        let (mounts, path) = volume.in_guest(whole.clone(), "c", 0);
+        assert_eq!(
+            (path.as_str(), &mounts[..]),
+            ("/run/kiln/disks/cache", &[whole.clone()][..])
+        );
+        volume.part = Some(("a/b".into(), owned));
+        let (mounts, path) = volume.in_guest(whole, "c", 3);
+        assert_eq!(path, "/run/kiln/storage/c/volume-3");
+        assert_eq!(
+            (mounts[1].target.as_str(), mounts[1].of_pod),
+            (path.as_str(), false)
+        );
+        assert_eq!(mounts[1].source, "/run/kiln/disks/cache");
+        let beneath = mounts[1].beneath.as_ref().unwrap();
+        assert_eq!((beneath.path.as_str(), beneath.owned.mode), ("a/b", 0o2777));
+    }
+}
