@@ -1,7 +1,9 @@
 //! Writing files with known content and hashing them.
 
+use std::ffi::{CStr, CString};
 use std::fs::File;
 use std::io::{BufWriter, Read, Write};
+use std::os::fd::FromRawFd;
 use std::os::unix::fs::FileExt;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -73,6 +75,44 @@ pub(crate) fn blocks(path: &str, what: &str, count: u64) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Prints the names of what is moved into a directory, as whoever reloads a configuration waits for it.
+pub(crate) fn watch(dir: &str) -> Result<()> {
+    /// Of an event, before its name.
+    const HEADER: usize = size_of::<libc::inotify_event>();
+    let path = CString::new(dir)?;
+    // SAFETY: takes flags only.
+    let inotify = unsafe { libc::inotify_init1(libc::IN_CLOEXEC) };
+    ensure!(
+        inotify >= 0,
+        "cannot watch: {}",
+        std::io::Error::last_os_error()
+    );
+    // SAFETY: the descriptor was just made, and nobody else has it.
+    let mut events = unsafe { File::from_raw_fd(inotify) };
+    // SAFETY: the path is a string that lives until the call returns.
+    let watch = unsafe { libc::inotify_add_watch(inotify, path.as_ptr(), libc::IN_MOVED_TO) };
+    ensure!(
+        watch >= 0,
+        "cannot watch {dir}: {}",
+        std::io::Error::last_os_error()
+    );
+    say("watching")?;
+    let mut buffer = [0; 4096];
+    loop {
+        let got = events.read(&mut buffer)?;
+        let mut rest = &buffer[..got];
+        while rest.len() >= HEADER {
+            // The name's length is the last field.
+            let (header, more) = rest.split_at(HEADER);
+            let length = u32::from_ne_bytes(header[HEADER - 4..].try_into()?);
+            let (name, next) = more.split_at(usize::try_from(length)?);
+            let name = CStr::from_bytes_until_nul(name)?;
+            say(&name.to_string_lossy())?;
+            rest = next;
+        }
+    }
 }
 
 /// Fails unless the file is as [`put`] wrote it, and says where it is not.

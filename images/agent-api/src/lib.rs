@@ -86,6 +86,9 @@ pub const GUEST_SHM: &str = "/run/kiln/shm";
 /// Where the pod's volumes of memory are mounted, in the guest.
 pub const GUEST_MEMORY: &str = "/run/kiln/memory";
 
+/// Where the guest's copies of what the kubelet writes for a pod are, by their volumes' names.
+pub const GUEST_COPIES: &str = "/run/kiln/copies";
+
 /// Where those that are disks of the guest are mounted, by their names.
 pub const GUEST_DISKS: &str = "/run/kiln/disks";
 

@@ -28,6 +28,7 @@ mod spans;
 mod stdio;
 mod storage;
 mod sys;
+mod tree;
 mod uevent;
 mod users;
 mod written;

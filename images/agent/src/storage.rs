@@ -15,6 +15,7 @@ use thiserror::Error;
 use crate::beneath::{self, Found};
 use crate::disk;
 use crate::spans::Spans;
+use crate::tree;
 use crate::users::{self, Users};
 
 /// Why something is not mounted, or still is.
@@ -179,6 +180,9 @@ pub(crate) fn add(mounts: &[proto::Mount], users: Option<&Users>) -> Result<Span
 
 fn add_one(wanted: &proto::Mount, users: Option<&Users>) -> Result<()> {
     let target = checked(&wanted.target)?;
+    if let Some(tree) = wanted.tree.as_ref() {
+        return tree::put(target, tree);
+    }
     // Two containers that begin at once are not to mount it twice.
     static OF_POD: Mutex<()> = Mutex::new(());
     let _alone = wanted

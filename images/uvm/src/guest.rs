@@ -132,6 +132,8 @@ pub trait Guest: Send + Sync {
     async fn delete(&self, container: &str, exec: &str) -> Result<(), GuestError>;
     /// Opens a stream of a process, or a TCP connection into the guest.
     async fn stream(&self, header: &Header) -> Result<UnixStream, GuestError>;
+    /// Mounts for the pod, beside those of its containers.
+    async fn mount(&self, mounts: Vec<proto::Mount>) -> Result<(), GuestError>;
     /// Writes a file of the guest's own.
     async fn write_file(&self, path: String, text: String) -> Result<(), GuestError>;
 }
@@ -461,6 +463,15 @@ impl Guest for Agent {
 
     async fn stream(&self, header: &Header) -> Result<UnixStream, GuestError> {
         self.vsock.stream(header).await.map_err(not_connected)
+    }
+
+    async fn mount(&self, mounts: Vec<proto::Mount>) -> Result<(), GuestError> {
+        let request = proto::AddMountsRequest {
+            mounts,
+            ..Default::default()
+        };
+        let mounted = self.client.add_mounts(limit(), &request).await;
+        mounted.map_err(refused("mount for the pod")).map(drop)
     }
 
     async fn write_file(&self, path: String, text: String) -> Result<(), GuestError> {

@@ -40,7 +40,7 @@ use crate::events::{Event, Exit};
 use crate::oom;
 use crate::publisher::Publisher;
 use crate::refusal;
-use crate::rootfs::Disks;
+use crate::rootfs::OwnVolumes;
 use crate::size::{Limits, size_of};
 use crate::spec::{Role, Spec};
 use crate::time::UnixNanos;
@@ -66,8 +66,8 @@ pub struct Pod {
     oom_score_adj: Mutex<Option<i32>>,
     sandbox: Mutex<Option<sandbox::Sandbox>>,
     accounting: Mutex<written::Accounting>,
-    /// Those of its volumes that are disks.
-    disks: Disks,
+    /// Those of its volumes that the guest has to itself.
+    volumes: OwnVolumes,
     /// Set when the μVM is gone for good.
     ended: watch::Sender<Option<Exit>>,
     shutdown: watch::Sender<bool>,
@@ -108,7 +108,7 @@ impl Pod {
             oom_score_adj: Mutex::new(None),
             sandbox: Mutex::new(None),
             accounting: Mutex::default(),
-            disks: Disks::default(),
+            volumes: OwnVolumes::default(),
             ended: watch::channel(None).0,
             shutdown: watch::channel(false).0,
             shutdown_put_off: AtomicBool::new(false),

@@ -81,7 +81,7 @@ impl Pod {
             &spec,
         ));
         if kind == Kind::Guest {
-            let creating = self.create_in_guest(uvm.as_ref(), &container, &spec, &task.rootfs);
+            let creating = self.create_in_guest(&uvm, &container, &spec, &task.rootfs);
             container.timeline.of("create", creating).await?;
         }
         lock(&self.containers).insert(task.id.clone(), Arc::clone(&container));
@@ -103,7 +103,7 @@ impl Pod {
 
     async fn create_in_guest(
         &self,
-        uvm: &dyn Uvm,
+        uvm: &Arc<dyn Uvm>,
         container: &Container,
         spec: &Spec,
         rootfs: &[Mount],
@@ -114,7 +114,7 @@ impl Pod {
             spec,
             rootfs,
             pod_files: lock(&self.sandbox).is_some(),
-            disks: &self.disks,
+            own: &self.volumes,
             timeline: &container.timeline,
         };
         let (pid_namespace, pid_namespace_container) = self.pid_namespace(spec)?;
@@ -133,7 +133,7 @@ impl Pod {
             ..Default::default()
         };
         if let Err(error) = uvm.guest().create(request, &container.timeline).await {
-            storage.release(Some(uvm)).await;
+            storage.release(Some(uvm.as_ref())).await;
             return Err(error.into());
         }
         let connecting = container.init.connect(uvm.guest());
@@ -145,7 +145,7 @@ impl Pod {
                     "a half-made container could not be removed"
                 );
             }
-            storage.release(Some(uvm)).await;
+            storage.release(Some(uvm.as_ref())).await;
             return Err(error);
         }
         *lock(&container.storage) = Some(storage);

@@ -204,6 +204,10 @@ impl Guest for Scripted {
     async fn write_file(&self, path: String, _: String) -> Result<(), GuestError> {
         self.ask("write", &path)
     }
+    async fn mount(&self, mounts: Vec<proto::Mount>) -> Result<(), GuestError> {
+        let targets: Vec<_> = mounts.into_iter().map(|mount| mount.target).collect();
+        self.ask("mount", &targets.join(" "))
+    }
     async fn written(&self, _: &[String]) -> Result<proto::WrittenResponse, GuestError> {
         unreachable!("pods ask the μVM, which knows the host's share")
     }

@@ -10,15 +10,16 @@
 //! guest through the pod's shared directory; those that are the pod's alone are the guest's own, in its memory or as a disk of its,
 //! and block volumes are disks of the guest.
 
+mod copies;
 mod devices;
 mod empty_dir;
 mod image;
+mod kubelet;
 mod layers;
 mod mounts;
 mod volumes;
 mod written;
 
-pub use empty_dir::Disks;
 pub use volumes::POD_FILES;
 pub use written::{Spilled, WritableLayer};
 
@@ -33,6 +34,8 @@ use kiln_uvm::share::Volume;
 use crate::error::{Error, Result};
 use crate::spec::Spec;
 use crate::uvm::{GuestDisk, Uvm};
+use copies::Copies;
+use empty_dir::Disks;
 use image::{Directories, Source};
 use kiln_node::config::Config;
 use kiln_uvm::root;
@@ -57,6 +60,13 @@ pub struct GuestFiles {
     pub rootfs: String,
 }
 
+/// Those of a pod's volumes that the guest has to itself.
+#[derive(Debug, Default)]
+pub struct OwnVolumes {
+    disks: Disks,
+    copies: Copies,
+}
+
 /// A container that wants files.
 #[derive(Debug, Clone, Copy)]
 pub struct Wanted<'a> {
@@ -70,8 +80,8 @@ pub struct Wanted<'a> {
     pub rootfs: &'a [Mount],
     /// Whether the pod's own files are the shim's to bring, and not containerd's.
     pub pod_files: bool,
-    /// Those of the pod's volumes that are disks.
-    pub disks: &'a Disks,
+    /// Those of the pod's volumes that the guest has to itself.
+    pub own: &'a OwnVolumes,
     /// Of its start.
     pub timeline: &'a Timeline,
 }
@@ -90,13 +100,13 @@ impl Storage {
     pub async fn prepare(
         wanted: &Wanted<'_>,
         config: &Config,
-        uvm: &dyn Uvm,
+        uvm: &Arc<dyn Uvm>,
     ) -> Result<(Self, GuestFiles)> {
         let mut storage = Self::default();
         match storage.fill(wanted, config, uvm).await {
             Ok(files) => Ok((storage, files)),
             Err(error) => {
-                storage.release(Some(uvm)).await;
+                storage.release(Some(uvm.as_ref())).await;
                 Err(error)
             }
         }
@@ -106,7 +116,7 @@ impl Storage {
         &mut self,
         wanted: &Wanted<'_>,
         config: &Config,
-        uvm: &dyn Uvm,
+        uvm: &Arc<dyn Uvm>,
     ) -> Result<GuestFiles> {
         let Wanted {
             id,
@@ -114,7 +124,7 @@ impl Storage {
             spec,
             rootfs,
             pod_files,
-            disks,
+            own,
             timeline,
         } = *wanted;
         // Volumes first: what can't be had is found out before a disk is attached.
@@ -124,7 +134,7 @@ impl Storage {
         let whose = Whose {
             container: id,
             pod: spec.pod_uid(),
-            disks,
+            own,
             place: empty_dir::Place { store, uvm },
         };
         let preparing = volumes::prepare(whose, &mut self.volumes, wanted);
@@ -134,7 +144,7 @@ impl Storage {
         }
         self.layer = WritableLayer::find(rootfs).map(Arc::new);
         let root = self
-            .attach_root(image::find(rootfs, bundle)?, config, uvm, timeline)
+            .attach_root(image::find(rootfs, bundle)?, config, uvm.as_ref(), timeline)
             .await?;
         let mut mounts_in_guest = before;
         mounts_in_guest.extend(guest_mounts(id, &root, users));

@@ -15,7 +15,9 @@ use kiln_agent_api::{GUEST_FILES, GUEST_SHM, proto};
 use kiln_uvm::share::{Access, Owners, Volume};
 use nix::sys::statfs::{HUGETLBFS_MAGIC, statfs};
 
-use super::empty_dir::{self, Disks, Medium};
+use super::OwnVolumes;
+use super::copies;
+use super::empty_dir::{self, Medium};
 use super::mounts::Mounts;
 use crate::error::{Error, Result};
 use crate::refusal::{self, Refusal};
@@ -154,7 +156,7 @@ pub(super) struct Whose<'a> {
     pub(super) container: &'a str,
     /// The pod's uid, which the kubelet calls its folder by.
     pub(super) pod: Option<&'a str>,
-    pub(super) disks: &'a Disks,
+    pub(super) own: &'a OwnVolumes,
     pub(super) place: empty_dir::Place<'a>,
 }
 
@@ -199,12 +201,19 @@ async fn own_mounts(
     guest: &InGuest,
     table: &mut Option<Mounts>,
 ) -> Result<Option<(Vec<proto::Mount>, String)>> {
+    if let Some(top) = copies::find(mount, whose.pod) {
+        let copy = whose.own.copies.mount(&top, whose.place.uvm);
+        return Ok(copy.map(|copy| {
+            let target = copy.target.clone();
+            (vec![copy], target)
+        }));
+    }
     let Some(volume) = empty_dir::find(mount, whose.pod, table)? else {
         return Ok(None);
     };
     let whole = match volume.medium() {
         Medium::Memory => Some(volume.memory()?),
-        Medium::Disk => whose.disks.mount(&volume, whose.place).await?,
+        Medium::Disk => whose.own.disks.mount(&volume, whose.place).await?,
     };
     let number = guest.mounts.len();
     Ok(whole.map(|whole| volume.in_guest(whole, whose.container, number)))

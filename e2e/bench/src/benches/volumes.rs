@@ -4,13 +4,15 @@ use std::fs::{self, Permissions};
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::PathBuf;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use kiln_e2e::node::{busybox, text};
 use kiln_e2e::{Container, ContainerSpec, PodSpec, Test, setup};
 
 use super::Settings;
 use crate::result::Measured;
 
+/// Seconds that a job may take.
+const LIMIT: i64 = 900;
 /// A job of a kind of volume, its name in the figures, and what it does in the volume's directory. What lies in `/tmp` was
 /// prepared in the container's own file system.
 type Job = (&'static str, &'static str);
@@ -103,12 +105,11 @@ impl Volumes {
     /// Milliseconds of a job.
     async fn time(&self, kind: &str, script: &str) -> Result<f64> {
         let script = format!("cd /{kind} && {script}");
-        let said = self
-            .container
-            .read(&["testprog", "timed", "sh", "-c", &script])
-            .await;
-        let said = said.with_context(|| format!("{script} in {}", self.test))?;
-        Ok(said.parse::<f64>()? / 1000.0)
+        let command = ["testprog", "timed", "sh", "-c", &script];
+        let done = self.container.exec_limited(&command, LIMIT).await;
+        let done = done.with_context(|| format!("{script} in {}", self.test))?;
+        ensure!(done.code == 0, "{script} in {}: {done:?}", self.test);
+        Ok(done.stdout.trim().parse::<f64>()? / 1000.0)
     }
 }
 

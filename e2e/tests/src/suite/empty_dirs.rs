@@ -8,9 +8,10 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use kiln_e2e::harness::Case;
 use kiln_e2e::node::{busybox, text};
-use kiln_e2e::{ContainerSpec, Pod, PodSpec, Test, cases, wait};
+use kiln_e2e::{ContainerSpec, Test, cases, wait};
 
 use super::faults::{self, children_of, shim_of};
+use super::kubelet::Folder;
 use super::same;
 
 /// How soon what was deleted is no longer counted.
@@ -28,30 +29,11 @@ pub(crate) fn cases() -> Vec<Case> {
     ]
 }
 
-/// A pod's folder as the kubelet has it.
-struct Folder {
-    uid: String,
-    path: PathBuf,
-}
-
 impl Folder {
-    fn make(test: &Test) -> Result<Self> {
-        let uid = "5ab5f8b5".to_owned();
-        let path = test.scratch().join("pods").join(&uid);
-        std::fs::create_dir_all(path.join("volume-subpaths"))?;
-        Ok(Self { uid, path })
-    }
-
-    async fn pod(&self, test: &Test) -> Result<Pod> {
-        test.run_pod(&PodSpec::new().uid(&self.uid)).await
-    }
-
     /// A volume with the group of the pod's volumes.
-    fn volume(&self, name: &str) -> Result<Volume> {
-        let top = self.path.join("volumes/kubernetes.io~empty-dir").join(name);
-        let parts = self.path.join("volume-subpaths").join(name);
-        std::fs::create_dir_all(&top)?;
-        std::fs::create_dir_all(&parts)?;
+    fn empty_dir(&self, name: &str) -> Result<Volume> {
+        let top = self.directory("kubernetes.io~empty-dir", name)?;
+        let parts = self.parts(name)?;
         let volume = Volume {
             top,
             parts,
@@ -63,7 +45,7 @@ impl Folder {
 
     /// The same of medium `Memory`.
     fn memory(&self, name: &str) -> Result<Volume> {
-        let mut volume = self.volume(name)?;
+        let mut volume = self.empty_dir(name)?;
         let options = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs"];
         busybox(&[&options[..], &[&text(&volume.top)]].concat())?;
         volume.mounted = true;
@@ -126,7 +108,7 @@ fn size_of(path: &Path) -> Result<u64> {
 
 async fn disk_volume_is_one_file_system_of_the_pods_containers(test: Test) -> Result<()> {
     let folder = Folder::make(&test)?;
-    let volume = folder.volume("data")?;
+    let volume = folder.empty_dir("data")?;
     let pod = folder.pod(&test).await?;
     let writer = ContainerSpec::pause("writer").user(1001, 1001);
     let writer = pod.start(&writer.mount(&volume.top, "/out")).await?;
@@ -190,7 +172,7 @@ async fn disk_volume_is_one_file_system_of_the_pods_containers(test: Test) -> Re
 
 async fn disk_volume_outlives_its_sandbox(test: Test) -> Result<()> {
     let folder = Folder::make(&test)?;
-    let volume = folder.volume("data")?;
+    let volume = folder.empty_dir("data")?;
     let spec = || ContainerSpec::pause("main").mount(&volume.top, "/data");
     let pod = folder.pod(&test).await?;
     let first = pod.start(&spec()).await?;
@@ -219,7 +201,7 @@ async fn disk_volume_outlives_its_sandbox(test: Test) -> Result<()> {
 
 async fn what_was_synced_to_a_disk_volume_outlives_a_kill(test: Test) -> Result<()> {
     let folder = Folder::make(&test)?;
-    let volume = folder.volume("data")?;
+    let volume = folder.empty_dir("data")?;
     let pod = folder.pod(&test).await?;
     let script = "i=0; while :; do i=$((i + 1)); \
                   dd if=/bin/busybox of=/data/$i bs=64k count=2 conv=fsync 2> /dev/null && echo done $i; done";
@@ -256,7 +238,7 @@ async fn what_was_synced_to_a_disk_volume_outlives_a_kill(test: Test) -> Result<
 async fn pod_has_as_many_disk_volumes_as_it_likes(test: Test) -> Result<()> {
     const COUNT: usize = 30;
     let folder = Folder::make(&test)?;
-    let volumes = (0..COUNT).map(|number| folder.volume(&format!("v{number}")));
+    let volumes = (0..COUNT).map(|number| folder.empty_dir(&format!("v{number}")));
     let volumes = volumes.collect::<Result<Vec<_>>>()?;
     let pod = folder.pod(&test).await?;
     for name in ["first", "second"] {
@@ -322,7 +304,7 @@ async fn part_of_a_memory_volume_is_no_way_out_of_it(test: Test) -> Result<()> {
 
 async fn part_of_a_disk_volume_is_no_way_out_of_it(test: Test) -> Result<()> {
     let folder = Folder::make(&test)?;
-    let volume = folder.volume("data")?;
+    let volume = folder.empty_dir("data")?;
     part_is_no_way_out(test, folder, volume).await
 }
 

@@ -1,6 +1,7 @@
 //! All tests, by what they are about. Each is a statement that holds for any runtime.
 
 mod cni_shapes;
+mod config_volumes;
 mod empty_dirs;
 mod exec;
 mod exit;
@@ -9,6 +10,7 @@ mod faults;
 mod hostile;
 mod identity;
 mod kiln_run;
+mod kubelet;
 mod last_words;
 mod logs;
 mod mounts;
@@ -47,6 +49,7 @@ pub(crate) fn all() -> Vec<Case> {
         logs::cases(),
         volumes::cases(),
         empty_dirs::cases(),
+        config_volumes::cases(),
         mounts::cases(),
         users::cases(),
         network::cases(),

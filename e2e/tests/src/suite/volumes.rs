@@ -1,14 +1,14 @@
 //! Volumes as kubelet mounts them: files and directories of the node.
 
 use std::fs::Permissions;
-use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use kiln_e2e::harness::Case;
 use kiln_e2e::node::LoopDevice;
-use kiln_e2e::{ContainerSpec, Test, cases, wait};
+use kiln_e2e::{ContainerSpec, Test, cases};
 use sha2::{Digest, Sha256};
 
 use super::same;
@@ -20,7 +20,6 @@ pub(crate) fn cases() -> Vec<Case> {
         read_only_volume_cannot_be_written_to,
         groups_of_a_user_count_on_a_volume,
         empty_dir_is_shared_between_containers,
-        config_map_update_is_seen_atomically,
         large_file_keeps_its_hash_both_ways,
         block_volume_is_a_disk_that_keeps_what_is_written,
     ]
@@ -170,53 +169,6 @@ async fn empty_dir_is_shared_between_containers(test: Test) -> Result<()> {
             .code,
         1
     );
-    Ok(())
-}
-
-async fn config_map_update_is_seen_atomically(test: Test) -> Result<()> {
-    // kubelet's layout: ..data is a symbolic link to a dated directory, the files are links through
-    // it; an update makes a new directory and renames a new link over the old one.
-    let pod = test.pod().await?;
-    let volume = test.scratch().join("config");
-    let publish = |version: u32| -> Result<()> {
-        let dated = format!("..version_{version}");
-        std::fs::create_dir_all(volume.join(&dated))?;
-        for name in ["one", "two"] {
-            std::fs::write(volume.join(&dated).join(name), format!("{version}\n"))?;
-        }
-        symlink(&dated, volume.join("..data_tmp"))?;
-        std::fs::rename(volume.join("..data_tmp"), volume.join("..data"))?;
-        if version > 1 {
-            std::fs::remove_dir_all(volume.join(format!("..version_{}", version - 1)))?;
-        }
-        Ok(())
-    };
-    publish(1)?;
-    for name in ["one", "two"] {
-        symlink(format!("..data/{name}"), volume.join(name))?;
-    }
-    let spec = ContainerSpec::pause("main").mount_read_only(&volume, "/config");
-    let container = pod.start(&spec).await?;
-    same!(
-        container
-            .read(&["cat", "/config/one", "/config/two"])
-            .await?,
-        "1\n1"
-    );
-    for version in 2..=4 {
-        publish(version)?;
-        let what = format!("version {version} in the container");
-        wait::until(&what, Duration::from_secs(10), || async {
-            // The two files are read through one directory, so they are of one version.
-            let seen = container
-                .exec(&["sh", "-c", "cd /config/..data/ && cat one two"])
-                .await?;
-            let seen: Vec<&str> = seen.stdout.split_whitespace().collect();
-            ensure!(seen.len() < 2 || seen[0] == seen[1], "a mixture: {seen:?}");
-            Ok((seen.first() == Some(&&*version.to_string())).then_some(()))
-        })
-        .await?;
-    }
     Ok(())
 }
 

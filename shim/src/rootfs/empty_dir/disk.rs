@@ -9,6 +9,7 @@ use std::io::{self, ErrorKind};
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use kiln_agent_api::{GUEST_DISKS, proto};
@@ -57,7 +58,7 @@ const MOUNT: [&str; 2] = ["noinit_itable", "discard"];
 
 /// Where the volumes of a pod are that are disks of its guest.
 #[derive(Debug, Default)]
-pub struct Disks(tokio::sync::Mutex<BTreeMap<PathBuf, Option<Held>>>);
+pub(in super::super) struct Disks(tokio::sync::Mutex<BTreeMap<PathBuf, Option<Held>>>);
 
 /// A disk of the guest's, as long as the pod lives.
 #[derive(Debug)]
@@ -71,7 +72,7 @@ struct Held {
 #[derive(Clone, Copy)]
 pub(in super::super) struct Place<'a> {
     pub(in super::super) store: &'a Path,
-    pub(in super::super) uvm: &'a dyn Uvm,
+    pub(in super::super) uvm: &'a Arc<dyn Uvm>,
 }
 
 impl Disks {

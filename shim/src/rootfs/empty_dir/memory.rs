@@ -7,7 +7,8 @@ use std::os::unix::fs::MetadataExt;
 use kiln_agent_api::{GUEST_MEMORY, proto};
 use nix::sys::statvfs::statvfs;
 
-use super::{EmptyDir, Owned};
+use super::super::kubelet::Owned;
+use super::EmptyDir;
 use crate::error::{Error, Result};
 
 impl EmptyDir {

@@ -4,29 +4,23 @@
 mod disk;
 mod memory;
 
-use std::fs::{self, Metadata};
-use std::os::unix::fs::MetadataExt;
+use std::ffi::OsStr;
+use std::fs;
 use std::path::{Component, Path, PathBuf};
 
 use kiln_agent_api::proto;
 use kiln_uvm::root;
 use nix::sys::statfs::{HUGETLBFS_MAGIC, TMPFS_MAGIC, statfs};
 
+use super::kubelet::{self, Owned};
 use super::mounts::Mounts;
 use crate::error::{Error, Result};
 use crate::spec::SpecMount;
 
-pub use disk::Disks;
-pub(super) use disk::Place;
+pub(super) use disk::{Disks, Place};
 
 /// The folder in which the kubelet has a pod's volumes of this kind, by name.
 const EMPTY_DIRS: &str = "kubernetes.io~empty-dir";
-/// The folder of a pod's volumes, by kind.
-const VOLUMES: &str = "volumes";
-/// The folder in which it binds parts of volumes (`subPath`), by the volume's name, the container's and a number.
-const SUB_PATHS: &str = "volume-subpaths";
-/// What a file's mode has beside its type.
-const PERMISSIONS: u32 = 0o7777;
 
 /// A mount of the spec that is such a volume of the pod, or a part of one.
 #[derive(Debug, PartialEq, Eq)]
@@ -46,34 +40,6 @@ pub(super) enum Medium {
     Memory,
 }
 
-/// Whose a directory is, and what they may do.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Owned {
-    mode: u32,
-    uid: u32,
-    gid: u32,
-}
-
-impl Owned {
-    fn of(found: &Metadata) -> Self {
-        Self {
-            mode: found.mode() & PERMISSIONS,
-            uid: found.uid(),
-            gid: found.gid(),
-        }
-    }
-
-    fn told(self) -> proto::Owned {
-        let Self { mode, uid, gid } = self;
-        proto::Owned {
-            mode,
-            uid,
-            gid,
-            ..Default::default()
-        }
-    }
-}
-
 /// What a mount is a volume of this kind of, if it is one of the pod's, whose uid this is. The table of mounts is read if it
 /// has to be.
 pub(super) fn find(
@@ -82,8 +48,9 @@ pub(super) fn find(
     table: &mut Option<Mounts>,
 ) -> Result<Option<EmptyDir>> {
     let source = Path::new(&mount.source);
-    let kubelets =
-        |part: Component<'_>| part.as_os_str() == EMPTY_DIRS || part.as_os_str() == SUB_PATHS;
+    let kubelets = |part: Component<'_>| {
+        part.as_os_str() == EMPTY_DIRS || part.as_os_str() == kubelet::SUB_PATHS
+    };
     let Some(pod) = pod.filter(|_| mount.is_bind() && source.components().any(kubelets)) else {
         return Ok(None);
     };
@@ -96,7 +63,9 @@ pub(super) fn find(
     let Ok(dir) = fs::canonicalize(source) else {
         return Ok(None);
     };
-    let Some(top) = top_of(&dir, pod).filter(|top| is_directory(top)) else {
+    let Some(top) =
+        kubelet::volume_of(&dir, pod, OsStr::new(EMPTY_DIRS)).filter(|top| is_directory(top))
+    else {
         return Ok(None);
     };
     let magic = statfs(&top)
@@ -126,29 +95,6 @@ pub(super) fn find(
         medium,
         part,
     }))
-}
-
-/// The directory of the pod's volume that a path is of, in it or where the kubelet binds parts of it.
-fn top_of(dir: &Path, pod: &str) -> Option<PathBuf> {
-    let is =
-        |path: Option<&Path>, name: &str| path?.file_name().filter(|own| *own == name).map(drop);
-    let of_pod = |top: &Path| {
-        let kind = top.parent()?;
-        let volumes = kind.parent()?;
-        is(Some(kind), EMPTY_DIRS)?;
-        is(Some(volumes), VOLUMES)?;
-        is(volumes.parent(), pod)
-    };
-    dir.ancestors().find_map(|above| {
-        if of_pod(above).is_some() {
-            return Some(above.to_owned());
-        }
-        let parts = above.parent()?;
-        is(Some(parts), SUB_PATHS)?;
-        is(parts.parent(), pod)?;
-        let volumes = parts.with_file_name(VOLUMES);
-        Some(volumes.join(EMPTY_DIRS).join(above.file_name()?))
-    })
 }
 
 fn is_directory(path: &Path) -> bool {
@@ -193,33 +139,6 @@ impl EmptyDir {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    const POD: &str = "/var/lib/kubelet/pods/u";
-
-    #[test]
-    fn volume_and_its_parts_are_known_by_their_paths() {
-        let top = PathBuf::from(format!("{POD}/volumes/kubernetes.io~empty-dir/cache"));
-        let of = |path: &str| top_of(Path::new(&format!("{POD}/{path}")), "u");
-        assert_eq!(
-            of("volumes/kubernetes.io~empty-dir/cache"),
-            Some(top.clone())
-        );
-        assert_eq!(
-            of("volumes/kubernetes.io~empty-dir/cache/a/b"),
-            Some(top.clone())
-        );
-        assert_eq!(of("volume-subpaths/cache/main/0"), Some(top.clone()));
-        for other in [
-            "volumes/kubernetes.io~empty-dir",
-            "volumes/kubernetes.io~secret/s",
-            "volume-subpaths",
-            "kubernetes.io~empty-dir/cache",
-        ] {
-            assert_eq!(of(other), None, "{other}");
-        }
-        // Another pod's is a directory of the node's like any other.
-        assert_eq!(top_of(&top, "v"), None);
-    }
 
     #[test]
     fn what_is_no_volume_of_the_pod_is_left_alone() {
