@@ -17,6 +17,7 @@ mod image;
 mod kubelet;
 mod layers;
 mod mounts;
+mod unnamed;
 mod volumes;
 mod written;
 

@@ -12,15 +12,16 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::AsFd;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use containerd_shim_protos::api::Mount;
 use kiln_cache::OverlayMount;
-use nix::fcntl::{AT_FDCWD, AtFlags, FallocateFlags, fallocate};
-use nix::unistd::linkat;
+use nix::fcntl::{FallocateFlags, fallocate};
+
+use super::unnamed;
 
 /// The file's name among what a snapshotter would have of the container.
 const NAME: &str = ".kiln-written";
@@ -75,15 +76,7 @@ impl WritableLayer {
     }
 
     fn link(&self, spill: &File) -> io::Result<()> {
-        let open = format!("/proc/self/fd/{}", spill.as_raw_fd());
-        let at = AtFlags::AT_SYMLINK_FOLLOW;
-        Ok(linkat(
-            AT_FDCWD,
-            open.as_str(),
-            AT_FDCWD,
-            &self.dir.join(SPILLED),
-            at,
-        )?)
+        unnamed::name(spill, &self.dir.join(SPILLED))
     }
 
     fn lock(&self) -> MutexGuard<'_, Account> {

@@ -19,15 +19,13 @@ use nix::errno::Errno;
 use nix::sys::statvfs::fstatvfs;
 use nix::unistd::{Whence, lseek64};
 
-use super::super::DISK_WAIT_MS;
+use super::super::{DISK_WAIT_MS, unnamed};
 use super::EmptyDir;
 use crate::error::{Error, Result};
 use crate::uvm::{GuestDisk, Uvm};
 
 /// The image's name in the volume's directory.
 const IMAGE: &str = ".kiln-disk";
-/// What it is called until it is whole.
-const DRAFT: &str = ".kiln-disk.new";
 /// The folder of the store with empty file systems, by their size.
 const EMPTY: &str = "volumes";
 /// As many volumes of a pod as are disks. The bus has 32 slots, and each container needs one at least.
@@ -186,23 +184,14 @@ fn open_or_make(dir: &Path, empty: &Path) -> io::Result<Option<Image>> {
     // What a container of any runtime would see the volume to be.
     let size = space.blocks().saturating_mul(space.fragment_size()) / UNIT * UNIT;
     let template = template(empty, size.max(64 * UNIT))?;
-    let draft = dir.join(DRAFT);
-    // Of a shim that was killed.
-    if let Err(error) = fs::remove_file(&draft)
-        && error.kind() != ErrorKind::NotFound
-    {
-        return Err(error);
-    }
-    let file = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .open(&draft)?;
+    let file = match unnamed::make(dir) {
+        Err(error) if error.kind() == ErrorKind::Unsupported => return Ok(None),
+        made => made?,
+    };
     copy(&template, &file)?;
     // A node that loses power is not to find a part of it.
     file.sync_data()?;
-    fs::rename(&draft, dir.join(IMAGE))?;
+    unnamed::name(&file, &dir.join(IMAGE))?;
     Ok(Some(Image { file, made: true }))
 }
 
@@ -230,13 +219,10 @@ fn holds_directories_only(dir: &Path) -> io::Result<bool> {
         for entry in fs::read_dir(dir)? {
             let entry = entry?;
             seen += 1;
-            let draft = entry.file_name() == DRAFT;
-            if seen > MOST_DIRECTORIES || (!entry.file_type()?.is_dir() && !draft) {
+            if seen > MOST_DIRECTORIES || !entry.file_type()?.is_dir() {
                 return Ok(false);
             }
-            if !draft {
-                open.push(entry.path());
-            }
+            open.push(entry.path());
         }
     }
     Ok(true)
@@ -250,14 +236,15 @@ fn template(empty: &Path, size: u64) -> io::Result<File> {
         found => return found,
     }
     private::directory(empty).map_err(io::Error::other)?;
-    // Two may make one at once: each its own, and the last one stays.
-    let draft = path.with_extension(std::process::id().to_string());
-    let file = File::create(&draft)?;
+    let file = unnamed::make(empty)?;
     file.set_len(size)?;
-    ext4::format(&draft, OPTIONS).map_err(io::Error::other)?;
+    ext4::format(Path::new(&unnamed::path(&file)), OPTIONS).map_err(io::Error::other)?;
     file.sync_all()?;
-    fs::rename(&draft, &path)?;
-    File::open(&path)
+    match unnamed::name(&file, &path) {
+        // Another shim was quicker.
+        Err(error) if error.kind() != ErrorKind::AlreadyExists => Err(error),
+        _ => Ok(file),
+    }
 }
 
 /// Copies what is not a hole: next to nothing.
@@ -297,9 +284,8 @@ mod tests {
     #[test]
     fn image_is_made_once_and_is_as_large_as_the_disk_and_next_to_nothing() {
         let (_dir, volume, empty) = folders();
-        // A part of the volume that the kubelet has made already, and what a killed shim left.
+        // A part of the volume that the kubelet has made already.
         fs::create_dir_all(volume.join("part/deep")).unwrap();
-        fs::write(volume.join(DRAFT), "half").unwrap();
         let image = open_or_make(&volume, &empty).unwrap().unwrap();
         assert!(image.made);
         let found = fs::metadata(volume.join(IMAGE)).unwrap();
@@ -310,7 +296,6 @@ mod tests {
         let mut magic = [0; 2];
         image.file.read_exact_at(&mut magic, 1080).unwrap();
         assert_eq!(magic, [0x53, 0xef]);
-        assert!(!volume.join(DRAFT).exists());
         image.file.write_all_at(b"mine", 0).unwrap();
         let again = open_or_make(&volume, &empty).unwrap().unwrap();
         let mut mine = [0; 4];
