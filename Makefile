@@ -61,8 +61,8 @@ build: setup ## Build everything
 node: build ## Boot the node VM and run CMD='…' in it, or a shell
 	@$(NODE_VM) $(if $(CMD),-- bash -c $(call quote,$(CMD)))
 
-demo: build ## Start a pod in the node VM and show its timeline
-	@$(NODE_TEST) --timeout 600 -- /opt/kiln-e2e/kiln-demo $(RUNTIMES)
+demo: build ## Start a pod in the node VM and show its timeline (NODE=k8s: by kubectl)
+	@$(NODE_TEST) --timeout 1200 -- /opt/kiln-e2e/kiln-demo $(RUNTIMES)
 
 test: setup ## Run every test: lints, unit tests and fuzz targets here, end-to-end tests in the node VM
 	@mkdir -p target

@@ -50,6 +50,14 @@ fn relative(cgroups_path: &str) -> Option<PathBuf> {
     (inside && !path.as_os_str().is_empty()).then_some(path)
 }
 
+/// Whether the pod has a limit, by a file such as `memory.max` of the cgroup above the sandbox's. The kubelet sets it if each
+/// container of the pod has one.
+pub fn pod_has_limit(cgroups_path: &str, file: &str) -> bool {
+    let above = directory(cgroups_path).and_then(|own| Some(own.parent()?.join(file)));
+    let text = above.and_then(|path| fs::read_to_string(path).ok());
+    text.is_some_and(|text| !text.starts_with("max"))
+}
+
 /// Makes the cgroup and moves a process into it.
 pub fn enter(directory: &Path, pid: u32) -> io::Result<()> {
     fs::create_dir_all(directory)?;

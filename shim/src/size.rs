@@ -53,6 +53,21 @@ impl Limits {
         }
     }
 
+    /// These with room for what the configuration gives to who states nothing, where they limit something that `other` does not:
+    /// CRI's sum for a pod leaves out containers without limits.
+    pub fn with_room_for(self, other: Self, config: &Config) -> Self {
+        let mut room = self;
+        if let (Some(memory), None) = (self.memory(), other.memory()) {
+            let memory = memory.saturating_add(config.default_memory);
+            room.memory = i64::try_from(memory).unwrap_or(0);
+        }
+        if let (Some(quota), None) = (self.cpus_exact(), other.cpus_exact()) {
+            let more = i64::from(config.default_cpus) * 100_000;
+            (room.cpu_quota, room.cpu_period) = (quota.saturating_add(more), 100_000);
+        }
+        room
+    }
+
     /// The quota in microseconds per 100 ms.
     fn cpus_exact(&self) -> Option<i64> {
         let quota = Some(self.cpu_quota).filter(|&q| q > 0)?;
@@ -215,6 +230,17 @@ mod tests {
         });
         assert_eq!(sum, limits(100_000, 128 << 20));
         assert_eq!(limits(50_000, 1 << 20).plus(Limits::default()).cpus(), None);
+    }
+
+    #[test]
+    fn who_has_no_limit_gets_the_default_beside_those_who_have_one() {
+        let (some, none) = (limits(50_000, 100 << 20), Limits::default());
+        assert_eq!(some.with_room_for(some, &config()), some);
+        let both = some.with_room_for(none, &config());
+        assert_eq!(both, limits(150_000, 356 << 20));
+        let memory = some.with_room_for(limits(1000, 0), &config());
+        assert_eq!(memory, limits(50_000, 356 << 20));
+        assert_eq!(none.with_room_for(none, &config()), none);
     }
 
     #[test]

@@ -1,5 +1,7 @@
-//! Starts a pod through CRI with each of the given runtimes (`kiln-demo runc`), and shows where the time went.
+//! Starts a pod with each of the given runtimes (`kiln-demo runc`), and shows where the time went: through CRI, or by kubectl on
+//! a node that has what a cluster is made of.
 
+mod cluster;
 mod timeline;
 
 use std::process::ExitCode;
@@ -7,6 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use kiln_e2e::{ContainerSpec, Pod, PodSpec, Test, setup};
+use kiln_k8s::cluster::Cluster;
 
 use timeline::Timeline;
 
@@ -25,6 +28,13 @@ async fn main() -> ExitCode {
 }
 
 async fn run() -> Result<()> {
+    let mut runtimes: Vec<String> = std::env::args().skip(1).collect();
+    if runtimes.is_empty() {
+        runtimes.push("runc".to_owned());
+    }
+    if Cluster::can_be_made() {
+        return cluster::run(&runtimes).await;
+    }
     let first = Test::new("demo", "runc").await?;
     let version = first
         .client()
@@ -36,10 +46,6 @@ async fn run() -> Result<()> {
     println!("importing two images into containerd {version} ...");
     setup::import(first.client(), &setup::Images::make()?).await?;
 
-    let mut runtimes: Vec<String> = std::env::args().skip(1).collect();
-    if runtimes.is_empty() {
-        runtimes.push("runc".to_owned());
-    }
     if runtimes.iter().any(|runtime| setup::needs_bake(runtime)) {
         println!("baking a μVM: booting Debian's kernel once, so that no pod has to ...");
         setup::bake()?;

@@ -107,6 +107,12 @@ impl Default for Cluster {
 }
 
 impl Cluster {
+    /// Whether this node has what one is made of.
+    pub fn can_be_made() -> bool {
+        let path = std::env::var_os("PATH").unwrap_or_default();
+        std::env::split_paths(&path).any(|folder| folder.join("kubelet").exists())
+    }
+
     /// The one whose files are there; whether it runs is another question.
     pub fn new(layout: Layout) -> Self {
         Cluster { layout }

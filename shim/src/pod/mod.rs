@@ -78,6 +78,8 @@ pub struct Pod {
 #[derive(Debug, Clone)]
 struct Launched {
     setup: PodSetup,
+    /// What CRI said of the pod's limits.
+    asked: Limits,
     overrides: PodOverrides,
 }
 
@@ -199,7 +201,11 @@ impl Pod {
             disk: overrides.overlay_disk.unwrap_or(self.config.overlay.disk),
         };
         setup.overlay_flush = overrides.overlay_flush.unwrap_or(self.config.overlay_flush);
-        Ok(Launched { setup, overrides })
+        Ok(Launched {
+            setup,
+            asked: limits,
+            overrides,
+        })
     }
 
     /// The μVM, resumed now if it isn't yet.

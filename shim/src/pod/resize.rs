@@ -3,10 +3,12 @@
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::{Kind, Pod, lock};
+use super::{Kind, Launched, Pod, lock};
+use crate::cgroup;
 use crate::error::{Error, Result};
 use crate::refusal;
 use crate::size::{Limits, Resources, size_of};
+use crate::uvm::Uvm;
 use kiln_uvm::size::Size;
 
 impl Pod {
@@ -42,6 +44,38 @@ impl Pod {
             uvm.resize(wanted).await?;
             self.set_size(wanted);
         }
+        Ok(())
+    }
+
+    /// Makes room for a container without limits in a pod that others have limits in.
+    pub(super) async fn make_room(&self, uvm: &dyn Uvm, mut limits: Limits) -> Result<()> {
+        let wanted = {
+            let launched = lock(&self.setup);
+            let Some(Launched {
+                setup,
+                asked,
+                overrides,
+            }) = launched.as_ref()
+            else {
+                return Ok(());
+            };
+            // One that was added to a pod whose limits are set, such as a debugger, has its part of these.
+            let is_set = |file| cgroup::pod_has_limit(setup.cgroup.as_deref().unwrap_or(""), file);
+            if is_set("memory.max") {
+                limits.memory = asked.memory;
+            }
+            if is_set("cpu.max") {
+                (limits.cpu_quota, limits.cpu_period) = (asked.cpu_quota, asked.cpu_period);
+            }
+            let room = asked.with_room_for(limits, &self.config);
+            let wanted = size_of(room, overrides, &self.config).at_least(setup.size);
+            if wanted == setup.size {
+                return Ok(());
+            }
+            wanted
+        };
+        uvm.resize(wanted).await?;
+        self.set_size(wanted);
         Ok(())
     }
 

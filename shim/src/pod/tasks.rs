@@ -118,6 +118,7 @@ impl Pod {
             timeline: &container.timeline,
         };
         let (pid_namespace, pid_namespace_container) = self.pid_namespace(spec)?;
+        self.make_room(uvm.as_ref(), spec.limits()).await?;
         let (storage, guest) = Storage::prepare(&wanted, &self.config, uvm).await?;
         let (tty_width, tty_height) = spec.console_size();
         let request = proto::CreateContainerRequest {

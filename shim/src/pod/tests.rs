@@ -791,6 +791,46 @@ async fn uvm_grows_before_limits_and_shrinks_after_them() {
 }
 
 #[tokio::test]
+async fn uvm_has_room_for_a_container_without_limits_beside_one_that_has_some() {
+    let bed = Bed::new("sb").await;
+    let bundle = |id: &str, kind: &str, edit: fn(&mut serde_json::Value)| {
+        let bundle = bed.bundle(id, Some(kind));
+        let path = bundle.join("config.json");
+        let mut spec = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+        edit(&mut spec);
+        std::fs::write(path, spec.to_string()).unwrap();
+        bundle
+    };
+    let sandbox = bundle("sb", "sandbox", |spec| {
+        spec["annotations"]["io.kubernetes.cri.sandbox-memory"] = "134217728".into();
+    });
+    let none = StdioPaths::default;
+    bed.create_from(sandbox, "sb", none(), vec![])
+        .await
+        .unwrap();
+    bed.create("limited", Some("container")).await.unwrap();
+    assert!(
+        !bed.uvm
+            .calls()
+            .iter()
+            .any(|call| call.starts_with("resize"))
+    );
+    for id in ["free", "another"] {
+        let free = bundle(id, "container", |spec| {
+            spec["linux"]["resources"] = json!({})
+        });
+        bed.create_from(free, id, none(), vec![]).await.unwrap();
+    }
+    // What the sandbox said, the default once, and the guest's own.
+    let calls = bed.uvm.calls();
+    let resizes: Vec<_> = calls
+        .iter()
+        .filter(|call| call.starts_with("resize"))
+        .collect();
+    assert_eq!(resizes, ["resize 1 448"]);
+}
+
+#[tokio::test]
 async fn refused_growth_leaves_the_limits_alone() {
     let bed = Bed::new("sb").await;
     bed.create("sb", Some("sandbox")).await.unwrap();

@@ -28,15 +28,10 @@ const REPLICAS: i32 = 30;
 const PAUSE: Duration = Duration::from_secs(1);
 
 const POD: &str = r#"
-apiVersion: v1
-kind: Pod
-metadata: {name: pod}
-spec:
-  runtimeClassName: ${RUNTIME}
-  containers:
-  - name: main
-    image: ${IMAGE}
-    command: [testprog, started]
+containers:
+- name: main
+  command: [testprog, started]
+terminationGracePeriodSeconds: 30
 "#;
 
 const DEPLOYMENT: &str = r#"
@@ -101,14 +96,8 @@ pub(crate) async fn crowd(settings: Settings) -> Result<Vec<(&'static str, Measu
     Ok(vec![(CROWD, measured)])
 }
 
-/// Whether the node has what a cluster is made of.
-pub(crate) fn has_cluster() -> bool {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    std::env::split_paths(&path).any(|folder| folder.join("kubelet").exists())
-}
-
 async fn prepare(settings: &Settings, name: &str) -> Result<Vec<Test>> {
-    if !has_cluster() {
+    if !Cluster::can_be_made() {
         bail!("this node has no kubelet; use one of suite k8s (make bench NODE=k8s)");
     }
     set_up(|ready| println!("  {ready}")).await?;

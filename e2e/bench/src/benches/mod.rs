@@ -14,6 +14,7 @@ use std::future::Future;
 use std::pin::Pin;
 
 use anyhow::Result;
+use kiln_k8s::cluster::Cluster;
 
 use crate::result::Measured;
 
@@ -62,12 +63,12 @@ pub(crate) fn all() -> Vec<Bench> {
         bench!("density", density::run),
         Bench {
             names: &kubelet::OF_ONE,
-            can_run: kubelet::has_cluster,
+            can_run: Cluster::can_be_made,
             run: |settings| Box::pin(kubelet::one(settings)),
         },
         Bench {
             names: &[kubelet::CROWD],
-            can_run: kubelet::has_cluster,
+            can_run: Cluster::can_be_made,
             run: |settings| Box::pin(kubelet::crowd(settings)),
         },
     ]

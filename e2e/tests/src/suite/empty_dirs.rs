@@ -23,6 +23,7 @@ pub(crate) fn cases() -> Vec<Case> {
         disk_volume_outlives_its_sandbox,
         what_was_synced_to_a_disk_volume_outlives_a_kill.alone(),
         part_of_a_disk_volume_is_no_way_out_of_it,
+        disk_volume_has_all_that_programs_do_with_files,
         pod_has_as_many_disk_volumes_as_it_likes,
         memory_volume_is_a_tmpfs_of_the_pods_containers,
         part_of_a_memory_volume_is_no_way_out_of_it,
@@ -232,6 +233,19 @@ async fn what_was_synced_to_a_disk_volume_outlives_a_kill(test: Test) -> Result<
          for i in $(seq {last}); do md5sum < /data/$i | cmp - /tmp/sum || echo $i is lost; done"
     );
     same!(next.shell(&script).await?, "");
+    Ok(())
+}
+
+async fn disk_volume_has_all_that_programs_do_with_files(test: Test) -> Result<()> {
+    let folder = Folder::make(&test)?;
+    let volume = folder.empty_dir("data")?;
+    let pod = folder.pod(&test).await?;
+    let spec = ContainerSpec::pause("main").mount(&volume.top, "/data");
+    let container = pod.start(&spec).await?;
+    same!(
+        container.read(&["testprog", "features", "/data"]).await?,
+        "all"
+    );
     Ok(())
 }
 

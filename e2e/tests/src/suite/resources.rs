@@ -16,6 +16,7 @@ use super::same;
 pub(crate) fn cases() -> Vec<Case> {
     cases![
         memory_over_the_limit_ends_in_oom_killed,
+        container_without_limits_has_memory_beside_one_that_has_some,
         oom_of_a_child_is_survived_by_the_container,
         memory_under_the_limit_is_left_alone,
         cpu_limit_is_enforced,
@@ -39,6 +40,20 @@ fn limits(memory_mib: i64, cpu_millis: i64) -> Resources {
 async fn limited(test: &Test, spec: ContainerSpec, limits: Resources) -> Result<Container> {
     let pod = test.run_pod(&PodSpec::new().resources(limits)).await?;
     pod.start(&spec.resources(limits)).await
+}
+
+/// The kubelet sums the limits that there are.
+async fn container_without_limits_has_memory_beside_one_that_has_some(test: Test) -> Result<()> {
+    let limits = limits(48, 500);
+    let pod = test.run_pod(&PodSpec::new().resources(limits)).await?;
+    let small = ContainerSpec::testprog("small", &["fill", "200", "4"]);
+    let small = pod.start(&small.resources(limits)).await?;
+    let large = ContainerSpec::testprog("large", &["fill", "160", "40"]);
+    let large = pod.start(&large).await?;
+    large.log().wait_for("160", Duration::from_secs(60)).await?;
+    same!(small.wait().await?.exit_code, 137);
+    same!(large.state().await?, ContainerState::ContainerRunning);
+    Ok(())
 }
 
 async fn memory_over_the_limit_ends_in_oom_killed(test: Test) -> Result<()> {

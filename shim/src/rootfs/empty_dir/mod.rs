@@ -5,7 +5,8 @@ mod disk;
 mod memory;
 
 use std::ffi::OsStr;
-use std::fs;
+use std::fs::{self, Metadata};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Component, Path, PathBuf};
 
 use kiln_agent_api::proto;
@@ -68,12 +69,14 @@ pub(super) fn find(
     else {
         return Ok(None);
     };
-    let magic = statfs(&top)
+    let found = fs::metadata(&top).map_err(failed)?;
+    let medium = match statfs(&top)
         .map_err(|e| failed(e.into()))?
-        .filesystem_type();
-    let medium = match magic {
+        .filesystem_type()
+    {
         HUGETLBFS_MAGIC => return Ok(None),
-        TMPFS_MAGIC => Medium::Memory,
+        // The kubelet's own folder can be on one.
+        TMPFS_MAGIC if is_mount_point(&top, &found) => Medium::Memory,
         _ => Medium::Disk,
     };
     let part = if dir == top {
@@ -90,11 +93,17 @@ pub(super) fn find(
         Some((part, Owned::of(&fs::metadata(&dir).map_err(failed)?)))
     };
     Ok(Some(EmptyDir {
-        owned: Owned::of(&fs::metadata(&top).map_err(failed)?),
+        owned: Owned::of(&found),
         top,
         medium,
         part,
     }))
+}
+
+/// Whether another file system begins there.
+fn is_mount_point(top: &Path, found: &Metadata) -> bool {
+    let above = top.parent().and_then(|above| fs::metadata(above).ok());
+    above.is_some_and(|above| above.dev() != found.dev())
 }
 
 fn is_directory(path: &Path) -> bool {
@@ -160,6 +169,7 @@ mod tests {
         let whole = bind(&top, Some("u")).unwrap();
         let top = fs::canonicalize(&top).unwrap();
         assert_eq!((whole.top.as_path(), &whole.part), (top.as_path(), &None));
+        assert_eq!(whole.medium, Medium::Disk);
         let part = bind(&top.join("below"), Some("u")).unwrap();
         assert_eq!(part.part.unwrap().0, Path::new("below"));
     }
