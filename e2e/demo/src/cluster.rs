@@ -97,15 +97,9 @@ async fn show(kubectl: &Kubectl, runtime: &str, file: &str) -> Result<()> {
     );
     typed(kubectl, &["logs", &name]).await?;
     if runtime.starts_with("kiln") {
-        let name = format!("default/{name}");
-        println!("$ kiln trace {name}");
-        let traced = Command::new("kiln").args(["trace", &name]).output()?;
-        ensure!(
-            traced.status.success(),
-            "kiln trace: {}",
-            String::from_utf8_lossy(&traced.stderr)
-        );
-        println!("{}", String::from_utf8_lossy(&traced.stdout));
+        println!("$ kiln trace $(crictl pods --quiet --name {name})");
+        let id = output("crictl", &["pods", "--quiet", "--name", &name])?;
+        println!("{}", output("kiln", &["trace", id.trim()])?);
     }
     remove(kubectl, file).await
 }
@@ -118,4 +112,16 @@ async fn typed(kubectl: &Kubectl, command: &[&str]) -> Result<()> {
         kubectl.run(command).await?
     );
     Ok(())
+}
+
+fn output(program: &str, arguments: &[&str]) -> Result<String> {
+    let output = Command::new(program).args(arguments).output();
+    let output = output.with_context(|| format!("running {program}"))?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(
+        output.status.success(),
+        "{program}: {}: {said}",
+        output.status
+    );
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }

@@ -50,7 +50,10 @@ async fn container_without_limits_has_memory_beside_one_that_has_some(test: Test
     let small = pod.start(&small.resources(limits)).await?;
     let large = ContainerSpec::testprog("large", &["fill", "160", "40"]);
     let large = pod.start(&large).await?;
-    large.log().wait_for("filled 160", Duration::from_secs(60)).await?;
+    large
+        .log()
+        .wait_for("filled 160", Duration::from_secs(60))
+        .await?;
     same!(small.wait().await?.exit_code, 137);
     same!(large.state().await?, ContainerState::ContainerRunning);
     Ok(())
