@@ -1,6 +1,6 @@
 //! What tests enter into a store.
 
-use kiln_vmm_control::cpu::Fingerprint;
+use kiln_vmm_saved::cpu::Fingerprint;
 
 use crate::{Class, Cpu, Description, Digest, Kernel};
 

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use kiln_store::testing::description;
 use kiln_store::{Digest, Error, Host, ImageKey, Kind, Policy, SegmentDigest, Store, Turn, Wanted};
-use kiln_vmm_control::cpu::{Fingerprint, WORDS};
+use kiln_vmm_saved::cpu::{Fingerprint, WORDS};
 
 const CHILD: &str = "KILN_STORE_TEST_ROOT";
 

@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 
+use kiln_vmm_saved::PageRun;
 use serde::{Deserialize, Serialize};
 
 use crate::refusal::RefusalKind;
@@ -141,17 +142,6 @@ pub struct BudgetSeat {
     pub page: FdIndex,
     /// Its slot.
     pub number: u16,
-}
-
-/// Pages of a memory file that follow each other.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct PageRun {
-    /// The first one's number.
-    pub first: u32,
-    /// How many.
-    pub pages: u32,
-    /// Whether the guest writes them.
-    pub written: bool,
 }
 
 /// What the client asks.

@@ -7,10 +7,10 @@
 
 pub mod api;
 mod client;
-pub mod cpu;
 mod refusal;
 pub mod wire;
 
 pub use api::*;
 pub use client::{Jail, Spawn, Vmm, VmmError};
+pub use kiln_vmm_saved::{PageRun, cpu};
 pub use refusal::RefusalKind;

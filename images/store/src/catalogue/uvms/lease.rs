@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
-use kiln_vmm_control::PageRun;
+use kiln_vmm_saved::PageRun;
 
 use super::{Kind, Manifest, Uvms, WorkingSet};
 use crate::content::{Content, lease};

@@ -5,7 +5,7 @@
 
 use std::fmt;
 
-use kiln_vmm_control::cpu::Fingerprint;
+use kiln_vmm_saved::cpu::Fingerprint;
 use serde::{Deserialize, Serialize};
 
 use crate::Digest;

@@ -13,7 +13,7 @@ use std::io::{self, Read};
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 
-use kiln_vmm_control::cpu::Fingerprint;
+use kiln_vmm_saved::cpu::Fingerprint;
 
 pub use lease::Lease;
 pub use manifest::{

@@ -3,7 +3,7 @@
 
 use std::fs::File;
 
-use kiln_vmm_control::cpu::Fingerprint;
+use kiln_vmm_saved::cpu::Fingerprint;
 
 use super::index::Said;
 use super::{Kind, Manifest, Uvms};

@@ -8,7 +8,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 
-use kiln_vmm_control::PageRun;
+use kiln_vmm_saved::PageRun;
 
 const MAGIC: &[u8; 8] = b"kilnws2\n";
 /// Bytes of a page.
