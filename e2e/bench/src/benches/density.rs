@@ -8,6 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use kiln_e2e::uvm::{Kit, Shape, Uvm};
 use kiln_uvm::ends::Ends;
+use libc::{ENOENT, ESRCH};
 
 use super::Settings;
 use crate::counters::private;
@@ -112,7 +113,11 @@ impl Cost {
             *cost.parts.entry(kind).or_default() += kib;
         }
         for thread in fs::read_dir(format!("/proc/{pid}/task"))? {
-            let stat = fs::read_to_string(thread?.path().join("schedstat"))?;
+            let stat = match fs::read_to_string(thread?.path().join("schedstat")) {
+                // It has ended since it was listed, and costs nothing any more.
+                Err(error) if matches!(error.raw_os_error(), Some(ENOENT | ESRCH)) => continue,
+                stat => stat?,
+            };
             let ns: f64 = stat
                 .split_whitespace()
                 .next()
