@@ -59,6 +59,10 @@ impl Pod {
             else {
                 return Ok(());
             };
+            // Most containers have what the sandbox said, and their start need not ask the kernel.
+            if asked.with_room_for(limits, &self.config) == *asked {
+                return Ok(());
+            }
             // One that was added to a pod whose limits are set, such as a debugger, has its part of these.
             let is_set = |file| cgroup::pod_has_limit(setup.cgroup.as_deref().unwrap_or(""), file);
             if is_set("memory.max") {

@@ -36,6 +36,15 @@ impl Mounts {
         Ok(Self::parse(&fs::read(TABLE)?))
     }
 
+    /// Those that were read before, or are now: a node has thousands.
+    pub(super) fn once(known: &mut Option<Self>) -> io::Result<&Self> {
+        let mounts = match known.take() {
+            Some(mounts) => mounts,
+            None => Self::read()?,
+        };
+        Ok(known.insert(mounts))
+    }
+
     /// Whether anything is mounted below a directory.
     pub(super) fn any_below(&self, dir: &Path) -> bool {
         let below = |mount: &Mounted| mount.target.starts_with(dir) && mount.target != dir;

@@ -110,14 +110,9 @@ fn is_anything_below(source: &Path, table: &mut Option<Mounts>) -> Result<bool> 
     if !dir.is_dir() {
         return Ok(false);
     }
-    let mounts = match table.take() {
-        Some(mounts) => mounts,
-        None => {
-            let what = || format!("look for mounts below the volume {}", source.display());
-            Mounts::read().map_err(|e| Error::failed(what(), e))?
-        }
-    };
-    Ok(table.insert(mounts).any_below(&dir))
+    let what = || format!("look for mounts below the volume {}", source.display());
+    let mounts = Mounts::once(table).map_err(|e| Error::failed(what(), e))?;
+    Ok(mounts.any_below(&dir))
 }
 
 /// What becomes of a mount whose source is a device of the node's.

@@ -82,12 +82,8 @@ pub(super) fn find(
     let part = if dir == top {
         None
     } else {
-        let mounts = match table.take() {
-            Some(mounts) => mounts,
-            None => Mounts::read().map_err(failed)?,
-        };
         // Something else that is mounted there is not the volume's.
-        let Some(part) = table.insert(mounts).part(&top, &dir) else {
+        let Some(part) = Mounts::once(table).map_err(failed)?.part(&top, &dir) else {
             return Ok(None);
         };
         Some((part, Owned::of(&fs::metadata(&dir).map_err(failed)?)))
