@@ -4,6 +4,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use kiln_k8s::cluster::Cluster;
 use kiln_k8s::kubectl::Kubectl;
 use kiln_k8s::pods::{self, Pod};
 use kiln_k8s::{IMAGE, calls, manifest, set_up};
@@ -27,7 +28,7 @@ const FOLDER: &str = "/tmp";
 
 pub(crate) async fn run(runtimes: &[String]) -> Result<()> {
     println!("bringing up a cluster ...");
-    set_up(|ready| println!("  {ready}")).await?;
+    set_up(&Cluster::default(), |ready| println!("  {ready}")).await?;
     let kubectl = Kubectl::new("default");
     for runtime in runtimes {
         let values = [

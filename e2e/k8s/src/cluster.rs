@@ -98,6 +98,8 @@ struct Part {
 /// The cluster of this node.
 pub struct Cluster {
     layout: Layout,
+    /// Features of kubelet that are off by default.
+    features: Vec<&'static str>,
 }
 
 impl Default for Cluster {
@@ -115,7 +117,16 @@ impl Cluster {
 
     /// The one whose files are there; whether it runs is another question.
     pub fn new(layout: Layout) -> Self {
-        Cluster { layout }
+        Cluster {
+            layout,
+            features: Vec::new(),
+        }
+    }
+
+    /// Switches a feature of kubelet on, when it is started the next time.
+    pub fn with_feature(mut self, name: &'static str) -> Self {
+        self.features.push(name);
+        self
     }
 
     /// Where its files are.
@@ -326,7 +337,7 @@ impl Cluster {
         let write = |name: &str, text: &str| pki::write_private(&self.layout.file(name), text);
         write(
             "kubelet.json",
-            &config::kubelet_configuration(&self.layout).to_string(),
+            &config::kubelet_configuration(&self.layout, &self.features).to_string(),
         )?;
         // Made whole once: what was signed by another authority would be of no use.
         let complete = self.layout.file("certificates-are-complete");

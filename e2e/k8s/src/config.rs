@@ -4,7 +4,7 @@
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
 
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 /// The node's name, and the only one in the cluster.
 pub const NODE: &str = "node";
@@ -207,8 +207,12 @@ pub fn kubelet(layout: &Layout) -> Vec<String> {
     ]
 }
 
-/// kubelet's configuration.
-pub fn kubelet_configuration(layout: &Layout) -> Value {
+/// kubelet's configuration, with features that are off by default.
+pub fn kubelet_configuration(layout: &Layout, features: &[&str]) -> Value {
+    let gates: Map<String, Value> = features
+        .iter()
+        .map(|name| ((*name).to_owned(), true.into()))
+        .collect();
     json!({
         "apiVersion": "kubelet.config.k8s.io/v1beta1",
         "kind": "KubeletConfiguration",
@@ -227,6 +231,7 @@ pub fn kubelet_configuration(layout: &Layout) -> Value {
         // Images were put there by hand, and nobody could pull them again.
         "imageGCHighThresholdPercent": 100,
         "failSwapOn": false,
+        "featureGates": gates,
         "resolvConf": "/etc/resolv.conf",
         "serializeImagePulls": false,
         "allowedUnsafeSysctls": ["net.core.somaxconn", "kernel.msgmax"],

@@ -90,7 +90,7 @@ fn conformance(options: &conformance::Options) -> Result<bool> {
 
 #[tokio::main(worker_threads = 2)]
 async fn up() -> Result<()> {
-    set_up(|ready| println!("{ready}")).await
+    set_up(&Cluster::default(), |ready| println!("{ready}")).await
 }
 
 fn test(arguments: Vec<String>) -> Result<ExitCode> {

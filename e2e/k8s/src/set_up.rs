@@ -9,7 +9,7 @@ use crate::cluster::Cluster;
 use crate::test::remove_leftovers;
 
 /// Brings the cluster up, with what its pods need. `tell` hears what is ready. May be done again at any time.
-pub async fn set_up(tell: impl Fn(&str)) -> Result<()> {
+pub async fn set_up(cluster: &Cluster, tell: impl Fn(&str)) -> Result<()> {
     // The μVM first: both are busy work for a CPU.
     let kiln = harness::handlers()
         .iter()
@@ -20,7 +20,6 @@ pub async fn set_up(tell: impl Fn(&str)) -> Result<()> {
     }
     let containerd = kiln_e2e::api::connect().await?;
     setup::import(&containerd, &setup::Images::make()?).await?;
-    let cluster = Cluster::default();
     cluster.up(tell).await?;
     remove_leftovers(&cluster.client().await?)
         .await

@@ -16,16 +16,26 @@ use crate::result::Measured;
 const START: &str = "kubelet-start";
 /// From the pod's object to its condition Ready, as a client sees it.
 const READY: &str = "kubelet-ready";
-/// From the deletion of a pod, whose program ends when it is asked to, to the end of its object.
+/// Of CRI alone: from the request to stop the container, whose program ends when it is asked to, to the answer that its
+/// sandbox is stopped.
+const STOP: &str = "kubelet-stop";
+/// From the deletion of the pod to the end of its object.
 const GONE: &str = "kubelet-gone";
+/// The same where kubelet hears of what ends by CRI's events, and need not ask each second.
+const GONE_BY_EVENTS: &str = "kubelet-gone-events";
 /// What one pod is measured by.
-pub(crate) const OF_ONE: [&str; 3] = [START, READY, GONE];
+pub(crate) const OF_ONE: [&str; 5] = [START, READY, STOP, GONE, GONE_BY_EVENTS];
+/// kubelet's feature for [`GONE_BY_EVENTS`]: alpha, and off by default.
+const EVENTS: &str = "EventedPLEG";
 /// From a Deployment's object to its last available pod.
 pub(crate) const CROWD: &str = "kubelet-30";
 /// How many these are.
 const REPLICAS: i32 = 30;
 /// What has to settle between two pods (kubelet removes cgroups and volumes behind the API's answer).
 const PAUSE: Duration = Duration::from_secs(1);
+/// How often kubelet asks what became of its pods, if nothing tells it. A deletion waits for that twice, so how long it
+/// takes depends on when it comes: the runs' deletions are spread over this time, not tied to when a pod became Ready.
+const ASKS_EACH: Duration = Duration::from_secs(1);
 
 const POD: &str = r#"
 containers:
@@ -52,32 +62,45 @@ spec:
 "#;
 
 pub(crate) async fn one(settings: Settings) -> Result<Vec<(&'static str, Measured)>> {
-    let tests = prepare(&settings, "kubelet").await?;
-    let mut measured = OF_ONE.map(|name| (name, Measured::default()));
-    // Run 0 reads programs from the disk and the like: it is not counted.
-    for run in 0..=settings.runs {
-        for test in &tests {
-            let took = pod(test)
-                .await
-                .with_context(|| format!("run {run} with {}", test.handler()))?;
-            if run > 0 {
-                for ((_, measured), took) in measured.iter_mut().zip(took) {
-                    measured.add(test.handler(), "ms", took.as_secs_f64() * 1000.0);
+    let mut measured = Vec::new();
+    let polling = Cluster::default();
+    let events = Cluster::default().with_feature(EVENTS);
+    for (cluster, names) in [
+        (polling, [Some(START), Some(READY), Some(STOP), Some(GONE)]),
+        (events, [None, None, None, Some(GONE_BY_EVENTS)]),
+    ] {
+        let tests = prepare(&settings, &cluster, "kubelet").await?;
+        let mut of_these = names.map(|name| Some((name?, Measured::default())));
+        // Run 0 reads programs from the disk and the like: it is not counted.
+        for run in 0..=settings.runs {
+            for test in &tests {
+                let took = pod(test, ASKS_EACH * run / settings.runs)
+                    .await
+                    .with_context(|| format!("run {run} with {}", test.handler()))?;
+                if run > 0 {
+                    for (measured, took) in of_these.iter_mut().zip(took) {
+                        let Some((_, measured)) = measured else {
+                            continue;
+                        };
+                        measured.add(test.handler(), "ms", took.as_secs_f64() * 1000.0);
+                    }
                 }
+                tokio::time::sleep(PAUSE).await;
             }
-            tokio::time::sleep(PAUSE).await;
+            println!("  run {run} of {}", settings.runs);
         }
-        println!("  run {run} of {}", settings.runs);
+        end(&tests, &cluster).await?;
+        measured.extend(of_these.into_iter().flatten());
     }
-    end(&tests).await?;
     for (_, measured) in &mut measured {
         ratios(&settings, measured)?;
     }
-    Ok(measured.into())
+    Ok(measured)
 }
 
 pub(crate) async fn crowd(settings: Settings) -> Result<Vec<(&'static str, Measured)>> {
-    let tests = prepare(&settings, CROWD).await?;
+    let cluster = Cluster::default();
+    let tests = prepare(&settings, &cluster, CROWD).await?;
     let mut measured = Measured::default();
     for run in 0..=settings.runs {
         for test in &tests {
@@ -91,16 +114,16 @@ pub(crate) async fn crowd(settings: Settings) -> Result<Vec<(&'static str, Measu
         }
         println!("  run {run} of {}", settings.runs);
     }
-    end(&tests).await?;
+    end(&tests, &cluster).await?;
     ratios(&settings, &mut measured)?;
     Ok(vec![(CROWD, measured)])
 }
 
-async fn prepare(settings: &Settings, name: &str) -> Result<Vec<Test>> {
+async fn prepare(settings: &Settings, cluster: &Cluster, name: &str) -> Result<Vec<Test>> {
     if !Cluster::can_be_made() {
         bail!("this node has no kubelet; use one of suite k8s (make bench NODE=k8s)");
     }
-    set_up(|ready| println!("  {ready}")).await?;
+    set_up(cluster, |ready| println!("  {ready}")).await?;
     let mut tests = Vec::new();
     for runtime in &settings.runtimes {
         tests.push(Test::new(name, runtime).await?);
@@ -108,11 +131,11 @@ async fn prepare(settings: &Settings, name: &str) -> Result<Vec<Test>> {
     Ok(tests)
 }
 
-async fn end(tests: &[Test]) -> Result<()> {
+async fn end(tests: &[Test], cluster: &Cluster) -> Result<()> {
     for test in tests {
         test.clean_up().await?;
     }
-    Ok(Cluster::default().down()?)
+    Ok(cluster.down()?)
 }
 
 fn ratios(settings: &Settings, measured: &mut Measured) -> Result<()> {
@@ -125,8 +148,8 @@ fn ratios(settings: &Settings, measured: &mut Measured) -> Result<()> {
     Ok(())
 }
 
-/// Starts and deletes a pod: what the three benches of one pod measure.
-async fn pod(test: &Test) -> Result<[Duration; 3]> {
+/// Starts a pod and deletes it so long after it was Ready: start, ready, stop and gone.
+async fn pod(test: &Test, lives: Duration) -> Result<[Duration; 4]> {
     let begin = Instant::now();
     let pod = test.run(POD).await?;
     let ready = begin.elapsed();
@@ -134,10 +157,13 @@ async fn pod(test: &Test) -> Result<[Duration; 3]> {
     let status = pods::container(&pod, "main");
     let id = status.and_then(|status| status.container_id.as_deref());
     let id = id.and_then(|id| id.split("//").nth(1));
-    let start = calls::sandbox_to_start(uid, id.context("a Ready pod without a container")?)?;
+    let id = id.context("a Ready pod without a container")?;
+    let start = calls::sandbox_to_start(uid, id)?;
+    tokio::time::sleep(lives).await;
     let begin = Instant::now();
     test.delete("pod").await?;
-    Ok([start, ready, begin.elapsed()])
+    let gone = begin.elapsed();
+    Ok([start, ready, calls::stop_to_stopped(uid, id)?, gone])
 }
 
 /// Makes a Deployment, and removes it again.
