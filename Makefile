@@ -95,6 +95,8 @@ test-e2e: build ## Run the end-to-end tests (T=… selects)
 	[ $$status -eq 0 ] || echo "logs of failed tests: $(RESULTS)"; exit $$status
 
 test-k8s: override NODE := k8s
+# What is older, for the tests of upgrades.
+test-k8s: override PARTS += $(if $(SHORT),,containerd-1.7 containerd-2.1 kubelet-1.35)
 test-k8s: build ## Run the tests on a Kubernetes cluster in the node VM (T=… selects)
 	@run() { rm -rf target/k8s; $(NODE_VM) --timeout 5000 \
 	    --get /var/log/kiln-e2e:target/k8s --get /var/log/k8s:target/k8s/cluster --env KILN_E2E_OUT=/var/log/kiln-e2e \

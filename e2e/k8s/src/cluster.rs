@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use k8s_openapi::api::core::v1::{Node, ServiceAccount};
+use kiln_e2e::harness::is_on_path;
 use kube::api::Api;
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Client, Config};
@@ -100,6 +101,7 @@ pub struct Cluster {
     layout: Layout,
     /// Features of kubelet that are off by default.
     features: Vec<&'static str>,
+    kubelet: &'static str,
 }
 
 impl Default for Cluster {
@@ -111,8 +113,7 @@ impl Default for Cluster {
 impl Cluster {
     /// Whether this node has what one is made of.
     pub fn can_be_made() -> bool {
-        let path = std::env::var_os("PATH").unwrap_or_default();
-        std::env::split_paths(&path).any(|folder| folder.join("kubelet").exists())
+        is_on_path("kubelet")
     }
 
     /// The one whose files are there; whether it runs is another question.
@@ -120,7 +121,14 @@ impl Cluster {
         Cluster {
             layout,
             features: Vec::new(),
+            kubelet: "kubelet",
         }
+    }
+
+    /// Takes another program as kubelet, when it is started the next time.
+    pub fn with_kubelet(mut self, program: &'static str) -> Self {
+        self.kubelet = program;
+        self
     }
 
     /// Switches a feature of kubelet on, when it is started the next time.
@@ -161,13 +169,23 @@ impl Cluster {
                 config::SCHEDULER,
                 "/healthz",
             ),
-            part(
-                "kubelet",
-                config::kubelet,
-                config::KUBELET_HEALTH,
-                "/healthz",
-            ),
+            self.kubelet(),
         ]
+    }
+
+    fn kubelet(&self) -> Part {
+        let arguments = config::kubelet(&self.layout);
+        let component = Component::new(
+            "kubelet",
+            arguments,
+            Path::new(CGROUPS),
+            Path::new(config::LOGS),
+        );
+        Part {
+            component: component.by(self.kubelet),
+            port: config::KUBELET_HEALTH,
+            path: "/healthz",
+        }
     }
 
     /// Makes what is missing, starts what does not run, and waits until pods can be made. `tell` hears what is ready.
@@ -212,6 +230,18 @@ impl Cluster {
     /// Whether the API server runs.
     pub fn is_up(&self) -> bool {
         self.parts().iter().all(|part| part.component.is_running())
+    }
+
+    /// Stops kubelet, does something, and starts it again; waits until the node is Ready.
+    pub async fn without_kubelet<E: From<Error>>(
+        &self,
+        doing: impl Future<Output = Result<(), E>>,
+    ) -> Result<(), E> {
+        let part = self.kubelet();
+        part.component.stop().map_err(Error::from)?;
+        doing.await?;
+        self.start(&part).await?;
+        Ok(self.wait_for_node(&self.client().await?).await?)
     }
 
     /// Stops a program and starts it again.

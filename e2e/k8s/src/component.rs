@@ -77,8 +77,9 @@ pub enum Error {
 /// A program and how it is run.
 #[derive(Debug, Clone)]
 pub struct Component {
-    /// Its name: of the program, of its log and of its cgroup.
+    /// Its name: of its log and of its cgroup, and of the program if no other is named.
     pub name: &'static str,
+    program: &'static str,
     /// What it is called with.
     pub arguments: Vec<String>,
     cgroups: PathBuf,
@@ -95,10 +96,16 @@ impl Component {
     ) -> Component {
         Component {
             name,
+            program: name,
             arguments,
             cgroups: cgroups.to_owned(),
             logs: logs.to_owned(),
         }
+    }
+
+    /// The same, run by another program.
+    pub fn by(self, program: &'static str) -> Component {
+        Component { program, ..self }
     }
 
     fn cgroup(&self) -> PathBuf {
@@ -128,7 +135,7 @@ impl Component {
         let child = self.spawn().map_err(|source| match source.kind() {
             io::ErrorKind::NotFound => Error::Missing {
                 name: self.name,
-                program: self.name,
+                program: self.program,
             },
             _ => failed(source),
         })?;
@@ -144,7 +151,7 @@ impl Component {
             .append(true)
             .open(self.log())
             .map_err(other)?;
-        let mut child = Command::new(self.name)
+        let mut child = Command::new(self.program)
             .args(&self.arguments)
             .stdin(Stdio::null())
             .stdout(log.try_clone().map_err(other)?)

@@ -19,12 +19,21 @@ use suite_images::SuiteImages;
 pub(crate) enum Part {
     /// containerd, ctr and runc's shim
     Containerd,
+    /// an older containerd, as containerd-1.7
+    #[value(name = "containerd-1.7")]
+    Containerd17,
+    /// an older containerd, as containerd-2.1
+    #[value(name = "containerd-2.1")]
+    Containerd21,
     /// crictl and critest
     CriTools,
     /// etcd
     Etcd,
     /// runsc and its shim
     Gvisor,
+    /// the last kubelet but one that knows containerd 1.7, as kubelet-1.35
+    #[value(name = "kubelet-1.35")]
+    Kubelet135,
     /// kubelet, kubectl and the control plane
     Kubernetes,
     /// Kubernetes' own tests of a node
@@ -68,9 +77,12 @@ impl Part {
     pub(crate) fn name(self) -> &'static str {
         match self {
             Part::Containerd => "containerd",
+            Part::Containerd17 => "containerd-1.7",
+            Part::Containerd21 => "containerd-2.1",
             Part::CriTools => "cri-tools",
             Part::Etcd => "etcd",
             Part::Gvisor => "gvisor",
+            Part::Kubelet135 => "kubelet-1.35",
             Part::Kubernetes => "kubernetes",
             Part::NodeTests => "node-tests",
             Part::SuiteImages => "suite-images",
@@ -80,9 +92,12 @@ impl Part {
     fn recipe(self) -> &'static dyn Recipe {
         match self {
             Part::Containerd => &CONTAINERD,
+            Part::Containerd17 => &CONTAINERD_1_7,
+            Part::Containerd21 => &CONTAINERD_2_1,
             Part::CriTools => &CRI_TOOLS,
             Part::Etcd => &ETCD,
             Part::Gvisor => &GVISOR,
+            Part::Kubelet135 => &KUBELET_1_35,
             Part::Kubernetes => &KUBERNETES,
             Part::NodeTests => &NODE_TESTS,
             Part::SuiteImages => &SuiteImages,
@@ -109,6 +124,20 @@ static CONTAINERD: GoModule = GoModule {
         Program::new("containerd-shim-runc-v2", "/cmd/containerd-shim-runc-v2"),
         Program::new("ctr", "/cmd/ctr"),
     ],
+};
+
+static CONTAINERD_1_7: GoModule = GoModule {
+    files: module!("containerd-1.7"),
+    of: "github.com/containerd/containerd",
+    tags: "no_btrfs",
+    variables: "github.com/containerd/containerd/version.Version={version}",
+    programs: &[Program::new("containerd-1.7", "/cmd/containerd")],
+};
+
+static CONTAINERD_2_1: GoModule = GoModule {
+    files: module!("containerd-2.1"),
+    programs: &[Program::new("containerd-2.1", "/cmd/containerd")],
+    ..CONTAINERD
 };
 
 static CRI_TOOLS: GoModule = GoModule {
@@ -139,6 +168,12 @@ static GVISOR: GoModule = GoModule {
         Program::new("runsc", "/runsc"),
         Program::new("containerd-shim-runsc-v1", "/shim"),
     ],
+};
+
+static KUBELET_1_35: GoModule = GoModule {
+    files: module!("kubelet-1.35"),
+    programs: &[Program::new("kubelet-1.35", "/cmd/kubelet")],
+    ..KUBERNETES_MODULE
 };
 
 static KUBERNETES: GoModule = GoModule {

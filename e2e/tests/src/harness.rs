@@ -77,6 +77,8 @@ pub struct Case<T = Test> {
     fails: Option<(&'static str, Version)>,
     /// The version of containerd that brings what it needs.
     needs: Version,
+    /// Programs on the node's path that it starts.
+    programs: &'static [&'static str],
     body: Arc<Body<T>>,
 }
 
@@ -106,6 +108,7 @@ impl<T: Subject> Case<T> {
             only: None,
             fails: None,
             needs: (0, 0),
+            programs: &[],
             body,
         }
     }
@@ -135,11 +138,17 @@ impl<T: Subject> Case<T> {
         self
     }
 
+    /// Skips it on a node without these programs, which come with parts that not every node has.
+    pub fn with_programs(mut self, names: &'static [&'static str]) -> Self {
+        self.programs = names;
+        self
+    }
+
     fn is_skipped(&self, handler: &str, containerd: Version) -> bool {
         let fails = self
             .fails
             .is_some_and(|(name, since)| name == handler && containerd >= since);
-        fails || containerd < self.needs
+        fails || containerd < self.needs || !self.programs.iter().all(|name| is_on_path(name))
     }
 
     fn full_name(&self, handler: &str) -> Option<String> {
@@ -168,6 +177,12 @@ macro_rules! cases {
     ($($name:ident $(.$option:ident($($argument:expr),*))*),* $(,)?) => {
         vec![$($crate::harness::Case::new(stringify!($name), $name)$(.$option($($argument),*))*),*]
     };
+}
+
+/// Whether there is a program of this name.
+pub fn is_on_path(name: &str) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path).any(|folder| folder.join(name).exists())
 }
 
 /// Runtime handlers to test with: `KILN_E2E_RUNTIMES`, separated by commas, or runc.

@@ -6,6 +6,7 @@ mod on_node;
 mod pods;
 mod resources;
 mod security;
+mod upgrades;
 mod verbs;
 mod volumes;
 mod workloads;
@@ -27,6 +28,7 @@ pub(crate) fn all() -> Vec<Case> {
         on_node::cases(),
         resources::cases(),
         security::cases(),
+        upgrades::cases(),
     ]
     .into_iter()
     .flatten()

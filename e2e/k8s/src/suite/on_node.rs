@@ -8,9 +8,10 @@ use kiln_e2e::{cases, wait};
 use kiln_k8s::cluster::{self, Cluster};
 use kiln_k8s::pods::Pod;
 use kiln_k8s::{STEP, Test, pods};
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::Signal;
 use serde_json::json;
 
+use super::upgrades::replace_containerd;
 use super::{Case, same};
 
 pub(crate) fn cases() -> Vec<Case> {
@@ -216,7 +217,7 @@ containers:
     ensure!(before.is_some(), "a Ready container without an id");
     Cluster::default().restart("kubelet").await?;
     same!(test.exec("echo after kubelet").await?, "after kubelet\n");
-    restart_containerd().await?;
+    replace_containerd(Signal::KILL, &[]).await?;
     // kubelet calls the node not ready until it has seen containerd again.
     wait::until("an exec after containerd", STEP, || async {
         let output = test
@@ -233,28 +234,4 @@ containers:
     same!(pods::restarts(&pod, "main"), 0);
     same!(id(&pod), before);
     test.delete("pod").await
-}
-
-async fn restart_containerd() -> Result<()> {
-    const PID: &str = "/run/containerd.pid";
-    let pid = fs::read_to_string(PID).context(PID)?;
-    let pid = pid.trim();
-    let known = pid.parse().ok().and_then(Pid::from_raw).context(PID)?;
-    kill_process(known, Signal::KILL).context("cannot kill containerd")?;
-    let process = PathBuf::from("/proc").join(pid);
-    wait::until("containerd's end", STEP, || async {
-        let state = fs::read_to_string(process.join("stat")).unwrap_or_default();
-        let ended = state.is_empty() || state.contains(") Z ");
-        Ok(ended.then_some(()))
-    })
-    .await?;
-    let output = tokio::process::Command::new("start-containerd")
-        .output()
-        .await?;
-    ensure!(
-        output.status.success(),
-        "{}",
-        String::from_utf8_lossy(&output.stderr)
-    );
-    Ok(())
 }
