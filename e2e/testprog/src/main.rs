@@ -4,6 +4,7 @@
 //! files, serve HTTP, catch signals) and tells what it sees there as JSON. It trusts nothing but
 //! its arguments and needs nothing from the image around it.
 
+mod count;
 mod features;
 mod files;
 mod grpc;
@@ -40,6 +41,7 @@ testprog COMMAND [ARGUMENTS]    (or COMMAND, if the program has that name)
   hash PATH...               print the SHA-256 of files
   opens PATH COUNT           open the file, read it and close it, so many times
   blocks PATH WHAT COUNT     read, write or sync (write and fsync) random 4 KiB of the file, so many times
+  count FILE COUNT flock|fcntl    add one to the number in the file, so many times, each under a lock
   features DIR               try what programs do with files; print what does not work there, or `all`
   watch DIR                  print `watching`, then the names of what is moved into the directory
   timed COMMAND [ARGUMENT]...  run the command, print the microseconds that it took
@@ -111,6 +113,7 @@ fn run(arguments: &[String]) -> Result<ExitCode> {
         "hash" => files::hash(rest)?,
         "opens" => files::opens(word(rest, 0)?, number(rest, 1)?)?,
         "blocks" => files::blocks(word(rest, 0)?, word(rest, 1)?, number(rest, 2)?)?,
+        "count" => count::count(word(rest, 0)?, number(rest, 1)?, word(rest, 2)?)?,
         "features" => features::try_all(word(rest, 0)?)?,
         "watch" => files::watch(word(rest, 0)?)?,
         "timed" => text::say(&process::timed(rest)?.to_string())?,

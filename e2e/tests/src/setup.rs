@@ -47,7 +47,7 @@ pub fn busybox() -> Result<(Vec<u8>, Vec<String>)> {
 }
 
 /// Where `kiln-testprog` is.
-pub(crate) fn testprog_path() -> Result<PathBuf> {
+pub fn testprog_path() -> Result<PathBuf> {
     if let Some(path) = std::env::var_os("KILN_TESTPROG") {
         return Ok(path.into());
     }

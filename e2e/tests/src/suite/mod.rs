@@ -32,6 +32,7 @@ mod streams;
 mod tasks;
 mod users;
 mod vmm;
+mod shared_files;
 mod volumes;
 
 use anyhow::Context;
@@ -48,6 +49,7 @@ pub(crate) fn all() -> Vec<Case> {
         fault_matrix::cases(),
         logs::cases(),
         volumes::cases(),
+        shared_files::cases(),
         empty_dirs::cases(),
         config_volumes::cases(),
         mounts::cases(),
