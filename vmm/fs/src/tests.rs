@@ -6,7 +6,9 @@ use std::ptr::NonNull;
 use super::*;
 
 mod guest;
+mod hostile;
 mod locking;
+mod model;
 mod operations;
 
 const PAGE: usize = 4096;

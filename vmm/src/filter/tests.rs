@@ -5,8 +5,19 @@ use std::os::fd::{AsRawFd, OwnedFd};
 
 use super::*;
 
+mod serving;
+
 /// Forks a child that installs the filter of a kind and makes an attempt: its exit code and what it said.
 fn attempt(kind: Kind, attempt: impl FnOnce()) -> (Option<i32>, String) {
+    attempt_after(kind, || (), |()| attempt())
+}
+
+/// As above, after something that is done without the filter.
+fn attempt_after<T>(
+    kind: Kind,
+    prepare: impl FnOnce() -> T,
+    attempt: impl FnOnce(T),
+) -> (Option<i32>, String) {
     let (mut output, input) = io::pipe().unwrap();
     // SAFETY: the child only makes system calls (and allocates, which the C library makes possible after a fork)
     // and ends by `_exit`.
@@ -19,11 +30,12 @@ fn attempt(kind: Kind, attempt: impl FnOnce()) -> (Option<i32>, String) {
             libc::dup2(input.as_raw_fd(), libc::STDERR_FILENO);
             libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
         }
+        let prepared = prepare();
         if install_handler().and_then(|()| install(kind)).is_err() {
             // SAFETY: as above.
             unsafe { libc::_exit(99) };
         }
-        attempt();
+        attempt(prepared);
         // SAFETY: as above.
         unsafe { libc::_exit(0) };
     }

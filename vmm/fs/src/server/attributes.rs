@@ -100,7 +100,7 @@ impl Server {
         let (atime, mtime, _ctime) = (args.u64()?, args.u64()?, args.u64()?);
         let (atime_ns, mtime_ns, _) = (args.u32()?, args.u32()?, args.u32()?);
         let (mode, _) = (args.u32()?, args.u32()?);
-        let (uid, gid) = (args.u32()?, args.u32()?);
+        let (uid, gid, _) = (args.u32()?, args.u32()?, args.u32()?);
         let node = request.header.node;
         let is = |bit: u32| valid & bit != 0;
         if is(set::SIZE) {

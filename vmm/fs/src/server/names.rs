@@ -180,9 +180,6 @@ impl Server {
     ) -> Served {
         let (id, name) = (args.u64()?, args.name()?);
         let dir = request.header.node;
-        if self.nodes.kind(id)? == libc::S_IFDIR {
-            return Err(Errno(libc::EPERM).into());
-        }
         let (fd, dir_fd) = self.nodes.two(id, dir)?;
         let linked = self.link_open(fd, dir_fd, name);
         linked.map_err(Refusal::from)?;

@@ -155,7 +155,7 @@ impl Guest {
         ]
     }
 
-    fn place(&self, ticket: usize) -> [Span; 2] {
+    pub(super) fn place(&self, ticket: usize) -> [Span; 2] {
         let start = self.memory.as_ptr() as usize + HALF + ticket * ANSWER;
         [
             Span {
