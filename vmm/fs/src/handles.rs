@@ -18,6 +18,8 @@ pub(crate) struct Handle {
     pub(crate) written: bool,
     /// Of a folder: where the host goes on reading it.
     pub(crate) position: i64,
+    /// It has, or had, a lock on the whole file.
+    pub(crate) locked: bool,
     /// Owners of locks that were made by it.
     pub(crate) owners: Vec<u64>,
 }
@@ -34,6 +36,7 @@ impl Handle {
             writable: access != libc::O_RDONLY,
             written: false,
             position: 0,
+            locked: false,
             owners: Vec::new(),
         }
     }

@@ -140,7 +140,6 @@ impl Locks {
                     .clone()
                     .call(holder.fd.as_raw_fd(), libc::F_OFD_SETLK)?;
             }
-            self.hurry();
             return Ok(());
         }
         let at = self.holder(numbers, handle, owner, range.kind)?;

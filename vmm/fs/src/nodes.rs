@@ -279,6 +279,12 @@ impl Nodes {
 
     /// Finds a name in a folder: the node, which the guest is now told of once more, and what is known of it.
     pub(crate) fn look_up(&mut self, parent: u64, name: &CStr) -> Answer<(u64, Stat)> {
+        let stat = stat_at(self.fd(parent)?, name)?;
+        // Most that are looked up are known already, and need not be opened to be found out.
+        if let Some(id) = self.known(&stat) {
+            self.told(id, parent, name);
+            return Ok((id, stat));
+        }
         let dir = self.fd_and_room(parent, 1)?;
         let fd = match open_at(dir, name, NAME_ONLY, 0) {
             Err(Errno(libc::EMFILE)) if self.give_way() => {
@@ -287,9 +293,29 @@ impl Nodes {
             }
             other => other?,
         };
-        let stat = stat(fd.as_raw_fd())?;
+        // Another file may have taken the name since.
+        let stat = crate::host::stat(fd.as_raw_fd())?;
         let id = self.enter(fd, &stat, parent, name)?;
         Ok((id, stat))
+    }
+
+    /// The node that a file is. While its descriptor is open, no other file can have the numbers.
+    fn known(&self, stat: &Stat) -> Option<u64> {
+        let id = self.by_key.get(&stat.key()).copied()?;
+        self.by_id.get(&id)?.fd.is_some().then_some(id)
+    }
+
+    /// Counts that the guest is told of a node once more, by a name that it has now.
+    fn told(&mut self, id: u64, parent: u64, name: &CStr) {
+        let Some(node) = self.by_id.get_mut(&id) else {
+            return;
+        };
+        node.lookups = node.lookups.saturating_add(1);
+        node.used = true;
+        if id != ROOT && (node.parent != parent || node.name.as_c_str() != name) {
+            node.parent = parent;
+            node.name = name.to_owned();
+        }
     }
 
     /// Counts a file that the guest is about to be told of. `fd` names it.
@@ -300,22 +326,19 @@ impl Nodes {
         parent: u64,
         name: &CStr,
     ) -> Answer<u64> {
+        if let Some(id) = self.known(stat) {
+            self.told(id, parent, name);
+            return Ok(id);
+        }
+        // One whose descriptor was closed may be gone, and its numbers be those of a new file.
         if let Some(id) = self.by_key.get(&stat.key()).copied()
             && let Some(node) = self.by_id.get_mut(&id)
-            // While a descriptor is open, no other file can have the number.
-            && (node.fd.is_some() || node.born == stat.born() && node.kind == stat.kind())
+            && (node.born, node.kind) == (stat.born(), stat.kind())
         {
-            node.lookups += 1;
-            node.used = true;
-            if id != ROOT && (node.parent != parent || node.name.as_c_str() != name) {
-                node.parent = parent;
-                node.name = name.to_owned();
-            }
-            if node.fd.is_none() {
-                node.fd = Some(fd);
-                self.open += 1;
-                self.closable.push_back(id);
-            }
+            node.fd = Some(fd);
+            self.open += 1;
+            self.closable.push_back(id);
+            self.told(id, parent, name);
             return Ok(id);
         }
         if self.by_id.len() >= MOST_NODES {

@@ -62,12 +62,19 @@ impl Server {
     }
 
     /// Adds an open file, and what the guest is told of it.
-    fn add_file(&mut self, id: u64, fd: OwnedFd, flags: i32, body: &mut Body) -> Answer<()> {
+    fn add_file(
+        &mut self,
+        id: u64,
+        fd: OwnedFd,
+        flags: i32,
+        is_new: bool,
+        body: &mut Body,
+    ) -> Answer<()> {
         let mut how = 0;
         if flags & libc::O_ACCMODE == libc::O_RDONLY {
             how |= NO_FLUSH;
         }
-        if self.is_as_seen(id, fd.as_raw_fd())? {
+        if !is_new && self.is_as_seen(id, fd.as_raw_fd())? {
             how |= KEEP_CACHE;
         }
         self.nodes.pin(id);
@@ -102,7 +109,7 @@ impl Server {
         let (flags, how) = (host_flags(args.flags()?)?, args.u32()?);
         let id = request.header.node;
         let fd = self.open_file(id, flags, how)?;
-        self.add_file(id, fd, flags, body)?;
+        self.add_file(id, fd, flags, false, body)?;
         Ok(Reply::Body)
     }
 
@@ -124,6 +131,7 @@ impl Server {
             let _acting = server.own.act_for(header.uid, header.gid, umask)?;
             open_at(dir, name, new | libc::O_NOFOLLOW, mode & BITS)
         });
+        let is_new = made.is_ok();
         let (id, stat, fd) = match made {
             Ok(fd) => self.know(header.node, name, fd, flags)?,
             Err(Errno(libc::EEXIST)) if asked & libc::O_EXCL == 0 => {
@@ -139,7 +147,7 @@ impl Server {
             Err(error) => return Err(error.into()),
         };
         self.put_entry(id, &stat, body);
-        self.add_file(id, fd, flags, body)?;
+        self.add_file(id, fd, flags, is_new, body)?;
         Ok(Reply::Body)
     }
 
@@ -161,7 +169,7 @@ impl Server {
         })?;
         let (id, stat, fd) = self.know(header.node, c"", fd, flags)?;
         self.put_entry(id, &stat, body);
-        self.add_file(id, fd, flags, body)?;
+        self.add_file(id, fd, flags, true, body)?;
         Ok(Reply::Body)
     }
 
@@ -267,9 +275,10 @@ impl Server {
         for owner in &handle.owners {
             self.locks.give_up(id, *owner);
         }
-        drop(handle);
-        // It may have been locked as a whole.
-        self.locks.hurry();
+        if handle.locked {
+            drop(handle);
+            self.locks.hurry();
+        }
         self.nodes.unpin(id);
         Ok(Reply::Body)
     }

@@ -95,6 +95,7 @@ impl Server {
         if handle.position != from {
             seek(fd, from)?;
         }
+        handle.position = UNKNOWN;
         let mut entries = std::mem::take(&mut self.entries);
         // So much of the host's entries as is sure to fit, or likely with what is known of each.
         let wanted = if plus { room / 5 } else { room / 4 * 3 };

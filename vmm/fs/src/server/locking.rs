@@ -73,7 +73,12 @@ impl Server {
             }
         };
         let (node, handle) = (request.header.node, asked.handle);
-        match self.try_lock(node, handle, wanted) {
+        let tried = self.with_room(|server| server.try_lock(node, handle, wanted));
+        if !self.locks.waiting.is_empty() {
+            // Also what fails may have given something up: a lock that is made another is given up first.
+            self.locks.hurry();
+        }
+        match tried {
             Err(TAKEN) if wait => {
                 self.locks.wait(Waiter {
                     unique: request.header.unique,
@@ -98,12 +103,8 @@ impl Server {
         let locked = match wanted {
             Wanted::Range { owner, range } => self.locks.set(&self.numbers, handle, owner, range),
             Wanted::Whole { operation } => {
-                let locked = whole(handle.fd(), operation);
-                // Also one that is taken for another is given up first.
-                if !self.locks.waiting.is_empty() && operation != libc::LOCK_EX {
-                    self.locks.hurry();
-                }
-                locked
+                handle.locked = true;
+                whole(handle.fd(), operation)
             }
         };
         locked.map_err(|error| match error.0 {

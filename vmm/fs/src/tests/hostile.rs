@@ -421,3 +421,70 @@ fn a_second_mount_knows_nothing_of_the_first() {
     assert_eq!(guest.server.known(), (1, 1));
     assert!(guest.lookup(1, "f").unwrap().0 > node);
 }
+
+#[test]
+fn requests_made_by_chance_harm_nothing_outside() {
+    const MANY: usize = 30_000;
+    let outer = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir());
+    let outer = outer.unwrap();
+    let dir = outer.path().join("served");
+    std::fs::create_dir(&dir).unwrap();
+    std::fs::write(outer.path().join("secret"), b"untouched").unwrap();
+    std::os::unix::fs::symlink(outer.path().join("secret"), dir.join("a")).unwrap();
+    std::os::unix::fs::symlink("..", dir.join("b")).unwrap();
+    let mut guest = Guest::new(&dir);
+    guest.server.keep_open(50);
+    let mut random = model::Random(model::seed());
+    let words = [0, 0, 0, 1, 1, 2, 3, 4, 7, 13, 64, 4096, 1 << 16];
+    let names = [
+        "a",
+        "b",
+        "c",
+        "d",
+        "..",
+        ".",
+        "",
+        "/",
+        "../secret",
+        "user.x",
+    ];
+    let mut answered = 0;
+    for n in 0..MANY {
+        let opcode = random.below(56) as u32;
+        if opcode == op::SYNCFS || opcode == op::INIT && random.below(50) > 0 {
+            continue;
+        }
+        (guest.uid, guest.gid) = (random.below(3) as u32, random.below(3) as u32);
+        let mut body = Vec::new();
+        for at in 0..random.below(24) {
+            // Half of a number of 64 bits now and then makes a very large one.
+            let large = at % 2 == 1 && random.below(30) == 0;
+            let word = if large {
+                u32::MAX
+            } else {
+                words[random.below(words.len())]
+            };
+            body.extend(word.to_le_bytes());
+        }
+        for _ in 0..random.below(3) {
+            body.extend(names[random.below(names.len())].as_bytes());
+            body.push(0);
+        }
+        let (outcome, _) = guest.start(opcode, 1 + random.below(12) as u64, &body, n % 8);
+        if let Ok(Outcome::Done(len)) = outcome {
+            assert!(len == 0 || len >= 16);
+            answered += 1;
+        }
+        guest.server.finished(&guest.view);
+    }
+    assert!(answered > MANY / 4, "{answered}");
+    guest.server.forget_all();
+    (guest.uid, guest.gid) = (0, 0);
+    assert!(guest.getattr(1).is_ok());
+    // SAFETY: no arguments.
+    assert_eq!(unsafe { (libc::geteuid(), libc::getegid()) }, (0, 0));
+    let secret = outer.path().join("secret");
+    assert_eq!(std::fs::read(&secret).unwrap(), b"untouched");
+    assert_eq!(std::fs::metadata(&secret).unwrap().mode() & 0o7777, 0o644);
+    assert_eq!(std::fs::read_dir(outer.path()).unwrap().count(), 2);
+}

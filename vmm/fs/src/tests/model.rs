@@ -480,10 +480,10 @@ impl Actor for Host {
 }
 
 /// Numbers that look random, and are the same for the same seed.
-struct Random(u64);
+pub(super) struct Random(pub(super) u64);
 
 impl Random {
-    fn below(&mut self, end: usize) -> usize {
+    pub(super) fn below(&mut self, end: usize) -> usize {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;
         self.0 ^= self.0 << 17;
@@ -504,7 +504,7 @@ impl Random {
             2 | 3 => Step::Folder(0o700 | mode),
             4 => Step::Link(format!("nowhere/{}", self.below(100))),
             5 | 6 => {
-                let data = (0..self.below(3000)).map(|_| self.0 as u8).collect();
+                let data = (0..=self.below(3000)).map(|_| self.0 as u8).collect();
                 Step::Write(self.below(5000), data)
             }
             7 => Step::Cut(self.below(6000)),
@@ -520,8 +520,8 @@ impl Random {
     }
 }
 
-#[test]
-fn guests_and_host_see_the_folder_that_all_of_them_made() {
+/// That of the environment, or another each time.
+pub(super) fn seed() -> u64 {
     let seed = match std::env::var("SEED") {
         Ok(seed) => seed.parse().unwrap(),
         Err(_) => {
@@ -530,6 +530,12 @@ fn guests_and_host_see_the_folder_that_all_of_them_made() {
         }
     };
     println!("SEED={seed}");
+    seed
+}
+
+#[test]
+fn guests_and_host_see_the_folder_that_all_of_them_made() {
+    let seed = seed();
     let dir = tempfile::tempdir().unwrap();
     let mut one = Guest::new(dir.path());
     let mut other = Guest::new(dir.path());
