@@ -1,38 +1,41 @@
-//! A FUSE server over requests that lie in host memory: the one place where `fuse-backend-rs`, with the
-//! older `vm-memory` and `virtio-queue` it insists on, meets the rest of the VMM.
+//! A file server that speaks FUSE: it answers requests that lie in guest memory with the files of one folder of the host.
 //!
-//! The server wants descriptor chains in guest memory. It gets both from a [`View`]: the host's own
-//! mapping of guest memory under host addresses, and beside it a descriptor table that only we can
-//! write. A request is put into that table from descriptors that were copied and checked before, so the
-//! guest can't change them under the server's hands. What the buffers contain stays the guest's choice.
+//! A request is copied out of guest memory before anything about it is checked, and is served with as few calls of the
+//! host's kernel as it takes; the data of files goes straight between the host's files and the guest's buffers.
 //!
-//! Trusted: the caller's description of memory. Not trusted: the requests.
+//! Trusted: the caller's description of memory, and the folder. Not trusted: the requests. Any number, name or length in
+//! them may be wrong on purpose, and may ask for what a guest's kernel would never ask for.
 
-mod init;
+mod credentials;
+mod handles;
+mod host;
+mod locks;
+mod nodes;
 mod sandbox;
+mod server;
 mod view;
+mod wire;
+mod xattr;
 
+use std::ffi::CString;
 use std::fs::File;
 use std::io;
 use std::os::fd::{OwnedFd, RawFd};
-use std::sync::Arc;
 use std::time::Duration;
 
-use fuse_backend_rs::api::filesystem::FileSystem;
-use fuse_backend_rs::passthrough::{CachePolicy, Config, PassthroughFs};
-use fuse_backend_rs::transport::{Reader, VirtioFsWriter, Writer};
 use thiserror::Error;
 
+use host::Numbers;
 pub use sandbox::{Left, SandboxError, keep_what_serving_needs};
+pub use server::{Finished, Outcome, Server};
 pub use view::{Span, View, ViewError};
 
 /// How a folder is served.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Options {
-    /// The folder, as the serving thread sees it. It is opened at the start, and again when the guest mounts
-    /// and unmounts.
+    /// The folder, as the serving thread sees it. It is opened at the start.
     pub root: String,
-    /// How long the guest may go by what it knows of names and attributes. Volumes that change on the
+    /// The longest that the guest may go by what it knows of names and attributes. Volumes that change on the
     /// host (secrets, config maps) are seen to change after so long.
     pub timeout: Duration,
 }
@@ -69,15 +72,6 @@ pub enum ServerError {
     Request(String),
 }
 
-/// A file server for one folder.
-///
-/// It opens files with the rights of the thread it runs on, and takes on the user and group of a request
-/// where it creates something: the thread needs the capabilities for that.
-pub struct Server {
-    fs: Arc<PassthroughFs>,
-    server: fuse_backend_rs::api::server::Server<Arc<PassthroughFs>>,
-}
-
 /// A server that has no folder yet: made where there is a `/proc`, to serve where there is none.
 #[derive(Debug)]
 pub struct Prepared {
@@ -101,78 +95,34 @@ impl Prepared {
     /// Confines the calling thread to `folder`, to the server's descriptors and those in `keep`, and to the
     /// capabilities that serving takes, and serves the folder's root; [`Options::root`] is a path in it.
     pub fn enter(self, folder: OwnedFd, keep: &[RawFd]) -> Result<(Server, Left), ServerError> {
-        let make = || {
-            let fs = passthrough(&self.options)?;
-            let numbers = fs.keep_fds().first().copied().unwrap_or(-1);
-            Ok::<_, ServerError>((fs, numbers))
-        };
-        let (fs, left) = sandbox::enter(folder, self.outside, keep, make)?;
-        Ok((serve(fs)?, left))
+        let options = self.options;
+        let make = |numbers| serve(numbers, &options);
+        sandbox::enter(folder, self.outside, keep, make)
     }
 }
 
-fn passthrough(options: &Options) -> Result<PassthroughFs, ServerError> {
-    let config = Config {
-        root_dir: options.root.clone(),
-        entry_timeout: options.timeout,
-        attr_timeout: options.timeout,
-        cache_policy: CachePolicy::Auto,
-        // Makes the server check names itself; it also opens the root at each mount.
-        do_import: true,
-        ..Config::default()
-    };
-    PassthroughFs::new(config).map_err(|source| ServerError::Root {
+fn serve(numbers: Numbers, options: &Options) -> Result<Server, ServerError> {
+    let failed = |source| ServerError::Root {
         root: options.root.clone(),
         source,
-    })
-}
-
-fn serve(fs: PassthroughFs) -> Result<Server, ServerError> {
-    let fs = Arc::new(fs);
-    fs.import().map_err(|source| ServerError::Root {
-        root: "/".to_owned(),
-        source,
-    })?;
-    let server = fuse_backend_rs::api::server::Server::new(fs.clone());
-    Ok(Server { fs, server })
+    };
+    let path = CString::new(options.root.as_str()).map_err(|e| failed(e.into()))?;
+    let flags = libc::O_PATH | libc::O_DIRECTORY;
+    host::open_at(libc::AT_FDCWD, &path, flags, 0)
+        .and_then(|root| Server::with(numbers, root, options.timeout))
+        .map_err(|error| failed(io::Error::from_raw_os_error(error.0)))
 }
 
 impl Server {
-    /// Serves a folder on a thread that is not confined. Needs `/proc` now, and not any more later.
+    /// Serves a folder on the calling thread, which is not confined, but from then on has a root directory, a working
+    /// directory and a mask of new files' modes of its own. There must be a `/proc`.
     pub fn new(options: &Options) -> Result<Self, ServerError> {
-        serve(passthrough(options)?).map_err(|e| match e {
-            ServerError::Root { source, .. } => ServerError::Root {
-                root: options.root.clone(),
-                source,
-            },
-            e => e,
-        })
-    }
-
-    /// Handles one request. Gives the number of bytes written to `writable`.
-    pub fn handle(
-        &self,
-        view: &mut View,
-        readable: &[Span],
-        writable: &[Span],
-    ) -> Result<usize, ServerError> {
-        let (memory, chain) = view.chain(readable, writable)?;
-        let failed = |e: &dyn std::fmt::Display| ServerError::Request(e.to_string());
-        let reader =
-            Reader::from_descriptor_chain(memory, chain.clone()).map_err(|e| failed(&e))?;
-        let writer = VirtioFsWriter::new(memory, chain).map_err(|e| failed(&e))?;
-        let written = self
-            .server
-            .handle_message(reader, Writer::VirtioFs(writer), None, None)
-            .map_err(|e| failed(&e))?;
-        // `None`: it was some other request.
-        let _ = init::complete(memory, readable, writable, written);
-        Ok(written)
-    }
-
-    /// Closes everything the guest has open, as if it had unmounted.
-    pub fn forget_all(&self) {
-        self.fs.destroy();
+        let made = credentials::separate().and_then(|()| Numbers::of_process());
+        let numbers = made.map_err(|error| ServerError::Root {
+            root: options.root.clone(),
+            source: io::Error::from_raw_os_error(error.0),
+        })?;
+        serve(numbers, options)
     }
 }
 

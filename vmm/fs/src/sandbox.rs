@@ -13,6 +13,9 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 
 use thiserror::Error;
 
+use crate::credentials::{capabilities, set_capabilities};
+use crate::host::{Errno, Numbers};
+
 /// A step on the way into the folder failed.
 #[derive(Debug, Error)]
 #[error("can't confine the file server's thread: {step} failed; start the VMM as root")]
@@ -25,7 +28,6 @@ pub struct SandboxError {
 /// Capability numbers (linux/capability.h).
 const CHOWN: u32 = 0;
 const DAC_OVERRIDE: u32 = 1;
-const DAC_READ_SEARCH: u32 = 2;
 const FOWNER: u32 = 3;
 const FSETID: u32 = 4;
 const SETGID: u32 = 6;
@@ -33,8 +35,7 @@ const SETUID: u32 = 7;
 const SETPCAP: u32 = 8;
 const SYS_CHROOT: u32 = 18;
 const SYS_ADMIN: u32 = 21;
-/// Two words of 32 bits each (linux/capability.h).
-const CAPABILITY_VERSION_3: u32 = 0x2008_0522;
+const SETFCAP: u32 = 31;
 
 /// Acting for another user takes no capability away, and nobody can change that again (linux/securebits.h).
 const KEEP_FOR_OTHER_USERS: libc::c_ulong = 1 << 2 | 1 << 3;
@@ -42,29 +43,15 @@ const KEEP_FOR_OTHER_USERS: libc::c_ulong = 1 << 2 | 1 << 3;
 /// What serving files takes: acting for any of the pod's users, whose rights the guest's kernel has checked, by all of
 /// their groups, of which a request names one. Not among them: making devices, which would be the node's, not the pod's.
 ///
-/// A link to an open file may be made by who has opened it with the same credentials (Linux 6.10), which acting for
-/// another user ends, or by who may search everywhere. The filter sees to it that this opens no file by its handle.
+/// Files may be given capabilities, as a container's root may give them: the host's kernel asks for SETFCAP, and the
+/// guest's has asked its own user for the same.
 const SERVING: u64 = 1 << CHOWN
     | 1 << DAC_OVERRIDE
-    | 1 << DAC_READ_SEARCH
     | 1 << FOWNER
     | 1 << FSETID
     | 1 << SETGID
-    | 1 << SETUID;
-
-#[repr(C)]
-struct Header {
-    version: u32,
-    pid: i32,
-}
-
-#[repr(C)]
-#[derive(Clone, Copy, Default)]
-struct Sets {
-    effective: u32,
-    permitted: u32,
-    inheritable: u32,
-}
+    | 1 << SETUID
+    | 1 << SETFCAP;
 
 /// Keeps those capabilities of the calling thread that a file server's thread needs or needs to confine itself.
 pub fn keep_what_serving_needs() -> Result<(), SandboxError> {
@@ -76,14 +63,14 @@ pub fn keep_what_serving_needs() -> Result<(), SandboxError> {
 pub struct Left(#[allow(dead_code, reason = "held to be closed")] [OwnedFd; 2]);
 
 /// Gives the calling thread a table of descriptors with nothing in it but standard output, standard error and `keep`,
-/// and makes `folder` its root and working directory. `make` runs in between, where `outside` is the root, and
-/// also gives its descriptor of `/proc/self/fd`: it becomes one of the thread's own table, which nothing leads out of.
-/// Leaves the thread only the capabilities that serving files takes.
+/// and makes `folder` its root. `outside` has the `/proc` in which the thread's descriptors are found: they become its
+/// working directory, as a mount of their own, which nothing leads out of. `make` runs in between, where the folder is the
+/// root. Leaves the thread only the capabilities that serving files takes.
 pub(crate) fn enter<T, E: From<SandboxError>>(
     folder: OwnedFd,
     outside: OwnedFd,
     keep: &[RawFd],
-    make: impl FnOnce() -> Result<(T, RawFd), E>,
+    make: impl FnOnce(Numbers) -> Result<T, E>,
 ) -> Result<(T, Left), E> {
     // SAFETY: flags only.
     let unshared = unsafe { libc::unshare(libc::CLONE_FS | libc::CLONE_FILES) };
@@ -94,13 +81,16 @@ pub(crate) fn enter<T, E: From<SandboxError>>(
     let (inside, out) = (folder.as_raw_fd(), outside.as_raw_fd());
     close_others([&[0, 1, 2, inside, out], keep].concat())?;
     change_root(out)?;
-    let (made, numbers) = make()?;
-    cover(&[numbers, mount_table(numbers)?])?;
+    let numbers = own_descriptors()?;
     change_root(inside)?;
+    // SAFETY: a number of an open descriptor.
+    let entered = unsafe { libc::fchdir(numbers.as_raw_fd()) };
+    check("changing to the thread's descriptors", entered)?;
     for fd in [inside, out] {
         // SAFETY: the owners of these are about to be sent to the process's table, which has both as well.
         check("closing the folder", unsafe { libc::close(fd) })?;
     }
+    let made = make(Numbers::here(numbers))?;
     // SAFETY: plain numbers.
     let kept = unsafe { libc::prctl(libc::PR_SET_SECUREBITS, KEEP_FOR_OTHER_USERS, 0, 0, 0) };
     check("keeping its rights for each user", kept)?;
@@ -117,29 +107,8 @@ fn change_root(folder: RawFd) -> Result<(), SandboxError> {
     }
 }
 
-/// The server's descriptor of the table of mounts: the one file of `/proc` that the thread has open. The server has
-/// no use for it, and it names what all pods have mounted.
-fn mount_table(numbers: RawFd) -> Result<RawFd, SandboxError> {
-    const MOST: RawFd = 256;
-    let stat = |fd: RawFd| {
-        // SAFETY: all-zero is a valid stat, which the kernel fills in.
-        unsafe {
-            let mut stat: libc::stat = std::mem::zeroed();
-            (libc::fstat(fd, &raw mut stat) == 0).then_some(stat)
-        }
-    };
-    let device = stat(numbers).map(|s| s.st_dev);
-    let is_it =
-        |s: libc::stat| Some(s.st_dev) == device && s.st_mode & libc::S_IFMT == libc::S_IFREG;
-    let found = (3..MOST).find(|fd| stat(*fd).is_some_and(is_it));
-    found.ok_or_else(|| SandboxError {
-        step: "finding the server's table of mounts",
-        source: io::ErrorKind::NotFound.into(),
-    })
-}
-
-/// Puts the calling thread's descriptors, as a mount of their own, in place of `numbers`.
-fn cover(numbers: &[RawFd]) -> Result<(), SandboxError> {
+/// The calling thread's descriptors, as a mount of their own.
+fn own_descriptors() -> Result<OwnedFd, SandboxError> {
     let path = c"/proc/thread-self/fd".as_ptr();
     let flags = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC;
     // SAFETY: a constant string.
@@ -148,13 +117,7 @@ fn cover(numbers: &[RawFd]) -> Result<(), SandboxError> {
     let tree = tree as RawFd;
     check("mounting the thread's descriptors", tree)?;
     // SAFETY: a new descriptor, which is ours.
-    let tree = unsafe { OwnedFd::from_raw_fd(tree) };
-    for number in numbers {
-        // SAFETY: numbers only; what is replaced is the server's, which does not run yet.
-        let put = unsafe { libc::dup3(tree.as_raw_fd(), *number, libc::O_CLOEXEC) };
-        check("covering what the server has of /proc", put)?;
-    }
-    Ok(())
+    Ok(unsafe { OwnedFd::from_raw_fd(tree) })
 }
 
 /// Closes all descriptors of the calling thread's table but these.
@@ -174,23 +137,20 @@ fn close_others(mut keep: Vec<RawFd>) -> Result<(), SandboxError> {
 
 /// Gives up all capabilities but these, as far as the thread has them.
 fn limit(keep: u64) -> Result<(), SandboxError> {
-    let header = Header {
-        version: CAPABILITY_VERSION_3,
-        pid: 0,
+    let failed = |step| {
+        move |error: Errno| SandboxError {
+            step,
+            source: io::Error::from_raw_os_error(error.0),
+        }
     };
-    let mut sets = [Sets::default(); 2];
-    // SAFETY: the kernel reads the header and writes two sets, which is what version 3 has.
-    let got = unsafe { libc::syscall(libc::SYS_capget, &raw const header, sets.as_mut_ptr()) };
-    check("reading capabilities", if got < 0 { -1 } else { 0 })?;
+    let mut sets = capabilities().map_err(failed("reading capabilities"))?;
     // The lower and the upper half.
     for (set, keep) in sets.iter_mut().zip([keep as u32, (keep >> 32) as u32]) {
         set.permitted &= keep;
         set.effective = set.permitted;
         set.inheritable = 0;
     }
-    // SAFETY: as above; the kernel only reads.
-    let put = unsafe { libc::syscall(libc::SYS_capset, &raw const header, sets.as_ptr()) };
-    check("giving up capabilities", if put < 0 { -1 } else { 0 })
+    set_capabilities(&sets).map_err(failed("giving up capabilities"))
 }
 
 fn check(step: &'static str, result: libc::c_int) -> Result<(), SandboxError> {

@@ -1,35 +1,29 @@
-//! Guest memory and a private descriptor table, as the older crates want them.
+//! Guest memory, and a request's buffers in it.
+//!
+//! Trusted: the caller's description of memory. Not trusted: where a request's buffers lie, and what they hold, which
+//! the guest may change at any time. So what is decided by is copied out once.
 
 use std::ptr::NonNull;
 
 use thiserror::Error;
-use virtio_queue_fs::{DescriptorChain, Queue, QueueOwnedT, QueueT};
-use vm_memory_fs::{Bytes, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
 
-/// Entries of the private table, and so the most buffers a request can have.
-const TABLE_SIZE: u16 = 1024;
-const DESCRIPTOR_LEN: usize = 16;
-const AVAILABLE_AT: usize = TABLE_SIZE as usize * DESCRIPTOR_LEN;
-const USED_AT: usize = AVAILABLE_AT + 4096;
-const TABLE_LEN: usize = USED_AT + 12 * 1024;
-const NEXT: u16 = 1;
-const WRITE: u16 = 2;
+use crate::ServerError;
+
+/// The most buffers a request can have: what one system call takes.
+const MOST_BUFFERS: usize = 1024;
 
 /// Why a view could not be made, or a request not be put into it.
 #[derive(Debug, Error)]
 pub enum ViewError {
-    /// The regions overlap, are not aligned to pages, or there is no memory for the table.
+    /// The regions overlap or end beyond the address space.
     #[error("guest memory can't be viewed: {0}")]
-    Regions(String),
+    Regions(&'static str),
     /// The request has more buffers than fit.
-    #[error("the request has {0} buffers; at most {TABLE_SIZE} are possible")]
+    #[error("the request has {0} buffers; at most {MOST_BUFFERS} are possible")]
     TooMany(usize),
-    /// The private table could not be written or read: a bug.
-    #[error("the private descriptor table is unusable: {0}")]
-    Table(String),
 }
 
-/// A buffer in host memory. One that is not in the view is found out when it is used.
+/// A buffer in host memory. One that is not in the view is found out when the request is looked at.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Span {
     /// Host address.
@@ -38,98 +32,140 @@ pub struct Span {
     pub len: u32,
 }
 
-/// Guest memory under host addresses, with a descriptor table beside it.
+/// Guest memory under host addresses.
 #[derive(Debug)]
 pub struct View {
-    memory: GuestMemoryMmap,
-    table: GuestAddress,
+    /// Start and end of each region, in order.
+    regions: Vec<(usize, usize)>,
 }
 
 impl View {
-    /// Views these regions: page-aligned start and length in host memory.
+    /// Views these regions: start and length in host memory.
     ///
     /// # Safety
     ///
     /// Each region must be mapped, readable and writable, for as long as the view lives, and must not be
     /// accessed through references by anybody: the guest writes to it at any time.
     pub unsafe fn new(regions: &[(NonNull<u8>, usize)]) -> Result<Self, ViewError> {
-        let wrong = |e: &dyn std::fmt::Display| ViewError::Regions(e.to_string());
-        let own = MmapRegion::new(TABLE_LEN).map_err(|e| wrong(&e))?;
-        let table = GuestAddress(own.as_ptr() as u64);
-        let mut parts = vec![(own, table)];
+        let mut list = Vec::with_capacity(regions.len());
         for (start, len) in regions {
-            // SAFETY: the caller vouches for the mapping. The region does not own it: `build_raw` never
-            // unmaps.
-            let region = unsafe {
-                MmapRegion::build_raw(
-                    start.as_ptr(),
-                    *len,
-                    libc::PROT_READ | libc::PROT_WRITE,
-                    libc::MAP_NORESERVE,
-                )
-            };
-            let region = region.map_err(|e| wrong(&e))?;
-            parts.push((region, GuestAddress(start.as_ptr() as u64)));
+            let start = start.as_ptr() as usize;
+            let end = start
+                .checked_add(*len)
+                .ok_or(ViewError::Regions("a region ends beyond the address space"))?;
+            list.push((start, end));
         }
-        let mut mapped = Vec::new();
-        for (region, start) in parts {
-            mapped.push(
-                GuestRegionMmap::new(region, start)
-                    .ok_or_else(|| wrong(&"a region ends beyond the address space"))?,
-            );
+        list.sort_unstable();
+        if list.windows(2).any(|pair| pair[0].1 > pair[1].0) {
+            return Err(ViewError::Regions("regions overlap"));
         }
-        mapped.sort_by_key(|region| vm_memory_fs::GuestMemoryRegion::start_addr(region).0);
-        let memory = GuestMemoryMmap::from_regions(mapped).map_err(|e| wrong(&e))?;
-        Ok(View { memory, table })
+        Ok(View { regions: list })
     }
 
-    /// Puts a request into the table. Gives it as the server wants it.
-    pub(crate) fn chain(
-        &mut self,
-        readable: &[Span],
-        writable: &[Span],
-    ) -> Result<(&GuestMemoryMmap, DescriptorChain<&GuestMemoryMmap>), ViewError> {
+    fn holds(&self, span: &Span) -> bool {
+        let Some(end) = span.addr.checked_add(span.len as usize) else {
+            return false;
+        };
+        let after = self
+            .regions
+            .partition_point(|(start, _)| *start <= span.addr);
+        after > 0 && self.regions.get(after - 1).is_some_and(|r| end <= r.1)
+    }
+}
+
+/// Buffers that lie in guest memory, as one run of bytes.
+#[derive(Clone, Copy)]
+pub(crate) struct Buffers<'a> {
+    spans: &'a [Span],
+    len: usize,
+}
+
+impl<'a> Buffers<'a> {
+    /// Checks all of a request's buffers.
+    pub(crate) fn check(
+        view: &'a View,
+        readable: &'a [Span],
+        writable: &'a [Span],
+    ) -> Result<(Self, Self), ServerError> {
         let count = readable.len() + writable.len();
-        if count > usize::from(TABLE_SIZE) {
-            return Err(ViewError::TooMany(count));
+        if count > MOST_BUFFERS {
+            return Err(ViewError::TooMany(count).into());
         }
-        let wrong = |e: &dyn std::fmt::Display| ViewError::Table(e.to_string());
-        let spans = readable
-            .iter()
-            .map(|s| (s, 0))
-            .chain(writable.iter().map(|s| (s, WRITE)));
-        for ((span, flags), i) in spans.zip(0u16..) {
-            let last = usize::from(i) + 1 == count;
-            let mut raw = [0; DESCRIPTOR_LEN];
-            raw[..8].copy_from_slice(&(span.addr as u64).to_le_bytes());
-            raw[8..12].copy_from_slice(&span.len.to_le_bytes());
-            let flags = flags | if last { 0 } else { NEXT };
-            raw[12..14].copy_from_slice(&flags.to_le_bytes());
-            raw[14..].copy_from_slice(&(i + 1).to_le_bytes());
-            let at = GuestAddress(self.table.0 + u64::from(i) * DESCRIPTOR_LEN as u64);
-            self.memory.write_slice(&raw, at).map_err(|e| wrong(&e))?;
+        Ok((Self::new(view, readable)?, Self::new(view, writable)?))
+    }
+
+    pub(crate) fn new(view: &'a View, spans: &'a [Span]) -> Result<Self, ServerError> {
+        if !spans.iter().all(|span| view.holds(span)) {
+            let what = "a buffer is outside guest memory";
+            return Err(ServerError::Request(what.to_owned()));
         }
-        // Flags 0, index 1, and the first entry names descriptor 0.
-        let available = GuestAddress(self.table.0 + AVAILABLE_AT as u64);
-        self.memory
-            .write_slice(&[0, 0, 1, 0, 0, 0], available)
-            .map_err(|e| wrong(&e))?;
-        let mut queue = Queue::new(TABLE_SIZE).map_err(|e| wrong(&e))?;
-        queue
-            .try_set_desc_table_address(self.table)
-            .map_err(|e| wrong(&e))?;
-        queue
-            .try_set_avail_ring_address(available)
-            .map_err(|e| wrong(&e))?;
-        queue
-            .try_set_used_ring_address(GuestAddress(self.table.0 + USED_AT as u64))
-            .map_err(|e| wrong(&e))?;
-        queue.set_ready(true);
-        let chain = queue
-            .iter(&self.memory)
-            .map_err(|e| wrong(&e))?
-            .next()
-            .ok_or_else(|| wrong(&"it is empty"))?;
-        Ok((&self.memory, chain))
+        // At most 1024 lengths of 32 bits each.
+        let len = spans.iter().map(|span| span.len as usize).sum();
+        Ok(Buffers { spans, len })
+    }
+
+    /// Bytes in all buffers together.
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
+    /// The pieces of up to `len` bytes from `at` on, each with its address.
+    fn pieces(&self, at: usize, len: usize) -> impl Iterator<Item = (*mut u8, usize)> {
+        let (mut skip, mut left) = (at, len);
+        self.spans.iter().filter_map(move |span| {
+            let size = span.len as usize;
+            let begin = skip.min(size);
+            skip -= begin;
+            let take = (size - begin).min(left);
+            left -= take;
+            let address = std::ptr::with_exposed_provenance_mut::<u8>(span.addr + begin);
+            (take > 0).then_some((address, take))
+        })
+    }
+
+    /// Fills `to` from the bytes at `at`. `false` if there are fewer.
+    #[must_use]
+    pub(crate) fn read(&self, at: usize, to: &mut [u8]) -> bool {
+        if at.checked_add(to.len()).is_none_or(|end| end > self.len) {
+            return false;
+        }
+        let mut rest = to;
+        for (from, len) in self.pieces(at, rest.len()) {
+            let (now, later) = rest.split_at_mut(len);
+            rest = later;
+            // SAFETY: the span lies in a region of the view, which is mapped and has no references into it; `now`
+            // has that length and is host memory.
+            unsafe { std::ptr::copy_nonoverlapping(from, now.as_mut_ptr(), len) };
+        }
+        true
+    }
+
+    /// Writes `bytes` at `at`. `false` if there is no room for them.
+    #[must_use]
+    pub(crate) fn write(&self, at: usize, bytes: &[u8]) -> bool {
+        if at.checked_add(bytes.len()).is_none_or(|end| end > self.len) {
+            return false;
+        }
+        let mut rest = bytes;
+        for (to, len) in self.pieces(at, rest.len()) {
+            let (now, later) = rest.split_at(len);
+            rest = later;
+            // SAFETY: as above.
+            unsafe { std::ptr::copy_nonoverlapping(now.as_ptr(), to, len) };
+        }
+        true
+    }
+
+    /// Puts what the kernel needs to read or write up to `len` bytes from `at` on into `out`.
+    pub(crate) fn iovecs(&self, at: usize, len: usize, out: &mut Vec<libc::iovec>) {
+        out.clear();
+        out.extend(self.pieces(at, len).map(|(address, len)| libc::iovec {
+            iov_base: address.cast(),
+            iov_len: len,
+        }));
+    }
+
+    pub(crate) fn to_vec(self) -> Vec<Span> {
+        self.spans.to_vec()
     }
 }

@@ -130,6 +130,14 @@ const COMMANDS: &[u32] = &[
     libc::F_GETFL.unsigned_abs(),
     libc::F_DUPFD_CLOEXEC.unsigned_abs(),
 ];
+/// The file server's: it also asks for locks that belong to an open file of its own, without waiting for them.
+const FILES_COMMANDS: &[u32] = &[
+    libc::F_GETFD.unsigned_abs(),
+    libc::F_GETFL.unsigned_abs(),
+    libc::F_DUPFD_CLOEXEC.unsigned_abs(),
+    libc::F_OFD_GETLK.unsigned_abs(),
+    libc::F_OFD_SETLK.unsigned_abs(),
+];
 /// Requests besides KVM's: of sockets, disks and taps.
 const REQUESTS: &[u32] = &[
     0x5421,      // FIONBIO
@@ -141,24 +149,27 @@ const REQUESTS: &[u32] = &[
 ];
 
 /// What serving files takes, below the folder that is the thread's root directory. `ftruncate`, which cuts files of
-/// volumes, is harmless here: what the thread has open are files of the folder, for its table of descriptors is its own.
+/// volumes, locks (`flock`, and fcntl's) and `syncfs` are harmless here: what the thread has open are files of the folder,
+/// for its table of descriptors is its own. So are extended attributes, whose calls take paths: what a path leads to from
+/// the thread's root and working directory is the folder's, or one of those descriptors.
 const FILES: &[libc::c_long] = &[
     libc::SYS_capget,
     libc::SYS_capset,
     libc::SYS_copy_file_range,
     libc::SYS_dup,
     libc::SYS_fallocate,
-    libc::SYS_fchmod,
     libc::SYS_fchmodat,
-    libc::SYS_fchown,
     libc::SYS_fchownat,
     libc::SYS_fdatasync,
+    libc::SYS_flock,
     libc::SYS_fstat,
     libc::SYS_fstatfs,
     libc::SYS_fsync,
     libc::SYS_ftruncate,
     libc::SYS_getdents64,
+    libc::SYS_getxattr,
     libc::SYS_linkat,
+    libc::SYS_listxattr,
     libc::SYS_lseek,
     libc::SYS_mkdirat,
     libc::SYS_mknodat,
@@ -166,17 +177,18 @@ const FILES: &[libc::c_long] = &[
     libc::SYS_openat,
     libc::SYS_pread64,
     libc::SYS_preadv,
-    libc::SYS_preadv2,
     libc::SYS_pwrite64,
     libc::SYS_pwritev,
     libc::SYS_pwritev2,
     libc::SYS_readlinkat,
-    libc::SYS_renameat,
+    libc::SYS_removexattr,
     libc::SYS_renameat2,
     libc::SYS_setresgid,
     libc::SYS_setresuid,
+    libc::SYS_setxattr,
     libc::SYS_statx,
     libc::SYS_symlinkat,
+    libc::SYS_syncfs,
     libc::SYS_umask,
     libc::SYS_unlinkat,
     libc::SYS_utimensat,
@@ -202,7 +214,11 @@ pub(super) fn rules(kind: Kind) -> BTreeMap<u32, Rule> {
     add(libc::SYS_mmap, Rule::Without(2, PROT_EXEC));
     add(libc::SYS_mprotect, Rule::Without(2, PROT_EXEC));
     add(libc::SYS_prctl, Rule::Among(0, &NAMES));
-    add(libc::SYS_fcntl, Rule::Commands(COMMANDS));
+    let commands = match kind {
+        Kind::Files => FILES_COMMANDS,
+        _ => COMMANDS,
+    };
+    add(libc::SYS_fcntl, Rule::Commands(commands));
     // Kicks of vCPUs, and abort.
     add(libc::SYS_tgkill, Rule::OnSelf);
     if kind != Kind::Files {

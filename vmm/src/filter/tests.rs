@@ -5,8 +5,19 @@ use std::os::fd::{AsRawFd, OwnedFd};
 
 use super::*;
 
+mod serving;
+
 /// Forks a child that installs the filter of a kind and makes an attempt: its exit code and what it said.
 fn attempt(kind: Kind, attempt: impl FnOnce()) -> (Option<i32>, String) {
+    attempt_after(kind, || (), |()| attempt())
+}
+
+/// As above, after something that is done without the filter.
+fn attempt_after<T>(
+    kind: Kind,
+    prepare: impl FnOnce() -> T,
+    attempt: impl FnOnce(T),
+) -> (Option<i32>, String) {
     let (mut output, input) = io::pipe().unwrap();
     // SAFETY: the child only makes system calls (and allocates, which the C library makes possible after a fork)
     // and ends by `_exit`.
@@ -19,11 +30,12 @@ fn attempt(kind: Kind, attempt: impl FnOnce()) -> (Option<i32>, String) {
             libc::dup2(input.as_raw_fd(), libc::STDERR_FILENO);
             libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
         }
+        let prepared = prepare();
         if install_handler().and_then(|()| install(kind)).is_err() {
             // SAFETY: as above.
             unsafe { libc::_exit(99) };
         }
-        attempt();
+        attempt(prepared);
         // SAFETY: as above.
         unsafe { libc::_exit(0) };
     }
@@ -39,6 +51,7 @@ fn attempt(kind: Kind, attempt: impl FnOnce()) -> (Option<i32>, String) {
 
 const FAILED: Option<i32> = Some(kiln_vmm_control::exit::FAILED);
 const KINDS: [Kind; 4] = [Kind::Control, Kind::Devices, Kind::Vcpu, Kind::Files];
+const NOT_FILES: [Kind; 3] = [Kind::Control, Kind::Devices, Kind::Vcpu];
 
 #[track_caller]
 fn is_refused(kind: Kind, name: &str, what: impl FnOnce()) {
@@ -149,13 +162,34 @@ fn signals_and_locks_by_fcntl_are_refused() {
         for command in [
             libc::F_SETLK,
             libc::F_SETLKW,
-            libc::F_OFD_SETLK,
             libc::F_OFD_SETLKW,
             libc::F_NOTIFY,
         ] {
             is_refused(kind, "fcntl", || fcntl(command, 0));
         }
     }
+    for kind in NOT_FILES {
+        for command in [libc::F_OFD_GETLK, libc::F_OFD_SETLK] {
+            is_refused(kind, "fcntl", || fcntl(command, 0));
+        }
+    }
+}
+
+#[test]
+fn the_file_server_locks_its_own_files_and_does_not_wait_for_them() {
+    let file = tempfile::tempfile().unwrap();
+    let (code, said) = attempt(Kind::Files, || {
+        // SAFETY: all-zero is a valid flock, which the kernel reads and writes.
+        unsafe {
+            let mut range: libc::flock = std::mem::zeroed();
+            range.l_type = libc::F_WRLCK as libc::c_short;
+            let fd = file.as_raw_fd();
+            assert_eq!(libc::fcntl(fd, libc::F_OFD_SETLK, &raw mut range), 0);
+            assert_eq!(libc::fcntl(fd, libc::F_OFD_GETLK, &raw mut range), 0);
+            assert_eq!(libc::flock(fd, libc::LOCK_EX | libc::LOCK_NB), 0);
+        }
+    });
+    assert_eq!(code, Some(0), "{said}");
 }
 
 fn fcntl(command: i32, argument: usize) {
@@ -185,13 +219,18 @@ fn signals_on_input_can_not_be_asked_for_but_other_flags_can() {
 }
 
 #[test]
-fn files_are_locked_by_no_thread_and_cut_by_the_file_server_alone() {
-    for kind in KINDS {
+fn files_are_locked_cut_and_given_attributes_by_the_file_server_alone() {
+    for kind in NOT_FILES {
         is_refused(kind, "flock", || call(libc::SYS_flock, [0, 2, 0, 0, 0, 0]));
-    }
-    for kind in [Kind::Control, Kind::Devices, Kind::Vcpu] {
         is_refused(kind, "ftruncate", || {
             call(libc::SYS_ftruncate, [0; 6]);
+        });
+        is_refused(kind, "syncfs", || call(libc::SYS_syncfs, [0; 6]));
+        is_refused(kind, "setxattr", || call(libc::SYS_setxattr, [0; 6]));
+        is_refused(kind, "getxattr", || call(libc::SYS_getxattr, [0; 6]));
+        is_refused(kind, "listxattr", || call(libc::SYS_listxattr, [0; 6]));
+        is_refused(kind, "removexattr", || {
+            call(libc::SYS_removexattr, [0; 6]);
         });
     }
 }

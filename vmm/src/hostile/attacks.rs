@@ -312,13 +312,25 @@ fn descriptors(kind: Kind) {
         range.l_type = how as libc::c_short;
         range.l_start = 1 << 40;
         let range = (&raw const range) as usize;
-        tell(kind, name, each(by(libc::F_OFD_SETLK, range)));
+        // The file server locks files of its folder for its guest, but never for the process, and waits for none.
+        let command = match kind {
+            Kind::Files => libc::F_SETLK,
+            _ => libc::F_OFD_SETLK,
+        };
+        tell(kind, name, each(by(command, range)));
     }
     let flock = |fd: RawFd| {
         let how = arg(libc::LOCK_EX | libc::LOCK_NB);
         call(libc::SYS_flock, [arg(fd), how, 0, 0, 0, 0]).map(|_| "locked".to_owned())
     };
-    tell(kind, "flock", each(flock));
+    match kind {
+        Kind::Files => tell(
+            kind,
+            "lease",
+            each(by(libc::F_SETLEASE, arg(libc::F_RDLCK))),
+        ),
+        _ => tell(kind, "flock", each(flock)),
+    }
     let cut = |fd: RawFd| {
         call(libc::SYS_ftruncate, [arg(fd), 0, 0, 0, 0, 0]).map(|_| "cut to nothing".to_owned())
     };

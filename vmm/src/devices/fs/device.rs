@@ -329,11 +329,7 @@ impl VirtioDevice for Fs {
 
     fn reset(&mut self) {
         if let Some(server) = &mut self.server {
-            // Answers nobody waits for any more.
-            drop(server.drain());
-            if self.session {
-                server.submit(Job::ForgetAll);
-            }
+            server.end();
         }
         self.session = false;
         self.active = None;
@@ -345,7 +341,9 @@ impl VirtioDevice for Fs {
     }
 
     fn unpause(&mut self) {
-        // Nothing was in flight, so nothing can have finished.
+        if let Some(server) = &mut self.server {
+            server.release();
+        }
     }
 
     fn queues(&self) -> Vec<SavedQueue> {
@@ -362,6 +360,11 @@ impl VirtioDevice for Fs {
                 "the guest has mounted the shared folder, whose open files can't be saved; unmount \
                  it first"
                     .to_owned(),
+            ));
+        }
+        if self.server.as_ref().is_some_and(FsServer::is_busy) {
+            return Err(DeviceError::Busy(
+                "a request of the guest's to the shared folder waits for a lock".to_owned(),
             ));
         }
         let end = self.tag.iter().position(|b| *b == 0).unwrap_or(TAG_LEN);

@@ -3,18 +3,18 @@
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::ptr::NonNull;
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
-use kiln_vmm_fs::{Server, ServerError, Span, View};
+use kiln_vmm_fs::{Outcome, Server, ServerError, Span, View};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::devices::chain::Segments;
 use crate::devices::ring::Mem;
 
-/// One request, or the end of the session.
+/// One request, or what is done with those that wait.
 pub(super) enum Job {
     Request {
         tag: usize,
@@ -22,7 +22,11 @@ pub(super) enum Job {
         readable: Segments,
         writable: Segments,
     },
+    /// The end of the session, and of all requests.
     ForgetAll,
+    /// Requests that wait are not answered until they are released.
+    Hold,
+    Release,
 }
 
 /// How a request ended: bytes written, or why it was not answered.
@@ -32,16 +36,34 @@ pub(super) struct Done {
     pub(super) result: Result<usize, String>,
 }
 
+/// What the thread tells.
+#[derive(Debug, Default)]
+struct Told {
+    done: Vec<Done>,
+    /// Requests that wait for a lock: they may do so for as long as somebody has it.
+    waiting: usize,
+    /// The thread answers none of those now.
+    held: bool,
+}
+
 #[derive(Debug)]
 struct Shared {
-    done: Mutex<Vec<Done>>,
+    told: Mutex<Told>,
     changed: Condvar,
     event: EventFd,
 }
 
 impl Shared {
-    fn done(&self) -> MutexGuard<'_, Vec<Done>> {
-        self.done.lock().unwrap_or_else(PoisonError::into_inner)
+    fn told(&self) -> MutexGuard<'_, Told> {
+        self.told.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Tells something to whoever waits for it, and by the event.
+    fn tell(&self, change: impl FnOnce(&mut Told)) {
+        change(&mut self.told());
+        self.changed.notify_all();
+        // A full counter is readable, which is all that counts.
+        let _ = self.event.write(1);
     }
 }
 
@@ -62,7 +84,7 @@ impl FsServer {
         make: impl FnOnce(RawFd) -> Result<(Server, T), E> + Send + 'static,
     ) -> io::Result<Result<(Self, T), E>> {
         let shared = Arc::new(Shared {
-            done: Mutex::default(),
+            told: Mutex::default(),
             changed: Condvar::new(),
             event: EventFd::new(EFD_NONBLOCK)?,
         });
@@ -71,10 +93,10 @@ impl FsServer {
         let thread = std::thread::Builder::new().name("fs".to_owned()).spawn({
             let shared = shared.clone();
             move || match make(shared.event.as_raw_fd()) {
-                Ok((server, more)) => {
+                Ok((mut server, more)) => {
                     // Nobody to hear it is nobody to work for: the jobs' channel is closed then.
                     let _ = made.send(Ok(more));
-                    work(&server, &incoming, &shared);
+                    work(&mut server, &incoming, &shared);
                 }
                 Err(e) => {
                     let _ = made.send(Err(e));
@@ -119,28 +141,53 @@ impl FsServer {
     pub(super) fn finished(&mut self) -> Vec<Done> {
         // Nothing to read means that nothing has finished since.
         let _ = self.shared.event.read();
-        let done = std::mem::take(&mut *self.shared.done());
+        let done = std::mem::take(&mut self.shared.told().done);
         self.in_flight -= done.len();
         done
     }
 
-    /// Waits until all has finished.
+    /// Waits until all has finished but what waits for a lock, which is not answered before [`FsServer::release`].
     pub(super) fn drain(&mut self) -> Vec<Done> {
-        let mut all = Vec::new();
-        while self.in_flight > 0 {
-            let mut done = self.shared.done();
-            while done.is_empty() {
-                done = self
-                    .shared
-                    .changed
-                    .wait(done)
-                    .unwrap_or_else(PoisonError::into_inner);
-            }
-            self.in_flight -= done.len();
-            all.append(&mut done);
+        if !self.submit(Job::Hold) {
+            return Vec::new();
         }
+        self.collect(|told| told.held)
+    }
+
+    /// Answers again what waits for a lock.
+    pub(super) fn release(&mut self) {
+        // A thread that is gone answers nothing.
+        self.submit(Job::Release);
+    }
+
+    /// Ends the session, and all requests: none of them is answered after this.
+    pub(super) fn end(&mut self) {
+        if self.submit(Job::ForgetAll) {
+            // Answers nobody waits for any more.
+            drop(self.collect(|told| told.waiting == 0));
+        }
+    }
+
+    /// Waits until what is in flight is what waits for a lock, and what is told is right.
+    fn collect(&mut self, is_right: impl Fn(&Told) -> bool) -> Vec<Done> {
+        let mut told = self.shared.told();
+        while told.done.len() + told.waiting < self.in_flight || !is_right(&told) {
+            told = self
+                .shared
+                .changed
+                .wait(told)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+        let done = std::mem::take(&mut told.done);
+        drop(told);
+        self.in_flight -= done.len();
         let _ = self.shared.event.read();
-        all
+        done
+    }
+
+    /// Whether any request has not been answered.
+    pub(super) fn is_busy(&self) -> bool {
+        self.in_flight > 0
     }
 }
 
@@ -154,34 +201,72 @@ impl Drop for FsServer {
     }
 }
 
-fn work(server: &Server, incoming: &Receiver<Job>, shared: &Shared) {
+fn work(server: &mut Server, incoming: &Receiver<Job>, shared: &Shared) {
     let mut seen: Option<(Arc<Mem>, View)> = None;
-    while let Ok(job) = incoming.recv() {
-        let Job::Request {
-            tag,
-            mem,
-            readable,
-            writable,
-        } = job
-        else {
-            server.forget_all();
-            continue;
+    let mut held = false;
+    loop {
+        let wait = if held { None } else { server.wait() };
+        let job = match wait {
+            Some(time) => incoming.recv_timeout(time),
+            None => incoming.recv().map_err(RecvTimeoutError::from),
         };
-        let result = handle(server, &mut seen, &mem, &readable, &writable);
-        shared.done().push(Done { tag, result });
-        shared.changed.notify_all();
-        // A full counter is readable, which is all that counts.
-        let _ = shared.event.write(1);
+        match job {
+            Ok(Job::Request {
+                tag,
+                mem,
+                readable,
+                writable,
+            }) => match handle(server, &mut seen, tag, &mem, &readable, &writable) {
+                Ok(Outcome::Later) => shared.tell(|told| told.waiting += 1),
+                Ok(Outcome::Done(len)) => done(shared, tag, Ok(len)),
+                Err(e) => done(shared, tag, Err(e)),
+            },
+            Ok(Job::ForgetAll) => {
+                let ended = server.forget_all();
+                held = false;
+                shared.tell(|told| {
+                    told.waiting -= ended.len();
+                    told.held = false;
+                    told.done.extend(ended.into_iter().map(|tag| Done {
+                        tag,
+                        result: Err("the session has ended".to_owned()),
+                    }));
+                });
+            }
+            Ok(change @ (Job::Hold | Job::Release)) => {
+                held = matches!(change, Job::Hold);
+                shared.tell(|told| told.held = held);
+            }
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => return,
+        }
+        if let Some((_, view)) = seen.as_ref().filter(|_| !held) {
+            for finished in server.finished(view) {
+                let result = finished.result.map_err(|e| e.to_string());
+                shared.tell(|told| {
+                    told.waiting -= 1;
+                    told.done.push(Done {
+                        tag: finished.ticket,
+                        result,
+                    });
+                });
+            }
+        }
     }
 }
 
+fn done(shared: &Shared, tag: usize, result: Result<usize, String>) {
+    shared.tell(|told| told.done.push(Done { tag, result }));
+}
+
 fn handle(
-    server: &Server,
+    server: &mut Server,
     seen: &mut Option<(Arc<Mem>, View)>,
+    tag: usize,
     mem: &Arc<Mem>,
     readable: &Segments,
     writable: &Segments,
-) -> Result<usize, String> {
+) -> Result<Outcome, String> {
     // Hot-plug makes a new map; until then the view is good.
     if seen
         .as_ref()
@@ -195,7 +280,7 @@ fn handle(
     let readable = spans(mem, readable)?;
     let writable = spans(mem, writable)?;
     server
-        .handle(view, &readable, &writable)
+        .handle(view, tag, &readable, &writable)
         .map_err(|e| e.to_string())
 }
 

@@ -134,3 +134,102 @@ fn a_server_that_can_not_be_made_says_why() {
     let made = FsServer::start(move |_| Ok((Server::new(&options)?, ()))).unwrap();
     assert!(matches!(made, Err(ServerError::Root { .. })));
 }
+
+/// Begins to wait for a lock on the whole file, which the host has.
+fn wait_for_lock(bench: &mut Bench<Fs>, path: &std::path::Path) -> std::fs::File {
+    std::fs::write(path, b"x").unwrap();
+    let host = std::fs::File::open(path).unwrap();
+    host.lock().unwrap();
+    let (_, entry) = ask(bench, 1, 1, b"f\0");
+    let node = u64::from_le_bytes(entry[..8].try_into().unwrap());
+    let (_, open) = ask(bench, 14, node, &2u64.to_le_bytes());
+    let mut raw = Vec::new();
+    for number in [88u32, 33] {
+        raw.extend(number.to_le_bytes());
+    }
+    for number in [9, node, 0, 0] {
+        raw.extend(number.to_le_bytes());
+    }
+    raw.extend(&open[..8]);
+    for number in [1, 0, i64::MAX.unsigned_abs()] {
+        raw.extend(number.to_le_bytes());
+    }
+    // To write; of the whole file.
+    for number in [1u32, 0, 1, 0] {
+        raw.extend(number.to_le_bytes());
+    }
+    let driver = &mut bench.drivers[1];
+    driver.poke(REQUEST, &raw);
+    driver.add(&[(REQUEST, raw.len() as u32)], &[(ANSWER, 16)]);
+    bench.kick(1);
+    host
+}
+
+#[test]
+fn a_request_that_waits_for_a_lock_holds_up_no_other_and_no_pause() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut bench = Bench::new(Fs::new(&config()), MEMORY, 128);
+    bench.device.attach(server(&dir)).unwrap();
+    assert_eq!(mount(&mut bench), 0);
+    let host = wait_for_lock(&mut bench, &dir.path().join("f"));
+    assert_eq!(ask_beside(&mut bench), -libc::ENOENT);
+    bench.device.pause().unwrap();
+    drop(host);
+    // Long enough for several tries.
+    std::thread::sleep(std::time::Duration::from_millis(150));
+    assert_eq!(bench.drivers[1].used(), None);
+    bench.device.unpause();
+    let mut used = None;
+    bench.run_until(|bench| {
+        used = bench.drivers[1].used();
+        used.is_some()
+    });
+    assert_eq!(used.unwrap().1, 16);
+    assert_eq!(bench.drivers[1].peek(ANSWER + 4, 4), [0; 4]);
+}
+
+/// Looks up a name that there is none of, by buffers of its own.
+fn ask_beside(bench: &mut Bench<Fs>) -> i32 {
+    const ELSEWHERE: u64 = 0x8000;
+    let mut raw = Vec::new();
+    for number in [45u32, 1, 11, 0, 1, 0, 0, 0, 0, 0] {
+        raw.extend(number.to_le_bytes());
+    }
+    raw.extend(b"none\0");
+    let driver = &mut bench.drivers[1];
+    driver.poke(REQUEST + ELSEWHERE, &raw);
+    driver.add(
+        &[(REQUEST + ELSEWHERE, raw.len() as u32)],
+        &[(ANSWER + ELSEWHERE, 16)],
+    );
+    bench.kick(1);
+    bench.run_until(|bench| bench.drivers[1].used().is_some());
+    let answer = bench.drivers[1].peek(ANSWER + ELSEWHERE, 16);
+    i32::from_le_bytes(answer[4..8].try_into().unwrap())
+}
+
+#[test]
+fn a_reset_ends_what_waits_and_answers_it_no_more() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut bench = Bench::new(Fs::new(&config()), MEMORY, 128);
+    bench.device.attach(server(&dir)).unwrap();
+    assert_eq!(mount(&mut bench), 0);
+    let host = wait_for_lock(&mut bench, &dir.path().join("f"));
+    bench.drivers[1].poke(ANSWER, &[0xee; 16]);
+    bench.device.reset();
+    drop(host);
+    std::thread::sleep(std::time::Duration::from_millis(100));
+    assert_eq!(bench.drivers[1].peek(ANSWER, 16), [0xee; 16]);
+    bench.device.save().unwrap();
+}
+
+#[test]
+fn a_device_with_a_request_that_waits_refuses_to_be_saved() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut bench = Bench::new(Fs::new(&config()), MEMORY, 128);
+    bench.device.attach(server(&dir)).unwrap();
+    // Not mounted, as no guest that means well would do.
+    let _host = wait_for_lock(&mut bench, &dir.path().join("f"));
+    bench.device.pause().unwrap();
+    assert!(matches!(bench.device.save(), Err(DeviceError::Busy(_))));
+}
