@@ -187,7 +187,7 @@ impl Nodes {
         for id in way.into_iter().rev() {
             let node = self.by_id.get_mut(&id).ok_or(STALE)?;
             let fd = open_at(dir, &node.name, NAME_ONLY, 0).map_err(|error| match error.0 {
-                libc::EMFILE | libc::ENFILE => Errno(libc::ENFILE),
+                libc::EMFILE | libc::ENFILE => error,
                 _ => STALE,
             })?;
             let found = stat(fd.as_raw_fd())?;

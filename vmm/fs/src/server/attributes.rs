@@ -1,6 +1,6 @@
 //! What is known of files: attributes, extended attributes, file systems.
 
-use std::os::fd::RawFd;
+use std::os::fd::{AsRawFd, RawFd};
 
 use super::{Body, Refusal, Reply, Request, Served, Server};
 use crate::credentials::Unprivileged;
@@ -177,7 +177,7 @@ impl Server {
             Some(fd) => done(unsafe { libc::ftruncate(fd, size) }),
             None => {
                 let file = self.open_node(node, libc::S_IFREG, libc::O_WRONLY)?;
-                let fd = std::os::fd::AsRawFd::as_raw_fd(&file);
+                let fd = file.as_raw_fd();
                 // SAFETY: numbers only.
                 done(unsafe { libc::ftruncate(fd, size) })
             }

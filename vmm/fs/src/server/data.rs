@@ -1,12 +1,15 @@
 //! Files: opened, read, written, closed.
+//!
+//! Not trusted: what a name stands for. Something else than a regular file may have taken its place, and is not opened.
 
+use std::ffi::CStr;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::{Body, Refusal, Reply, Request, Served, Server};
 use crate::credentials::Unprivileged;
 use crate::handles::Handle;
-use crate::host::{Answer, Errno, Time, done, number, open_at, stat};
+use crate::host::{Answer, Errno, Stat, Time, done, number, open_at, stat};
 use crate::nodes::Seen;
 use crate::wire::{Arguments, IN_HEADER, OUT_HEADER, WRITE_IN};
 
@@ -177,10 +180,10 @@ impl Server {
     fn know(
         &mut self,
         parent: u64,
-        name: &std::ffi::CStr,
+        name: &CStr,
         fd: OwnedFd,
         flags: i32,
-    ) -> Result<(u64, crate::host::Stat, OwnedFd), Refusal> {
+    ) -> Answer<(u64, Stat, OwnedFd)> {
         let number = fd.as_raw_fd();
         let path = self.with_room(|server| server.numbers.open(number, libc::O_PATH))?;
         let stat = stat(number)?;

@@ -1,4 +1,6 @@
 //! Folders: opened, listed, closed.
+//!
+//! Not trusted: places in a folder, which the host's file system judges, and sizes.
 
 use std::ffi::CStr;
 use std::os::fd::RawFd;

@@ -1,14 +1,16 @@
 //! Requests for locks, among them those that wait.
+//!
+//! Not trusted: owners, ranges and handles. How many wait is bounded by the queue that their requests came by.
 
-use super::{Body, Finished, Reply, Request, Served, Server, send};
+use std::mem;
+use std::time::Duration;
+
+use super::{Body, Finished, Refusal, Reply, Request, Served, Server, send};
 use crate::host::{Answer, Errno};
 use crate::locks::{Range, TAKEN, Waiter, Wanted, whole};
 use crate::view::Buffers;
 use crate::wire::Arguments;
 use crate::{ServerError, View};
-
-use std::mem;
-use std::time::Duration;
 
 /// The lock is on the whole file (`FUSE_LK_FLOCK`).
 const WHOLE: u32 = 1;
@@ -21,7 +23,7 @@ struct Asked {
     whole: bool,
 }
 
-fn parse(args: &mut Arguments<'_>) -> Result<Asked, super::Refusal> {
+fn parse(args: &mut Arguments<'_>) -> Result<Asked, Refusal> {
     let (handle, owner) = (args.u64()?, args.u64()?);
     let (start, end) = (args.u64()?, args.u64()?);
     let (kind, _pid) = (args.flags()?, args.u32()?);

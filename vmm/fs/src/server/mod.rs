@@ -259,7 +259,8 @@ impl Server {
         }
     }
 
-    /// Agrees with the guest on what both can do.
+    /// Agrees with the guest on what both can do. Not offered are a cache of what is to be written, which would hide what
+    /// others write, and finding files by handles (`EXPORT_SUPPORT`): a number that was forgotten can't be found again.
     fn init(&mut self, args: &mut Arguments<'_>, body: &mut Body) -> Served {
         const OFFERED: u64 = init::ASYNC_READ
             | init::POSIX_LOCKS

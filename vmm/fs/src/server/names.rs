@@ -1,8 +1,10 @@
 //! Names in folders: found, made, changed, removed.
+//!
+//! Not trusted: names, which must be of something in the folder itself, and numbers of folders.
 
 use std::ffi::CStr;
 
-use super::{Body, Refusal, Reply, Request, Served, Server, is_root};
+use super::{Body, Reply, Request, Served, Server, is_root};
 use crate::host::{Answer, Errno, Numbers, done, stat};
 use crate::wire::{Arguments, ROOT};
 
@@ -181,8 +183,7 @@ impl Server {
         let (id, name) = (args.u64()?, args.name()?);
         let dir = request.header.node;
         let (fd, dir_fd) = self.nodes.two(id, dir)?;
-        let linked = self.link_open(fd, dir_fd, name);
-        linked.map_err(Refusal::from)?;
+        self.link_open(fd, dir_fd, name)?;
         self.found(dir, name, body)
     }
 

@@ -89,6 +89,19 @@ fn what_is_appended_goes_to_the_end_that_the_host_knows() {
 }
 
 #[test]
+fn a_file_is_opened_without_the_hosts_cache_if_the_host_can() {
+    let (dir, mut guest) = start();
+    let flags = libc::O_RDWR | libc::O_DIRECT;
+    let (node, handle) = guest.create(1, "f", flags, 0o600).unwrap();
+    // What is not aligned is the host's to refuse.
+    let written = guest.write(node, handle, 0, b"odd", 0, 0);
+    assert!([Ok(3), Err(libc::EINVAL)].contains(&written), "{written:?}");
+    std::fs::write(dir.path().join("f"), b"x").unwrap();
+    let (again, _) = guest.open(node, libc::O_RDONLY | libc::O_DIRECT).unwrap();
+    assert_ne!(again, handle);
+}
+
+#[test]
 fn a_mebibyte_is_written_at_once() {
     let (dir, mut guest) = start();
     let (node, handle) = guest.create(1, "big", libc::O_WRONLY, 0o600).unwrap();
