@@ -19,6 +19,7 @@ mod gate;
 mod gathering;
 mod helper;
 mod listen;
+mod lock_watch;
 mod network;
 mod reaper;
 mod resources;

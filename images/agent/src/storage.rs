@@ -14,6 +14,7 @@ use thiserror::Error;
 
 use crate::beneath::{self, Found};
 use crate::disk;
+use crate::lock_watch;
 use crate::spans::Spans;
 use crate::tree;
 use crate::users::{self, Users};
@@ -263,6 +264,9 @@ fn add_one(wanted: &proto::Mount, users: Option<&Users>) -> Result<()> {
             data,
         )
         .map_err(refused)?;
+        if wanted.type_ == "virtiofs" {
+            lock_watch::start(Path::new(target));
+        }
     }
     if let Some(owned) = wanted.top.as_ref() {
         disk::adopt(Path::new(target), owned).inspect_err(|_| detach(target))?;

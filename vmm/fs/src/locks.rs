@@ -4,6 +4,8 @@
 //! for each owner and file: so owners exclude each other, and closing that file gives up all an owner has. A lock on the
 //! whole file (`flock`) belongs to the guest's open file, and so to the handle's descriptor.
 //!
+//! A guest's kernel tells nobody here that what waits was interrupted; its agent does (`kiln_lockwatch`).
+//!
 //! Nobody is waited for. What is taken is tried again: whenever this server gives something up, and after a while.
 
 use std::collections::HashMap;
@@ -13,10 +15,14 @@ use std::time::{Duration, Instant};
 use crate::handles::Handle;
 use crate::host::{Answer, Errno, Numbers, done};
 use crate::view::Span;
+use kiln_lockwatch::Wait;
 
 /// When a lock that is taken is tried again: at first, and at last.
 const SOON: Duration = Duration::from_millis(1);
 const LATE: Duration = Duration::from_millis(50);
+
+/// Who waits so long is told of to who watches.
+const LONG: Duration = Duration::from_millis(100);
 
 /// What the kernel says of a lock that somebody else has.
 pub(crate) const TAKEN: Errno = Errno(libc::EAGAIN);
@@ -96,6 +102,8 @@ pub(crate) enum Wanted {
 #[derive(Debug)]
 pub(crate) struct Waiter {
     pub(crate) unique: u64,
+    pub(crate) thread: u32,
+    pub(crate) since: Instant,
     /// What the caller knows the request by.
     pub(crate) ticket: usize,
     pub(crate) node: u64,
@@ -107,10 +115,22 @@ pub(crate) struct Waiter {
     pub(crate) ended: Option<Errno>,
 }
 
+/// The agent's request, which is answered when somebody has waited long.
+#[derive(Debug)]
+pub(crate) struct Watcher {
+    pub(crate) unique: u64,
+    pub(crate) ticket: usize,
+    pub(crate) writable: Vec<Span>,
+    pub(crate) ended: bool,
+}
+
 #[derive(Debug)]
 pub(crate) struct Locks {
     holders: HashMap<(u64, u64), Vec<Holder>>,
     pub(crate) waiting: Vec<Waiter>,
+    pub(crate) watcher: Option<Watcher>,
+    /// Of those who have waited long, who is told of first.
+    turn: usize,
     next_try: Instant,
     pause: Duration,
 }
@@ -120,6 +140,8 @@ impl Locks {
         Locks {
             holders: HashMap::new(),
             waiting: Vec::new(),
+            watcher: None,
+            turn: 0,
             next_try: Instant::now(),
             pause: SOON,
         }
@@ -271,6 +293,9 @@ impl Locks {
 
     /// How long until the next try, if anybody waits.
     pub(crate) fn until_due(&self) -> Option<Duration> {
+        if self.watcher.as_ref().is_some_and(|watcher| watcher.ended) {
+            return Some(Duration::ZERO);
+        }
         if self.waiting.is_empty() {
             return None;
         }
@@ -280,8 +305,30 @@ impl Locks {
         Some(self.next_try.saturating_duration_since(Instant::now()))
     }
 
+    /// Who has waited long.
+    pub(crate) fn long_waits(&mut self) -> Vec<Wait> {
+        let mut waiting: Vec<&Waiter> = self.waiting.iter().collect();
+        waiting.retain(|waiter| waiter.ended.is_none() && waiter.since.elapsed() >= LONG);
+        // Each has its turn when there are more than are told of at once.
+        if waiting.len() > kiln_lockwatch::MOST {
+            self.turn = (self.turn + kiln_lockwatch::MOST) % waiting.len();
+            waiting.rotate_left(self.turn);
+        }
+        let wait = |waiter: &Waiter| Wait {
+            unique: waiter.unique,
+            thread: waiter.thread,
+        };
+        waiting.into_iter().map(wait).collect()
+    }
+
     /// A request waits no longer. `false` if it does not wait.
     pub(crate) fn interrupt(&mut self, unique: u64) -> bool {
+        if let Some(watcher) = &mut self.watcher
+            && watcher.unique == unique
+        {
+            watcher.ended = true;
+            return true;
+        }
         let mut waiters = self.waiting.iter_mut();
         let found = waiters.find(|waiter| waiter.unique == unique);
         found
@@ -292,6 +339,9 @@ impl Locks {
     /// Gives up all locks. Those who wait are answered.
     pub(crate) fn clear(&mut self) {
         self.holders.clear();
+        if let Some(watcher) = &mut self.watcher {
+            watcher.ended = true;
+        }
         for waiter in &mut self.waiting {
             waiter.ended = Some(Errno(libc::EINTR));
         }

@@ -104,6 +104,8 @@ pub(crate) struct Header {
     pub(crate) node: u64,
     pub(crate) uid: u32,
     pub(crate) gid: u32,
+    /// The thread that asks, as the guest's first process knows it.
+    pub(crate) thread: u32,
 }
 
 impl Header {
@@ -116,6 +118,7 @@ impl Header {
             node: fields.u64()?,
             uid: fields.u32()?,
             gid: fields.u32()?,
+            thread: fields.u32()?,
         })
     }
 }

@@ -26,13 +26,13 @@ mod run_load;
 mod run_net;
 mod run_seccomp;
 mod run_terminal;
+mod shared_files;
 mod snapshotters;
 mod statistics;
 mod streams;
 mod tasks;
 mod users;
 mod vmm;
-mod shared_files;
 mod volumes;
 
 use anyhow::Context;

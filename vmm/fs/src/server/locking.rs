@@ -3,14 +3,16 @@
 //! Not trusted: owners, ranges and handles. How many wait is bounded by the queue that their requests came by.
 
 use std::mem;
-use std::time::Duration;
+use std::time::{Duration, Instant};
+
+use kiln_lockwatch::Wait;
 
 use super::{Body, Finished, Refusal, Reply, Request, Served, Server, send};
 use crate::host::{Answer, Errno};
-use crate::locks::{Range, TAKEN, Waiter, Wanted, whole};
+use crate::locks::{Range, TAKEN, Waiter, Wanted, Watcher, whole};
 use crate::view::Buffers;
-use crate::wire::Arguments;
-use crate::{ServerError, View};
+use crate::wire::{Arguments, ROOT};
+use crate::{ServerError, Span, View};
 
 /// The lock is on the whole file (`FUSE_LK_FLOCK`).
 const WHOLE: u32 = 1;
@@ -84,6 +86,8 @@ impl Server {
             Err(TAKEN) if wait => {
                 self.locks.wait(Waiter {
                     unique: request.header.unique,
+                    thread: request.header.thread,
+                    since: Instant::now(),
                     ticket: request.ticket,
                     node,
                     handle,
@@ -123,6 +127,51 @@ impl Server {
         Err(Errno(libc::EAGAIN).into())
     }
 
+    /// The agent's question who waits, and its word of who is to wait no longer. Only it has the root open.
+    pub(super) fn ioctl(&mut self, request: &Request<'_>, args: &mut Arguments<'_>) -> Served {
+        let (_handle, _flags, command) = (args.u64()?, args.u32()?, args.u32()?);
+        let (_address, asked, room) = (args.u64()?, args.u32()?, args.u32()?);
+        let header = &request.header;
+        let is_it = header.node == ROOT && header.uid == 0 && command == kiln_lockwatch::COMMAND;
+        let len = kiln_lockwatch::LEN;
+        if !is_it || (asked as usize, room as usize) != (len, len) {
+            return Err(Errno(libc::ENOTTY).into());
+        }
+        let mut question = [0; kiln_lockwatch::LEN];
+        question.copy_from_slice(args.bytes(len)?);
+        for wait in kiln_lockwatch::decode(&question) {
+            self.locks.interrupt(wait.unique);
+        }
+        if self.locks.watcher.is_some() {
+            return Err(Errno(libc::EBUSY).into());
+        }
+        self.locks.watcher = Some(Watcher {
+            unique: header.unique,
+            ticket: request.ticket,
+            writable: request.to.to_vec(),
+            ended: false,
+        });
+        Ok(Reply::Later)
+    }
+
+    /// Answers who watches, if there is somebody to tell of.
+    fn tell_watcher(&mut self, view: &View) -> Option<Finished> {
+        let watcher = self.locks.watcher.as_ref()?;
+        let ended = watcher.ended;
+        let waits = self.locks.long_waits();
+        if waits.is_empty() && !ended {
+            return None;
+        }
+        let watcher = self.locks.watcher.take()?;
+        let error = if ended { libc::EINTR } else { 0 };
+        let body = answer(&waits);
+        let body = if ended { &[][..] } else { &body };
+        Some(Finished {
+            ticket: watcher.ticket,
+            result: sent(view, &watcher.writable, watcher.unique, error, body),
+        })
+    }
+
     /// How long until [`Server::finished`] may have something to tell, if anything waits.
     pub fn wait(&self) -> Option<Duration> {
         self.locks.until_due()
@@ -131,6 +180,7 @@ impl Server {
     /// Tries again what waits, if it is time, and answers what waits no longer.
     pub fn finished(&mut self, view: &View) -> Vec<Finished> {
         let mut finished = Vec::new();
+        finished.extend(self.tell_watcher(view));
         if self.locks.waiting.is_empty() {
             return finished;
         }
@@ -147,13 +197,9 @@ impl Server {
                 continue;
             }
             let error = result.err().map_or(0, |error| error.0);
-            let sent = Buffers::new(view, &waiter.writable).and_then(|to| {
-                let no_room = || ServerError::Request("there is no room for its answer".to_owned());
-                send(to, waiter.unique, error, &[], 0).ok_or_else(no_room)
-            });
             finished.push(Finished {
                 ticket: waiter.ticket,
-                result: sent,
+                result: sent(view, &waiter.writable, waiter.unique, error, &[]),
             });
         }
         self.locks.waiting = still;
@@ -162,4 +208,25 @@ impl Server {
         }
         finished
     }
+}
+
+/// `struct fuse_ioctl_out`, all of it zero, and who waits.
+fn answer(waits: &[Wait]) -> Vec<u8> {
+    const HEADER: usize = 16;
+    let mut body = vec![0; HEADER];
+    body.extend_from_slice(&kiln_lockwatch::encode(waits));
+    body
+}
+
+/// Sends an answer to a request of a while ago.
+fn sent(
+    view: &View,
+    writable: &[Span],
+    unique: u64,
+    error: i32,
+    body: &[u8],
+) -> Result<usize, ServerError> {
+    let to = Buffers::new(view, writable)?;
+    let no_room = || ServerError::Request("there is no room for its answer".to_owned());
+    send(to, unique, error, body, 0).ok_or_else(no_room)
 }

@@ -254,7 +254,7 @@ impl Server {
                     Reply::Body
                 })
             }
-            op::IOCTL => Err(Errno(libc::ENOTTY).into()),
+            op::IOCTL => self.ioctl(request, args),
             _ => Err(Errno(libc::ENOSYS).into()),
         }
     }
@@ -319,8 +319,12 @@ impl Server {
     /// not answered.
     pub fn forget_all(&mut self) -> Vec<usize> {
         self.forget_everything();
-        let waiting = mem::take(&mut self.locks.waiting);
-        waiting.into_iter().map(|waiter| waiter.ticket).collect()
+        let waiting = mem::take(&mut self.locks.waiting).into_iter();
+        let watcher = self.locks.watcher.take();
+        waiting
+            .map(|waiter| waiter.ticket)
+            .chain(watcher.map(|watcher| watcher.ticket))
+            .collect()
     }
 
     /// Puts an entry into an answer: what the guest is told of a file that it has found.

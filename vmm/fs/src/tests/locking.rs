@@ -271,6 +271,67 @@ fn one_that_waits_is_told_at_once_when_its_own_guest_gives_up() {
     assert_eq!(finished.len(), 1);
 }
 
+fn question(waits: &[kiln_lockwatch::Wait], command: u32) -> Vec<u8> {
+    const LEN: u32 = kiln_lockwatch::LEN as u32;
+    let mut body = raw![0u64, 1u32 << 4, command, 0u64, LEN, LEN];
+    body.extend_from_slice(&kiln_lockwatch::encode(waits));
+    body
+}
+
+#[test]
+fn agent_is_told_who_waits_long_and_ends_it() {
+    const WATCH: usize = 5;
+    const COMMAND: u32 = kiln_lockwatch::COMMAND;
+    let mut s = scene();
+    let ask = |s: &mut Scene, waits: &[kiln_lockwatch::Wait]| {
+        let body = question(waits, COMMAND);
+        s.other.start(op::IOCTL, 1, &body, WATCH).0.unwrap()
+    };
+    assert_eq!(ask(&mut s, &[]), Outcome::Later);
+    // One is enough, and while nobody waits nothing needs to be looked at.
+    let again = question(&[], COMMAND);
+    assert_eq!(s.other.ask(op::IOCTL, 1, &again), Err(libc::EBUSY));
+    assert_eq!(s.other.server.wait(), None);
+    s.lock(1, ALL, WRITE).unwrap();
+    let unique = s.wait(WRITE, 0);
+    let told = loop {
+        let finished = s.other.server.finished(&s.other.view);
+        if let Some(one) = finished.first() {
+            assert_eq!((finished.len(), one.ticket), (1, WATCH));
+            let len = one.result.as_ref().unwrap();
+            break s.other.told(WATCH, *len).unwrap();
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    };
+    let message = told[16..].try_into().unwrap();
+    let waits = kiln_lockwatch::decode(message);
+    assert_eq!((waits.len(), waits[0].unique), (1, unique));
+    // Told to end it, the server does.
+    assert_eq!(ask(&mut s, &waits), Outcome::Later);
+    assert_eq!(s.told(), Err(libc::EINTR));
+    assert_eq!(s.other.server.wait(), None);
+    // A session's end answers who watches, too.
+    s.other.ask(op::DESTROY, 0, &[]).unwrap();
+    let ended = s.other.server.finished(&s.other.view);
+    assert_eq!((ended.len(), ended[0].ticket), (1, WATCH));
+}
+
+#[test]
+fn nobody_but_the_agent_is_told_who_waits() {
+    let mut s = scene();
+    let node = s.others_node;
+    let right = question(&[], kiln_lockwatch::COMMAND);
+    let wrong = question(&[], kiln_lockwatch::COMMAND + 1);
+    let mut short = right.clone();
+    short.truncate(40);
+    assert_eq!(s.other.ask(op::IOCTL, node, &right), Err(libc::ENOTTY));
+    assert_eq!(s.other.ask(op::IOCTL, 1, &wrong), Err(libc::ENOTTY));
+    // It has less than it says.
+    assert_eq!(s.other.ask(op::IOCTL, 1, &short), Err(0));
+    s.other.uid = 1000;
+    assert_eq!(s.other.ask(op::IOCTL, 1, &right), Err(libc::ENOTTY));
+}
+
 #[test]
 fn one_that_waits_can_be_interrupted() {
     let mut s = scene();
