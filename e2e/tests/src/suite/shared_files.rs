@@ -7,7 +7,7 @@ use std::process::Stdio;
 use anyhow::{Context, Result, ensure};
 use k8s_cri::v1::ContainerState;
 use kiln_e2e::harness::Case;
-use kiln_e2e::pod::STEP;
+use kiln_e2e::pod::{Container, Pod, STEP};
 use kiln_e2e::{ContainerSpec, Test, cases, node, setup};
 use tokio::process::Command;
 
@@ -34,6 +34,15 @@ fn shared(test: &Test) -> Result<PathBuf> {
         fs::write(folder.join(how), "0\n")?;
     }
     Ok(folder)
+}
+
+/// A pod with a container that has the folder as `/shared`.
+async fn sharing(test: &Test) -> Result<(PathBuf, Pod, Container)> {
+    let folder = shared(test)?;
+    let pod = test.pod().await?;
+    let spec = ContainerSpec::pause("main").mount(&folder, "/shared");
+    let container = pod.start(&spec).await?;
+    Ok((folder, pod, container))
 }
 
 async fn what_is_counted_under_a_lock_is_counted_once(test: Test) -> Result<()> {
@@ -72,11 +81,7 @@ async fn what_is_counted_under_a_lock_is_counted_once(test: Test) -> Result<()> 
 }
 
 async fn waiter_for_a_lock_holds_nobody_up_and_can_be_killed(test: Test) -> Result<()> {
-    let folder = shared(&test)?;
-    let pod = test.pod().await?;
-    let other = pod
-        .start(&ContainerSpec::pause("other").mount(&folder, "/shared"))
-        .await?;
+    let (folder, pod, other) = sharing(&test).await?;
     let held = File::open(folder.join("flock"))?;
     held.lock()?;
     let spec = ContainerSpec::testprog("waiter", &["count", "/shared/flock", "1", "flock"])
@@ -118,10 +123,7 @@ async fn pod_ends_while_it_waits_for_a_lock(test: Test) -> Result<()> {
 }
 
 async fn shared_folder_has_all_that_programs_do_with_files(test: Test) -> Result<()> {
-    let folder = shared(&test)?;
-    let pod = test.pod().await?;
-    let spec = ContainerSpec::pause("main").mount(&folder, "/shared");
-    let container = pod.start(&spec).await?;
+    let (_folder, _pod, container) = sharing(&test).await?;
     let found = container.read(&["testprog", "features", "/shared"]).await?;
     if test.handler() == "runc" {
         same!(found, "all");
@@ -137,10 +139,7 @@ async fn shared_folder_has_all_that_programs_do_with_files(test: Test) -> Result
 }
 
 async fn what_the_node_writes_is_there_at_the_next_open(test: Test) -> Result<()> {
-    let folder = shared(&test)?;
-    let pod = test.pod().await?;
-    let spec = ContainerSpec::pause("main").mount(&folder, "/shared");
-    let container = pod.start(&spec).await?;
+    let (folder, _pod, container) = sharing(&test).await?;
     let file = folder.join("file");
     for round in 0..20 {
         // As long as before, longer, shorter, another file of the name, none.
@@ -167,10 +166,7 @@ async fn what_the_node_writes_is_there_at_the_next_open(test: Test) -> Result<()
 }
 
 async fn shared_folder_is_as_full_as_the_nodes_file_system(test: Test) -> Result<()> {
-    let folder = shared(&test)?;
-    let pod = test.pod().await?;
-    let spec = ContainerSpec::pause("main").mount(&folder, "/shared");
-    let container = pod.start(&spec).await?;
+    let (folder, _pod, container) = sharing(&test).await?;
     let of = |path: &str| ["stat", "-f", "-c", "%S %b %c %l", path].map(str::to_owned);
     let outside = of(&folder.display().to_string());
     let outside = node::busybox(&outside.each_ref().map(String::as_str))?;
@@ -183,10 +179,7 @@ async fn shared_folder_is_as_full_as_the_nodes_file_system(test: Test) -> Result
 }
 
 async fn attributes_and_lists_are_the_same_inside_and_outside(test: Test) -> Result<()> {
-    let folder = shared(&test)?;
-    let pod = test.pod().await?;
-    let spec = ContainerSpec::pause("main").mount(&folder, "/shared");
-    let container = pod.start(&spec).await?;
+    let (folder, pod, container) = sharing(&test).await?;
     // A folder's default list is what files made in it get, whoever makes them.
     let list = posix_list(&[
         (1, 7, u32::MAX),
