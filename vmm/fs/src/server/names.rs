@@ -5,7 +5,7 @@
 use std::ffi::CStr;
 
 use super::{Body, Reply, Request, Served, Server, is_root};
-use crate::host::{Answer, Errno, Numbers, done, stat};
+use crate::host::{Answer, Errno, Numbers, done, number, stat};
 use crate::wire::{Arguments, ROOT};
 
 /// Longest target of a link (`PATH_MAX`).
@@ -165,8 +165,10 @@ impl Server {
         let from = request.header.node;
         let (old_dir, new_dir) = self.nodes.two(from, to)?;
         let (old_name, new_name) = (old.as_ptr(), new.as_ptr());
+        // The C library's function makes another call where there are no flags.
+        let call = libc::SYS_renameat2;
         // SAFETY: strings that live through the call.
-        done(unsafe { libc::renameat2(old_dir, old_name, new_dir, new_name, flags) })?;
+        number(unsafe { libc::syscall(call, old_dir, old_name, new_dir, new_name, flags) })?;
         self.nodes.renamed(to, new);
         if flags & libc::RENAME_EXCHANGE != 0 {
             self.nodes.renamed(from, old);

@@ -154,6 +154,8 @@ fn serve_all(session: &mut Session) {
     ask(5, link, &[], &[]);
     ask(13, 1, &with(&[node, 0], b"again\0"), &[]);
     ask(45, 1, &with(&[1, 0, 2, 0], b"again\0link\0"), &[]);
+    ask(45, 1, &with(&[1, 0, 0, 0], b"pipe\0moved\0"), &[]);
+    ask(12, 1, &with(&[1, 0], b"moved\0pipe\0"), &[]);
     let hidden = ask(51, 1, &with(&[2, 0o600, 0, 0], b"/\0"), unknown);
     if !hidden.is_empty() {
         ask(13, 1, &with(&[number(&hidden, 0), 0], b"shown\0"), &[]);
