@@ -12,6 +12,8 @@ use std::time::Duration;
 
 use kiln_lockwatch::{COMMAND, Wait, decode, encode};
 
+/// A share is watched from then on, when the pod's start is over: nobody has waited long before.
+const LATER: Duration = Duration::from_secs(1);
 /// How long who waits is left alone between two looks.
 const PAUSE: Duration = Duration::from_millis(200);
 const STACK: usize = 64 << 10;
@@ -32,6 +34,7 @@ pub(crate) fn start(top: &Path) {
 }
 
 fn watch(top: &Path) {
+    std::thread::sleep(LATER);
     let error = match File::open(top) {
         Ok(share) => until_it_ends(&share),
         Err(error) => error,

@@ -44,6 +44,8 @@ struct Told {
     waiting: usize,
     /// The thread answers none of those now.
     held: bool,
+    /// Somebody waits for a change: seldom, and a call of the system each time.
+    awaited: bool,
 }
 
 #[derive(Debug)]
@@ -60,8 +62,13 @@ impl Shared {
 
     /// Tells something to whoever waits for it, and by the event.
     fn tell(&self, change: impl FnOnce(&mut Told)) {
-        change(&mut self.told());
-        self.changed.notify_all();
+        let mut told = self.told();
+        change(&mut told);
+        let awaited = told.awaited;
+        drop(told);
+        if awaited {
+            self.changed.notify_all();
+        }
         // A full counter is readable, which is all that counts.
         let _ = self.event.write(1);
     }
@@ -171,6 +178,7 @@ impl FsServer {
     /// Waits until what is in flight is what waits for a lock, and what is told is right.
     fn collect(&mut self, is_right: impl Fn(&Told) -> bool) -> Vec<Done> {
         let mut told = self.shared.told();
+        told.awaited = true;
         while told.done.len() + told.waiting < self.in_flight || !is_right(&told) {
             told = self
                 .shared
@@ -178,6 +186,7 @@ impl FsServer {
                 .wait(told)
                 .unwrap_or_else(PoisonError::into_inner);
         }
+        told.awaited = false;
         let done = std::mem::take(&mut told.done);
         drop(told);
         self.in_flight -= done.len();
