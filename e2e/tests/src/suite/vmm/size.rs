@@ -33,12 +33,16 @@ fn resize(uvm: &Uvm, cpus: u32, mib: u64) -> Result<(u32, u64)> {
     Ok((reached.cpus, reached.memory / MIB))
 }
 
-/// Brings up what is offline, as the agent does: the number of vCPUs that work.
+/// Brings up what is offline, as the agent does, which asks again while the kernel is busy with another: the number of vCPUs
+/// that work.
 fn online(uvm: &Uvm) -> Result<u32> {
     let text = uvm.sh("for c in /sys/devices/system/cpu/cpu[1-9]*; do \
-           [ -e $c/online ] && [ $(cat $c/online) = 0 ] && echo 1 > $c/online; done; \
+           for try in 1 2 3 4 5 6 7 8 9 10; do \
+             [ -e $c/online ] && [ $(cat $c/online) = 0 ] || break; \
+             echo 1 > $c/online && break; sleep 1; done; done 2> /dev/null; \
          grep -c ^processor /proc/cpuinfo")?;
-    Ok(text.parse()?)
+    text.parse()
+        .with_context(|| format!("a number of vCPUs: {text:?}"))
 }
 
 async fn vcpus_come_and_go_under_load_also_after_a_second_resume(test: Test) -> Result<()> {
