@@ -1,7 +1,7 @@
 //! A folder of the node that several pods and the node itself work in at once.
 
 use std::fs::{self, File};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
 use anyhow::{Context, Result, ensure};
@@ -45,6 +45,17 @@ async fn sharing(test: &Test) -> Result<(PathBuf, Pod, Container)> {
     Ok((folder, pod, container))
 }
 
+/// A lock that the node holds, and a container that waits for it.
+async fn waiting(folder: &Path, pod: &Pod) -> Result<(File, Container)> {
+    let held = File::open(folder.join("flock"))?;
+    held.lock()?;
+    let spec = ContainerSpec::testprog("waiter", &["count", "/shared/flock", "1", "flock"])
+        .mount(folder, "/shared");
+    let waiter = pod.start(&spec).await?;
+    waiter.log().wait_for("counting", STEP).await?;
+    Ok((held, waiter))
+}
+
 async fn what_is_counted_under_a_lock_is_counted_once(test: Test) -> Result<()> {
     const TIMES: u64 = 100;
     let times = TIMES.to_string();
@@ -82,12 +93,7 @@ async fn what_is_counted_under_a_lock_is_counted_once(test: Test) -> Result<()> 
 
 async fn waiter_for_a_lock_holds_nobody_up_and_can_be_killed(test: Test) -> Result<()> {
     let (folder, pod, other) = sharing(&test).await?;
-    let held = File::open(folder.join("flock"))?;
-    held.lock()?;
-    let spec = ContainerSpec::testprog("waiter", &["count", "/shared/flock", "1", "flock"])
-        .mount(&folder, "/shared");
-    let waiter = pod.start(&spec).await?;
-    waiter.log().wait_for("counting", STEP).await?;
+    let (held, waiter) = waiting(&folder, &pod).await?;
     for round in 0..20 {
         fs::write(folder.join("fcntl"), format!("{round}\n"))?;
         same!(
@@ -110,12 +116,7 @@ async fn waiter_for_a_lock_holds_nobody_up_and_can_be_killed(test: Test) -> Resu
 async fn pod_ends_while_it_waits_for_a_lock(test: Test) -> Result<()> {
     let folder = shared(&test)?;
     let pod = test.pod().await?;
-    let held = File::open(folder.join("flock"))?;
-    held.lock()?;
-    let spec = ContainerSpec::testprog("waiter", &["count", "/shared/flock", "1", "flock"])
-        .mount(&folder, "/shared");
-    let waiter = pod.start(&spec).await?;
-    waiter.log().wait_for("counting", STEP).await?;
+    let (held, _waiter) = waiting(&folder, &pod).await?;
     pod.remove().await?;
     drop(held);
     File::open(folder.join("flock"))?.try_lock()?;
@@ -188,7 +189,7 @@ async fn attributes_and_lists_are_the_same_inside_and_outside(test: Test) -> Res
         (16, 7, u32::MAX),
         (32, 0, u32::MAX),
     ]);
-    let set = |path: &std::path::Path, name: &str, value: &[u8]| {
+    let set = |path: &Path, name: &str, value: &[u8]| {
         rustix::fs::setxattr(path, name, value, rustix::fs::XattrFlags::empty())
     };
     set(&folder, "system.posix_acl_default", &list)?;
