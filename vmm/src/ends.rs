@@ -73,8 +73,8 @@ impl Fds {
                 End::Directory(fd) => {
                     let folder = self.take(fd)?;
                     let prepared = prepared.take().ok_or(RequestError::SecondFolder)?;
-                    let (server, left) = FsServer::start(move |events| {
-                        let made = prepared.enter(folder, &[events])?;
+                    let (server, left) = FsServer::start(move |in_use| {
+                        let made = prepared.enter(folder, in_use)?;
                         filter::install(Kind::Files)?;
                         anyhow::Ok(made)
                     })??;

@@ -203,7 +203,7 @@ pub fn fs(root: &std::path::Path, data: &[u8]) {
         tag: "f".to_owned(),
         queue_size: 16,
     });
-    let make = move |_| kiln_vmm_fs::Server::new(&options).map(|server| (server, ()));
+    let make = move |_: &[_]| kiln_vmm_fs::Server::new(&options).map(|server| (server, ()));
     if let Ok(Ok((server, ()))) = FsServer::start(make) {
         // A fresh device has no server yet.
         let _ = device.attach(server);

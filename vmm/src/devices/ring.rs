@@ -190,15 +190,21 @@ pub fn notify(
     interrupt: &Interrupt,
     since: u16,
 ) -> Result<(), RingError> {
-    if active.queue.next_used() != since
-        && active
-            .queue
-            .needs_notification(mem)
-            .map_err(|e| broken(active.index, e))?
-    {
+    if wants_to_hear(active, mem, since)? {
         interrupt.signal_queue(active.index);
     }
     Ok(())
+}
+
+/// Whether chains were used since the used position was `since`, and the driver wants to hear of them.
+pub fn wants_to_hear(active: &mut ActiveQueue, mem: &Mem, since: u16) -> Result<bool, RingError> {
+    if active.queue.next_used() == since {
+        return Ok(false);
+    }
+    active
+        .queue
+        .needs_notification(mem)
+        .map_err(|e| broken(active.index, e))
 }
 
 type Pulled = Result<Chain, (u16, ChainError)>;

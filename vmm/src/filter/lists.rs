@@ -175,6 +175,7 @@ const FILES: &[libc::c_long] = &[
     libc::SYS_mknodat,
     libc::SYS_newfstatat,
     libc::SYS_openat,
+    libc::SYS_poll,
     libc::SYS_pread64,
     libc::SYS_preadv,
     libc::SYS_pwrite64,

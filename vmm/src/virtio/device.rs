@@ -3,8 +3,10 @@
 use std::any::Any;
 use std::fmt::Debug;
 use std::io;
+use std::sync::Arc;
 
 use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::eventfd::EventFd;
 
 use super::{ActiveQueue, DeviceState, Interrupt, SavedQueue, StateError};
 use crate::event::Watches;
@@ -87,6 +89,8 @@ pub struct Activation {
 ///
 /// * `device_type`, `features`, `queue_max_sizes` answer the same for the device's whole life.
 /// * `read_config` and `write_config` come in any state. Offsets and lengths are the guest's choice.
+/// * `doorbell` is asked for before each `activate`; whose doorbell it is hears kicks while it is paused and after
+///   [`Interrupt::fail_device`], too, and has to let them be.
 /// * `activate` comes only when inactive, with every queue already checked to lie inside guest memory
 ///   *as it was then*. After an error the device stays inactive and the transport sets NEEDS_RESET.
 /// * `queue_event` and `event` come only when active and not paused; both may be spurious.
@@ -135,10 +139,16 @@ pub trait VirtioDevice: Any + Send + Debug {
     /// Writes device configuration space. Writes to read-only fields or past the end are ignored.
     fn write_config(&mut self, offset: u64, data: &[u8]);
 
+    /// The doorbell of all queues, if the device has a thread of its own that serves them and waits for it. Otherwise
+    /// each queue has one, on the device thread.
+    fn doorbell(&self) -> Option<Arc<EventFd>> {
+        None
+    }
+
     /// Takes the device into operation.
     fn activate(&mut self, activation: Activation) -> Result<(), DeviceError>;
 
-    /// Handles a driver's kick of the queue with this index.
+    /// Handles a driver's kick of the queue with this index. Not called for a device with a doorbell of its own.
     fn queue_event(&mut self, queue: u16);
 
     /// Handles readiness of a descriptor registered through [`Watches`], under the token it was given.

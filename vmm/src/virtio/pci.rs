@@ -191,7 +191,8 @@ pub struct TransportEnv {
 #[derive(Debug)]
 struct Doorbell {
     kick: Arc<EventFd>,
-    _watch: WatchGuard,
+    /// On the device thread, unless the device has a thread of its own that waits for kicks.
+    _watch: Option<WatchGuard>,
     kicks: AtomicU32,
     /// Guest address of the registered ioeventfd, 0 for none.
     ioevent: AtomicU64,
@@ -381,13 +382,14 @@ impl VirtioPci {
         self.start(&mut common, queues).map_err(failed)
     }
 
-    /// Hands the queues to the device and puts their doorbells on the device thread.
+    /// Hands the queues to the device and puts their doorbells on the device thread, or the device's own.
     fn start(&self, common: &mut Common, queues: Vec<(u16, Queue)>) -> Result<(), DeviceError> {
         let Some(this) = self.this.upgrade() else {
             return Err(DeviceError::Driver("the device is being removed"));
         };
         let memory = self.env.ram.memory();
         let watches = self.env.events.watches(this);
+        let own = lock(&self.device).doorbell();
         let mut active = Vec::with_capacity(queues.len());
         let mut doorbells: Vec<Option<Arc<Doorbell>>> =
             self.max_sizes.iter().map(|_| None).collect();
@@ -396,15 +398,20 @@ impl VirtioPci {
                 return Err(DeviceError::Driver("a queue lies outside guest memory"));
             }
             let io = |action| move |source| DeviceError::Io { action, source };
-            let kick = Arc::new(EventFd::new(EFD_NONBLOCK).map_err(io("making a doorbell"))?);
-            // Edge-triggered: every write wakes the loop, and nobody has to read the counter.
-            let watch = watches
-                .watch(
-                    std::os::fd::AsRawFd::as_raw_fd(&*kick),
-                    KICK | u32::from(index),
-                    EventSet::IN | EventSet::EDGE_TRIGGERED,
-                )
-                .map_err(io("watching a doorbell"))?;
+            let (kick, watch) = match &own {
+                Some(bell) => (bell.clone(), None),
+                None => {
+                    let kick =
+                        Arc::new(EventFd::new(EFD_NONBLOCK).map_err(io("making a doorbell"))?);
+                    let token = KICK | u32::from(index);
+                    // Edge-triggered: every write wakes the loop, and nobody has to read the counter.
+                    let edges = EventSet::IN | EventSet::EDGE_TRIGGERED;
+                    let watch = watches
+                        .watch(std::os::fd::AsRawFd::as_raw_fd(&*kick), token, edges)
+                        .map_err(io("watching a doorbell"))?;
+                    (kick, Some(watch))
+                }
+            };
             let Some(place) = doorbells.get_mut(usize::from(index)) else {
                 return Err(DeviceError::Driver("a queue has an index out of range"));
             };

@@ -13,7 +13,7 @@ pub struct ActiveQueue {
     pub index: u16,
     /// The ring. EVENT_IDX is already set as negotiated.
     pub queue: Queue,
-    /// The driver's doorbell, already on the device thread; read there, never by the device.
+    /// The driver's doorbell, already on the device thread and read there, never by the device; or the device's own.
     pub kick: Arc<EventFd>,
 }
 

@@ -1,32 +1,27 @@
-//! The device: requests go to the server's thread and come back as used chains.
+//! The device as its driver finds it. Requests are the server's thread's to take and to answer.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
-use virtio_queue::QueueT;
-use vm_memory::GuestAddressSpace;
 use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::eventfd::EventFd;
 
-use super::server::{Done, FsServer, Job};
-use crate::devices::chain::Chain;
+use super::KIND;
+use super::lines::{Answer, Lines};
+use super::server::FsServer;
 use crate::devices::read_config;
-use crate::devices::ring::{self, Complaints, Handled, Mem, RingError};
-use crate::devices::slab::Slab;
-use crate::event::{WatchGuard, Watches};
-use crate::memory::GuestRam;
+use crate::event::WatchGuard;
 use crate::virtio::{
-    Activation, ActiveQueue, DeviceError, DeviceState, DeviceType, Interrupt, SavedQueue,
-    StateError, VirtioDevice,
+    Activation, DeviceError, DeviceState, DeviceType, Interrupt, SavedQueue, StateError,
+    VirtioDevice,
 };
 
-const KIND: &str = "fs";
 const VERSION: u16 = 1;
 const TAG_LEN: usize = 36;
-const IN_HEADER_LEN: usize = 40;
-const OUT_HEADER_LEN: u32 = 16;
-const OP_INIT: u32 = 26;
-const OP_DESTROY: u32 = 38;
-/// Token of the server's completion event.
-const COMPLETIONS: u32 = 0;
+/// Token of the server's event.
+const NEWS: u32 = 0;
 
 /// What a file system device is to the guest, constant for its life.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -45,28 +40,16 @@ pub struct Fs {
     // Before the server: a watch ends before its descriptor is closed.
     active: Option<Active>,
     server: Option<FsServer>,
-    complaints: Complaints,
     /// The guest has mounted it and not unmounted.
-    session: bool,
+    session: Arc<AtomicBool>,
 }
 
 #[derive(Debug)]
 struct Active {
-    completions: Option<WatchGuard>,
-    memory: GuestRam,
-    queues: Vec<ActiveQueue>,
+    _news: Option<WatchGuard>,
     interrupt: Interrupt,
-    watches: Watches,
-    requests: Slab<Request>,
-}
-
-/// A request that the server has.
-#[derive(Debug)]
-struct Request {
-    /// Position of its queue.
-    queue: usize,
-    chain: Chain,
-    unique: u64,
+    /// The queues of a device without a server, whose requests are all refused.
+    lines: Option<Lines>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -87,177 +70,61 @@ impl Fs {
             queue_sizes: [config.queue_size; 2],
             active: None,
             server: None,
-            complaints: Complaints::new(KIND),
-            session: false,
+            session: Arc::default(),
         }
     }
 
     /// Whether the guest has it mounted.
     pub fn is_mounted(&self) -> bool {
-        self.session
+        self.session.load(Ordering::SeqCst)
     }
 
-    /// Gives the device its server.
+    /// Gives the device its server, which has to be there when its driver begins.
     pub fn attach(&mut self, server: FsServer) -> Result<(), DeviceError> {
         if self.server.is_some() {
             return Err(DeviceError::Busy(
                 "the device has a file server already".to_owned(),
             ));
         }
+        if self.active.is_some() {
+            return Err(DeviceError::Busy(
+                "the device is in use without a file server; have its driver reset it first"
+                    .to_owned(),
+            ));
+        }
         self.server = Some(server);
-        self.watch()
-    }
-
-    fn watch(&mut self) -> Result<(), DeviceError> {
-        let (Some(active), Some(server)) = (&mut self.active, &self.server) else {
-            return Ok(());
-        };
-        let edges = EventSet::IN | EventSet::EDGE_TRIGGERED;
-        let guard = active
-            .watches
-            .watch(server.fd(), COMPLETIONS, edges)
-            .map_err(|source| DeviceError::Io {
-                action: "watching the file server",
-                source,
-            })?;
-        active.completions = Some(guard);
         Ok(())
     }
 
-    fn check(&mut self, result: Result<(), RingError>) {
-        if let (Err(e), Some(active)) = (result, &self.active) {
-            active.interrupt.fail_device(e);
+    /// Passes on what the server's thread tells.
+    fn hear(&self) {
+        let (Some(active), Some(server)) = (&self.active, &self.server) else {
+            return;
+        };
+        let news = server.news();
+        for queue in news.queues() {
+            active.interrupt.signal_queue(queue);
+        }
+        if let Some(what) = news.broken {
+            active.interrupt.fail_device(what);
         }
     }
 
-    fn serve(&mut self, position: usize) -> Result<(), RingError> {
-        let Some(active) = &mut self.active else {
-            return Ok(());
-        };
-        let Active {
-            memory,
-            queues,
+    /// Refuses what is asked of a device without a server.
+    fn refuse(&mut self) {
+        let Some(Active {
             interrupt,
-            requests,
+            lines: Some(lines),
             ..
-        } = active;
-        let Some(queue) = queues.get_mut(position) else {
-            return Ok(());
+        }) = &mut self.active
+        else {
+            return;
         };
-        let mem = memory.memory().into_inner();
-        let since = queue.queue.next_used();
-        let (server, session) = (&mut self.server, &mut self.session);
-        ring::turn(queue, &mem, &mut self.complaints, |chain, complaints| {
-            let mut header = [0; IN_HEADER_LEN];
-            if let Err(e) = chain.readable.read(&*mem, 0, &mut header) {
-                complaints.add(e);
-                return Ok(Handled::Used(0));
-            }
-            let number = |at: usize, len: usize| {
-                header
-                    .iter()
-                    .skip(at)
-                    .take(len)
-                    .rev()
-                    .fold(0, |all, b| all << 8 | u64::from(*b))
-            };
-            let (opcode, unique) = (number(4, 4), number(8, 8));
-            let Some(server) = server.as_mut() else {
-                return Ok(Handled::Used(answer_error(
-                    &mem,
-                    &chain,
-                    unique,
-                    libc::ENODEV,
-                )));
-            };
-            if opcode == u64::from(OP_INIT) {
-                *session = true;
-            } else if opcode == u64::from(OP_DESTROY) {
-                *session = false;
-            }
-            let (readable, writable) = (chain.readable.clone(), chain.writable.clone());
-            let tag = requests.insert(Request {
-                queue: position,
-                chain,
-                unique,
-            });
-            if server.submit(Job::Request {
-                tag,
-                mem: mem.clone(),
-                readable,
-                writable,
-            }) {
-                return Ok(Handled::Kept);
-            }
-            let Some(request) = requests.remove(tag) else {
-                return Ok(Handled::Used(0));
-            };
-            complaints.add("the file server is gone");
-            Ok(Handled::Used(answer_error(
-                &mem,
-                &request.chain,
-                unique,
-                libc::ENODEV,
-            )))
-        })?;
-        ring::notify(queue, &mem, interrupt, since)
-    }
-
-    /// Gives finished requests back to the driver.
-    fn answer(&mut self, done: Vec<Done>) -> Result<(), RingError> {
-        let Some(active) = &mut self.active else {
-            return Ok(());
-        };
-        let mem = active.memory.memory();
-        let before: Vec<u16> = active.queues.iter().map(|q| q.queue.next_used()).collect();
-        for Done { tag, result } in done {
-            let Some(request) = active.requests.remove(tag) else {
-                continue;
-            };
-            let Some(queue) = active.queues.get_mut(request.queue) else {
-                continue;
-            };
-            let len = match result {
-                Ok(len) => u32::try_from(len).unwrap_or(u32::MAX),
-                Err(e) => {
-                    self.complaints.add(e);
-                    answer_error(&mem, &request.chain, request.unique, libc::EIO)
-                }
-            };
-            ring::add_used(queue, &mem, request.chain.head, len)?;
+        let signal = |queue| interrupt.signal_queue(queue);
+        let refused = lines.turn(|| true, signal, |_, _, _| Answer::Error(libc::ENODEV));
+        if let Err(e) = refused {
+            interrupt.fail_device(e);
         }
-        for (queue, since) in active.queues.iter_mut().zip(before) {
-            ring::notify(queue, &mem, &active.interrupt, since)?;
-        }
-        Ok(())
-    }
-
-    fn finish_all(&mut self) {
-        let done = self
-            .server
-            .as_mut()
-            .map(FsServer::drain)
-            .unwrap_or_default();
-        let answered = self.answer(done);
-        self.check(answered);
-    }
-}
-
-/// Puts a FUSE error into a chain that has room for one; gives the bytes written.
-fn answer_error(mem: &Mem, chain: &Chain, unique: u64, error: i32) -> u32 {
-    let mut header = [0; OUT_HEADER_LEN as usize];
-    let fields = OUT_HEADER_LEN
-        .to_le_bytes()
-        .into_iter()
-        .chain((-error).to_le_bytes())
-        .chain(unique.to_le_bytes());
-    for (to, from) in header.iter_mut().zip(fields) {
-        *to = from;
-    }
-    match chain.writable.write(mem, 0, &header) {
-        Ok(()) => OUT_HEADER_LEN,
-        // Requests that want no answer leave no room for one.
-        Err(_) => 0,
     }
 }
 
@@ -290,6 +157,10 @@ impl VirtioDevice for Fs {
         // All of it is read-only.
     }
 
+    fn doorbell(&self) -> Option<Arc<EventFd>> {
+        self.server.as_ref().map(FsServer::bell)
+    }
+
     fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {
         let Activation {
             memory,
@@ -301,61 +172,74 @@ impl VirtioDevice for Fs {
         if queues.len() != 2 {
             return Err(DeviceError::Driver("not both queues are enabled"));
         }
+        let lines = Lines::new(memory, queues, self.session.clone());
+        let (news, lines) = match &self.server {
+            None => (None, Some(lines)),
+            Some(server) => {
+                let edges = EventSet::IN | EventSet::EDGE_TRIGGERED;
+                let watched = watches.watch(server.event(), NEWS, edges);
+                let news = watched.map_err(|source| DeviceError::Io {
+                    action: "watching the file server",
+                    source,
+                })?;
+                server.begin(lines);
+                (Some(news), None)
+            }
+        };
         self.active = Some(Active {
-            completions: None,
-            memory,
-            queues,
+            _news: news,
             interrupt,
-            watches,
-            requests: Slab::new(),
+            lines,
         });
-        self.watch()
+        Ok(())
     }
 
-    fn queue_event(&mut self, queue: u16) {
-        let served = self.serve(usize::from(queue));
-        self.check(served);
+    fn queue_event(&mut self, _queue: u16) {
+        match &self.server {
+            Some(server) => server.ring(),
+            None => self.refuse(),
+        }
     }
 
     fn event(&mut self, _token: u32, _ready: EventSet) {
-        let done = self
-            .server
-            .as_mut()
-            .map(FsServer::finished)
-            .unwrap_or_default();
-        let answered = self.answer(done);
-        self.check(answered);
+        self.hear();
     }
 
     fn reset(&mut self) {
-        if let Some(server) = &mut self.server {
+        if let Some(server) = &self.server {
             server.end();
         }
-        self.session = false;
+        self.session.store(false, Ordering::SeqCst);
         self.active = None;
     }
 
     fn pause(&mut self) -> Result<(), DeviceError> {
-        self.finish_all();
+        if let Some(server) = &self.server {
+            server.hold();
+        }
+        self.hear();
         Ok(())
     }
 
     fn unpause(&mut self) {
-        if let Some(server) = &mut self.server {
+        if let Some(server) = &self.server {
             server.release();
         }
     }
 
     fn queues(&self) -> Vec<SavedQueue> {
-        self.active
-            .iter()
-            .flat_map(|active| &active.queues)
-            .map(ActiveQueue::save)
-            .collect()
+        let Some(active) = &self.active else {
+            return Vec::new();
+        };
+        match (&active.lines, &self.server) {
+            (Some(lines), _) => lines.save(),
+            (None, Some(server)) => server.queues(),
+            (None, None) => Vec::new(),
+        }
     }
 
     fn save(&self) -> Result<DeviceState, DeviceError> {
-        if self.session {
+        if self.is_mounted() {
             return Err(DeviceError::Busy(
                 "the guest has mounted the shared folder, whose open files can't be saved; unmount \
                  it first"

@@ -6,10 +6,14 @@
 //! systems like, and they need rights that no other thread of the VMM has.
 
 mod device;
+mod lines;
 mod server;
 
 #[cfg(test)]
 mod tests;
+
+/// What the device is called in the log and in saved states.
+const KIND: &str = "fs";
 
 pub use device::{Fs, FsConfig};
 pub use server::FsServer;

@@ -1,109 +1,141 @@
-//! The thread that does the file system calls.
+//! The thread that does the file system calls. It takes requests off the device's queues and puts the answers there
+//! itself, for each wake of another thread costs more than most requests. Only interrupts take another's hands: it has
+//! no descriptor of the machine's, by which they are made.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::ptr::NonNull;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::mpsc::channel;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use kiln_vmm_fs::{Outcome, Server, ServerError, Span, View};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use crate::devices::chain::Segments;
+use super::lines::{Answer, Lines};
+use crate::devices::chain::{Chain, Segments};
 use crate::devices::ring::Mem;
+use crate::virtio::SavedQueue;
 
-/// One request, or what is done with those that wait.
-pub(super) enum Job {
-    Request {
-        tag: usize,
-        mem: Arc<Mem>,
-        readable: Segments,
-        writable: Segments,
-    },
-    /// The end of the session, and of all requests.
-    ForgetAll,
-    /// Requests that wait are not answered until they are released.
+/// What the thread is told to do, besides what the guest asks for.
+#[derive(Debug, Clone, Copy)]
+enum Order {
+    /// To answer what is in the queues, and from then on nothing, not even what waits for a lock.
     Hold,
-    Release,
+    /// To end the session and all requests, and to give the queues up.
+    End,
+    /// To end itself.
+    Quit,
 }
 
-/// How a request ended: bytes written, or why it was not answered.
-#[derive(Debug)]
-pub(super) struct Done {
-    pub(super) tag: usize,
-    pub(super) result: Result<usize, String>,
-}
-
-/// What the thread tells.
 #[derive(Debug, Default)]
-struct Told {
-    done: Vec<Done>,
-    /// Requests that wait for a lock: they may do so for as long as somebody has it.
-    waiting: usize,
-    /// The thread answers none of those now.
+struct Orders {
+    /// Whoever gives one waits until it is taken away.
+    given: Option<Order>,
     held: bool,
-    /// Somebody waits for a change: seldom, and a call of the system each time.
-    awaited: bool,
 }
+
+/// The device has stopped because of its driver: beside the queues' bits in what is told.
+const BROKEN: u32 = 1 << 31;
 
 #[derive(Debug)]
 struct Shared {
-    told: Mutex<Told>,
-    changed: Condvar,
+    /// Wakes the thread: the driver's kicks, and orders.
+    bell: Arc<EventFd>,
+    orders: Mutex<Orders>,
+    obeyed: Condvar,
+    /// The queues while the device is in operation. Held by the thread as long as it serves them.
+    lines: Mutex<Option<Lines>>,
+    /// Wakes the device's thread, for interrupts.
     event: EventFd,
+    /// Queues to be interrupted for, a bit each.
+    told: AtomicU32,
+    broken: Mutex<Option<String>>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Shared {
-    fn told(&self) -> MutexGuard<'_, Told> {
-        self.told.lock().unwrap_or_else(PoisonError::into_inner)
+    fn tell(&self, bits: u32) {
+        // Who set the others has written the event, and they have not been looked at since.
+        if self.told.fetch_or(bits, Ordering::SeqCst) == 0 {
+            // A full counter is readable, which is all that counts.
+            let _ = self.event.write(1);
+        }
     }
 
-    /// Tells something to whoever waits for it, and by the event.
-    fn tell(&self, change: impl FnOnce(&mut Told)) {
-        let mut told = self.told();
-        change(&mut told);
-        let awaited = told.awaited;
-        drop(told);
-        if awaited {
-            self.changed.notify_all();
+    fn interrupt(&self, queue: u16) {
+        self.tell(1u32.checked_shl(queue.into()).unwrap_or(0));
+    }
+
+    fn ring(&self) {
+        // A full counter wakes the thread, too.
+        let _ = self.bell.write(1);
+    }
+
+    /// Does something with the queues, if there are any and their rings can be used.
+    fn with_lines(
+        &self,
+        work: impl FnOnce(&mut Lines) -> Result<(), crate::devices::ring::RingError>,
+    ) {
+        if let Some(Err(e)) = lock(&self.lines).as_mut().map(work) {
+            *lock(&self.broken) = Some(e.to_string());
+            self.tell(BROKEN);
         }
-        // A full counter is readable, which is all that counts.
-        let _ = self.event.write(1);
     }
 }
 
 /// A file server on a thread of its own.
 #[derive(Debug)]
 pub struct FsServer {
-    jobs: Option<Sender<Job>>,
     shared: Arc<Shared>,
-    in_flight: usize,
     thread: Option<JoinHandle<()>>,
+}
+
+/// What the device has to pass on.
+#[derive(Debug)]
+pub(super) struct News {
+    queues: u32,
+    /// Why the device can't go on.
+    pub(super) broken: Option<String>,
+}
+
+impl News {
+    /// The queues to be interrupted for.
+    pub(super) fn queues(&self) -> impl Iterator<Item = u16> + '_ {
+        (0..2).filter(|queue| self.queues & 1 << queue != 0)
+    }
 }
 
 impl FsServer {
     /// Starts the thread and has it make its server by `make`, which runs on it first: that is the place
     /// to confine the thread ([`kiln_vmm_fs::Prepared::enter`]) and to install its system call filter. `make` is told
-    /// the descriptor that the thread goes on to use. Waits until that is done.
+    /// the descriptors that the thread goes on to use. Waits until that is done.
     pub fn start<T: Send + 'static, E: Send + 'static>(
-        make: impl FnOnce(RawFd) -> Result<(Server, T), E> + Send + 'static,
+        make: impl FnOnce(&[RawFd]) -> Result<(Server, T), E> + Send + 'static,
     ) -> io::Result<Result<(Self, T), E>> {
         let shared = Arc::new(Shared {
-            told: Mutex::default(),
-            changed: Condvar::new(),
+            bell: Arc::new(EventFd::new(0)?),
+            orders: Mutex::default(),
+            obeyed: Condvar::new(),
+            lines: Mutex::default(),
             event: EventFd::new(EFD_NONBLOCK)?,
+            told: AtomicU32::new(0),
+            broken: Mutex::default(),
         });
-        let (jobs, incoming) = channel();
         let (made, ready) = channel();
         let thread = std::thread::Builder::new().name("fs".to_owned()).spawn({
             let shared = shared.clone();
-            move || match make(shared.event.as_raw_fd()) {
-                Ok((mut server, more)) => {
-                    // Nobody to hear it is nobody to work for: the jobs' channel is closed then.
+            move || match make(&[shared.bell.as_raw_fd(), shared.event.as_raw_fd()]) {
+                Ok((server, more)) => {
+                    // Nobody to hear it is nobody to work for: the thread is told to end then.
                     let _ = made.send(Ok(more));
-                    work(&mut server, &incoming, &shared);
+                    Worker::new(server, &shared).work();
                 }
                 Err(e) => {
                     let _ = made.send(Err(e));
@@ -112,13 +144,8 @@ impl FsServer {
         })?;
         match ready.recv() {
             Ok(Ok(more)) => {
-                let server = FsServer {
-                    jobs: Some(jobs),
-                    shared,
-                    in_flight: 0,
-                    thread: Some(thread),
-                };
-                Ok(Ok((server, more)))
+                let thread = Some(thread);
+                Ok(Ok((FsServer { shared, thread }, more)))
             }
             Ok(Err(e)) => Ok(Err(e)),
             Err(_) => Err(io::Error::other(
@@ -127,154 +154,206 @@ impl FsServer {
         }
     }
 
-    pub(super) fn fd(&self) -> RawFd {
+    /// What is readable when there is [`FsServer::news`].
+    pub(super) fn event(&self) -> RawFd {
         self.shared.event.as_raw_fd()
     }
 
-    /// Hands a job over. `false` when the thread is gone.
-    pub(super) fn submit(&mut self, job: Job) -> bool {
-        let counts = matches!(job, Job::Request { .. });
-        let sent = self
-            .jobs
-            .as_ref()
-            .is_some_and(|jobs| jobs.send(job).is_ok());
-        if sent && counts {
-            self.in_flight += 1;
+    /// What the driver's kicks are to ring.
+    pub(super) fn bell(&self) -> Arc<EventFd> {
+        self.shared.bell.clone()
+    }
+
+    /// Has the thread look at the queues.
+    pub(super) fn ring(&self) {
+        self.shared.ring();
+    }
+
+    /// Hands the queues over.
+    pub(super) fn begin(&self, lines: Lines) {
+        *lock(&self.shared.lines) = Some(lines);
+    }
+
+    /// What has happened since the last call.
+    pub(super) fn news(&self) -> News {
+        let bits = self.shared.told.swap(0, Ordering::SeqCst);
+        News {
+            queues: bits & !BROKEN,
+            broken: (bits & BROKEN != 0)
+                .then(|| lock(&self.shared.broken).take())
+                .flatten(),
         }
-        sent
     }
 
-    /// What has finished since the last call.
-    pub(super) fn finished(&mut self) -> Vec<Done> {
-        // Nothing to read means that nothing has finished since.
-        let _ = self.shared.event.read();
-        let done = std::mem::take(&mut self.shared.told().done);
-        self.in_flight -= done.len();
-        done
+    /// Has what is in the queues answered, and from then on nothing before [`FsServer::release`].
+    pub(super) fn hold(&self) {
+        self.order(Order::Hold);
     }
 
-    /// Waits until all has finished but what waits for a lock, which is not answered before [`FsServer::release`].
-    pub(super) fn drain(&mut self) -> Vec<Done> {
-        if !self.submit(Job::Hold) {
-            return Vec::new();
+    /// Has requests answered again.
+    pub(super) fn release(&self) {
+        if std::mem::take(&mut lock(&self.shared.orders).held) {
+            self.ring();
         }
-        self.collect(|told| told.held)
-    }
-
-    /// Answers again what waits for a lock.
-    pub(super) fn release(&mut self) {
-        // A thread that is gone answers nothing.
-        self.submit(Job::Release);
     }
 
     /// Ends the session, and all requests: none of them is answered after this.
-    pub(super) fn end(&mut self) {
-        if self.submit(Job::ForgetAll) {
-            // Answers nobody waits for any more.
-            drop(self.collect(|told| told.waiting == 0));
-        }
+    pub(super) fn end(&self) {
+        self.order(Order::End);
+        // Of queues that are no more.
+        drop(self.news());
     }
 
-    /// Waits until what is in flight is what waits for a lock, and what is told is right.
-    fn collect(&mut self, is_right: impl Fn(&Told) -> bool) -> Vec<Done> {
-        let mut told = self.shared.told();
-        told.awaited = true;
-        while told.done.len() + told.waiting < self.in_flight || !is_right(&told) {
-            told = self
+    /// Whether any request has not been answered. To be asked while the server is held.
+    pub(super) fn is_busy(&self) -> bool {
+        lock(&self.shared.lines)
+            .as_ref()
+            .is_some_and(Lines::is_busy)
+    }
+
+    /// The queues as they are. To be asked while the server is held.
+    pub(super) fn queues(&self) -> Vec<SavedQueue> {
+        let lines = lock(&self.shared.lines);
+        lines.as_ref().map(Lines::save).unwrap_or_default()
+    }
+
+    fn order(&self, order: Order) {
+        let mut orders = lock(&self.shared.orders);
+        orders.given = Some(order);
+        self.ring();
+        while orders.given.is_some() {
+            orders = self
                 .shared
-                .changed
-                .wait(told)
+                .obeyed
+                .wait(orders)
                 .unwrap_or_else(PoisonError::into_inner);
         }
-        told.awaited = false;
-        let done = std::mem::take(&mut told.done);
-        drop(told);
-        self.in_flight -= done.len();
-        let _ = self.shared.event.read();
-        done
-    }
-
-    /// Whether any request has not been answered.
-    pub(super) fn is_busy(&self) -> bool {
-        self.in_flight > 0
     }
 }
 
 impl Drop for FsServer {
     fn drop(&mut self) {
-        self.jobs = None;
         if let Some(thread) = self.thread.take() {
-            // It ends when it has seen that no more jobs can come.
+            self.order(Order::Quit);
+            // It has nothing left to do.
             let _ = thread.join();
         }
     }
 }
 
-fn work(server: &mut Server, incoming: &Receiver<Job>, shared: &Shared) {
-    let mut seen: Option<(Arc<Mem>, View)> = None;
-    let mut held = false;
-    loop {
-        let wait = if held { None } else { server.wait() };
-        let job = match wait {
-            Some(time) => incoming.recv_timeout(time),
-            None => incoming.recv().map_err(RecvTimeoutError::from),
-        };
-        match job {
-            Ok(Job::Request {
-                tag,
-                mem,
-                readable,
-                writable,
-            }) => match handle(server, &mut seen, tag, &mem, &readable, &writable) {
-                Ok(Outcome::Later) => shared.tell(|told| told.waiting += 1),
-                Ok(Outcome::Done(len)) => done(shared, tag, Ok(len)),
-                Err(e) => done(shared, tag, Err(e)),
-            },
-            Ok(Job::ForgetAll) => {
-                let ended = server.forget_all();
-                held = false;
-                shared.tell(|told| {
-                    told.waiting -= ended.len();
-                    told.held = false;
-                    told.done.extend(ended.into_iter().map(|tag| Done {
-                        tag,
-                        result: Err("the session has ended".to_owned()),
-                    }));
-                });
-            }
-            Ok(change @ (Job::Hold | Job::Release)) => {
-                held = matches!(change, Job::Hold);
-                shared.tell(|told| told.held = held);
-            }
-            Err(RecvTimeoutError::Timeout) => {}
-            Err(RecvTimeoutError::Disconnected) => return,
+/// The thread's own.
+struct Worker<'a> {
+    server: Server,
+    shared: &'a Shared,
+    /// Guest memory as it was last seen.
+    seen: Option<(Arc<Mem>, View)>,
+}
+
+impl<'a> Worker<'a> {
+    fn new(server: Server, shared: &'a Shared) -> Self {
+        Worker {
+            server,
+            shared,
+            seen: None,
         }
-        if let Some((_, view)) = seen.as_ref().filter(|_| !held) {
-            for finished in server.finished(view) {
-                let result = finished.result.map_err(|e| e.to_string());
-                shared.tell(|told| {
-                    told.waiting -= 1;
-                    told.done.push(Done {
-                        tag: finished.ticket,
-                        result,
-                    });
-                });
+    }
+
+    fn work(&mut self) {
+        loop {
+            let (given, held) = {
+                let orders = lock(&self.shared.orders);
+                (orders.given, orders.held)
+            };
+            match given {
+                Some(order) => {
+                    if matches!(order, Order::Hold) && !held {
+                        // The driver stands still: there is an end to what it has asked for.
+                        self.serve(|| true);
+                    }
+                    self.obey(order);
+                    if matches!(order, Order::Quit) {
+                        return;
+                    }
+                }
+                None if held => self.wait(None),
+                None => {
+                    self.serve(|| lock(&self.shared.orders).given.is_none());
+                    self.answer_waiters();
+                    self.wait(self.server.wait());
+                }
             }
         }
     }
-}
 
-fn done(shared: &Shared, tag: usize, result: Result<usize, String>) {
-    shared.tell(|told| told.done.push(Done { tag, result }));
+    fn obey(&mut self, order: Order) {
+        if matches!(order, Order::End) {
+            self.server.forget_all();
+            *lock(&self.shared.lines) = None;
+        }
+        let mut orders = lock(&self.shared.orders);
+        orders.held = matches!(order, Order::Hold);
+        orders.given = None;
+        drop(orders);
+        self.shared.obeyed.notify_all();
+    }
+
+    fn serve(&mut self, go_on: impl Fn() -> bool) {
+        let (server, seen, shared) = (&mut self.server, &mut self.seen, self.shared);
+        shared.with_lines(|lines| {
+            lines.turn(
+                go_on,
+                |queue| shared.interrupt(queue),
+                |mem, number, chain| match handle(server, seen, number, mem, chain) {
+                    Ok(Outcome::Done(len)) => Answer::Written(len),
+                    Ok(Outcome::Later) => Answer::Later,
+                    Err(e) => Answer::Failed(e),
+                },
+            )
+        });
+    }
+
+    /// Answers requests that have what they waited for.
+    fn answer_waiters(&mut self) {
+        let Some((_, view)) = &self.seen else {
+            return;
+        };
+        for finished in self.server.finished(view) {
+            let answer = match finished.result {
+                Ok(len) => Answer::Written(len),
+                Err(e) => Answer::Failed(e.to_string()),
+            };
+            let interrupt = |queue| self.shared.interrupt(queue);
+            self.shared
+                .with_lines(|lines| lines.answer(finished.ticket, answer, interrupt));
+        }
+    }
+
+    /// Waits for the bell, for so long at most.
+    fn wait(&self, time: Option<Duration>) {
+        if let Some(time) = time {
+            let mut bell = libc::pollfd {
+                fd: self.shared.bell.as_raw_fd(),
+                events: libc::POLLIN,
+                revents: 0,
+            };
+            // Rounded up, for a wait of none would be a loop without one.
+            let time = i32::try_from(time.as_millis().saturating_add(1)).unwrap_or(i32::MAX);
+            // SAFETY: one `pollfd`, which outlives the call.
+            if unsafe { libc::poll(&raw mut bell, 1, time) } < 1 {
+                return;
+            }
+        }
+        // A signal ends it early, which is a turn for nothing.
+        let _ = self.shared.bell.read();
+    }
 }
 
 fn handle(
     server: &mut Server,
     seen: &mut Option<(Arc<Mem>, View)>,
-    tag: usize,
+    number: usize,
     mem: &Arc<Mem>,
-    readable: &Segments,
-    writable: &Segments,
+    chain: &Chain,
 ) -> Result<Outcome, String> {
     // Hot-plug makes a new map; until then the view is good.
     if seen
@@ -286,10 +365,10 @@ fn handle(
     let Some((_, view)) = seen else {
         return Err("guest memory can't be viewed".to_owned());
     };
-    let readable = spans(mem, readable)?;
-    let writable = spans(mem, writable)?;
+    let readable = spans(mem, &chain.readable)?;
+    let writable = spans(mem, &chain.writable)?;
     server
-        .handle(view, tag, &readable, &writable)
+        .handle(view, number, &readable, &writable)
         .map_err(|e| e.to_string())
 }
 

@@ -3,7 +3,7 @@
 use kiln_vmm_fs::{Options, Server, ServerError};
 
 use super::*;
-use crate::devices::testing::{BUFFERS_BASE, Bench};
+use crate::devices::testing::{BUFFERS_BASE, Bench, Driver};
 use crate::virtio::{DeviceError, VirtioDevice};
 
 const MEMORY: usize = 4 << 20;
@@ -17,13 +17,30 @@ fn config() -> FsConfig {
     }
 }
 
+/// A device with a server, in operation.
+fn bench(dir: &tempfile::TempDir) -> Bench<Fs> {
+    let mut device = Fs::new(&config());
+    device.attach(server(dir)).unwrap();
+    Bench::new(device, MEMORY, 128)
+}
+
+/// The driver begins anew, on empty rings.
+fn restart(bench: &mut Bench<Fs>) {
+    for (driver, index) in bench.drivers.iter_mut().zip(0..) {
+        *driver = Driver::new(&bench.memory, index, 128);
+        driver.poke(driver.avail_ring(), &[0; 0x1000]);
+    }
+    let features = bench.device.features();
+    bench.activate(features);
+}
+
 fn server(dir: &tempfile::TempDir) -> FsServer {
     let root = dir.path().to_str().unwrap().to_owned();
     let options = Options {
         root,
         ..Options::default()
     };
-    let made = FsServer::start(move |_| Ok::<_, ServerError>((Server::new(&options)?, ())));
+    let made = FsServer::start(move |_: &[_]| Ok::<_, ServerError>((Server::new(&options)?, ())));
     made.unwrap().unwrap().0
 }
 
@@ -79,11 +96,18 @@ fn a_device_without_a_server_can_not_be_mounted_and_gets_one_later() {
 
     let dir = tempfile::tempdir().unwrap();
     std::fs::write(dir.path().join("file"), b"x").unwrap();
+    // Its queues are the device thread's by now.
+    assert!(matches!(
+        bench.device.attach(server(&dir)),
+        Err(DeviceError::Busy(_))
+    ));
+    bench.device.reset();
     bench.device.attach(server(&dir)).unwrap();
     assert!(matches!(
         bench.device.attach(server(&dir)),
         Err(DeviceError::Busy(_))
     ));
+    restart(&mut bench);
     assert_eq!(mount(&mut bench), 0);
     assert_eq!(ask(&mut bench, 1, 1, b"file\0").0, 0);
     assert_eq!(ask(&mut bench, 1, 1, b"none\0").0, -libc::ENOENT);
@@ -92,8 +116,7 @@ fn a_device_without_a_server_can_not_be_mounted_and_gets_one_later() {
 #[test]
 fn a_mounted_device_refuses_to_be_saved() {
     let dir = tempfile::tempdir().unwrap();
-    let mut bench = Bench::new(Fs::new(&config()), MEMORY, 128);
-    bench.device.attach(server(&dir)).unwrap();
+    let mut bench = bench(&dir);
     assert_eq!(mount(&mut bench), 0);
     bench.device.pause().unwrap();
     assert!(matches!(bench.device.save(), Err(DeviceError::Busy(_))));
@@ -104,8 +127,7 @@ fn a_mounted_device_refuses_to_be_saved() {
 #[test]
 fn requests_without_sense_are_answered_and_harm_nothing() {
     let dir = tempfile::tempdir().unwrap();
-    let mut bench = Bench::new(Fs::new(&config()), MEMORY, 128);
-    bench.device.attach(server(&dir)).unwrap();
+    let mut bench = bench(&dir);
     assert_eq!(mount(&mut bench), 0);
     assert_eq!(ask(&mut bench, 9999, 1, b"").0, -libc::ENOSYS);
     // A body shorter than its request needs.
@@ -114,9 +136,11 @@ fn requests_without_sense_are_answered_and_harm_nothing() {
     driver.add(&[(REQUEST, 39)], &[(ANSWER, 16)]);
     driver.add(&[], &[(ANSWER, 16)]);
     bench.kick(1);
+    bench.device.pause().unwrap();
     for _ in 0..2 {
         assert_eq!(bench.drivers[1].used().unwrap().1, 0);
     }
+    bench.device.unpause();
     // A request that wants an answer and has no room for it.
     bench.drivers[1].add(&[(REQUEST, 40)], &[]);
     bench.kick(1);
@@ -131,7 +155,7 @@ fn a_server_that_can_not_be_made_says_why() {
         root: "/no/such".to_owned(),
         ..Options::default()
     };
-    let made = FsServer::start(move |_| Ok((Server::new(&options)?, ()))).unwrap();
+    let made = FsServer::start(move |_: &[_]| Ok((Server::new(&options)?, ()))).unwrap();
     assert!(matches!(made, Err(ServerError::Root { .. })));
 }
 
@@ -168,8 +192,7 @@ fn wait_for_lock(bench: &mut Bench<Fs>, path: &std::path::Path) -> std::fs::File
 #[test]
 fn a_request_that_waits_for_a_lock_holds_up_no_other_and_no_pause() {
     let dir = tempfile::tempdir().unwrap();
-    let mut bench = Bench::new(Fs::new(&config()), MEMORY, 128);
-    bench.device.attach(server(&dir)).unwrap();
+    let mut bench = bench(&dir);
     assert_eq!(mount(&mut bench), 0);
     let host = wait_for_lock(&mut bench, &dir.path().join("f"));
     assert_eq!(ask_beside(&mut bench), -libc::ENOENT);
@@ -211,8 +234,7 @@ fn ask_beside(bench: &mut Bench<Fs>) -> i32 {
 #[test]
 fn a_reset_ends_what_waits_and_answers_it_no_more() {
     let dir = tempfile::tempdir().unwrap();
-    let mut bench = Bench::new(Fs::new(&config()), MEMORY, 128);
-    bench.device.attach(server(&dir)).unwrap();
+    let mut bench = bench(&dir);
     assert_eq!(mount(&mut bench), 0);
     let host = wait_for_lock(&mut bench, &dir.path().join("f"));
     bench.drivers[1].poke(ANSWER, &[0xee; 16]);
@@ -226,10 +248,63 @@ fn a_reset_ends_what_waits_and_answers_it_no_more() {
 #[test]
 fn a_device_with_a_request_that_waits_refuses_to_be_saved() {
     let dir = tempfile::tempdir().unwrap();
-    let mut bench = Bench::new(Fs::new(&config()), MEMORY, 128);
-    bench.device.attach(server(&dir)).unwrap();
+    let mut bench = bench(&dir);
     // Not mounted, as no guest that means well would do.
     let _host = wait_for_lock(&mut bench, &dir.path().join("f"));
     bench.device.pause().unwrap();
     assert!(matches!(bench.device.save(), Err(DeviceError::Busy(_))));
+}
+
+#[test]
+fn what_was_asked_before_a_pause_is_answered_and_what_comes_after_waits() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut bench = bench(&dir);
+    assert_eq!(mount(&mut bench), 0);
+    let look_up = |bench: &mut Bench<Fs>, place: u64| {
+        let mut raw = Vec::new();
+        for number in [45u32, 1, 11, 0, 1, 0, 0, 0, 0, 0] {
+            raw.extend(number.to_le_bytes());
+        }
+        raw.extend(b"none\0");
+        let (from, to) = (REQUEST + place * 0x100, ANSWER + place * 0x100);
+        let driver = &mut bench.drivers[1];
+        driver.poke(from, &raw);
+        driver.add(&[(from, raw.len() as u32)], &[(to, 16)]);
+    };
+    // A queue full, of which not one was kicked for.
+    for place in 0..60 {
+        look_up(&mut bench, place);
+    }
+    let interrupts = bench.sink.queue_count(1);
+    bench.device.pause().unwrap();
+    for _ in 0..60 {
+        assert_eq!(bench.drivers[1].used().unwrap().1, 16);
+    }
+    assert!(bench.sink.queue_count(1) > interrupts);
+    look_up(&mut bench, 0);
+    bench.kick(1);
+    std::thread::sleep(std::time::Duration::from_millis(50));
+    assert_eq!(bench.drivers[1].used(), None);
+    bench.device.unpause();
+    bench.run_until(|bench| bench.drivers[1].used().is_some());
+}
+
+#[test]
+fn a_broken_ring_stops_the_device_until_its_driver_begins_anew() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut bench = bench(&dir);
+    assert_eq!(mount(&mut bench), 0);
+    // More than there is room for.
+    let driver = &mut bench.drivers[1];
+    let index = u16::from_le_bytes(driver.peek(driver.avail_ring() + 2, 2).try_into().unwrap());
+    driver.set_avail_idx(index.wrapping_add(1000));
+    bench.kick(1);
+    bench.run_until(|bench| bench.failed());
+    bench.device.pause().unwrap();
+    bench.device.unpause();
+    bench.device.reset();
+    assert!(!bench.device.is_mounted());
+    restart(&mut bench);
+    assert_eq!(mount(&mut bench), 0);
+    assert!(!bench.failed());
 }
