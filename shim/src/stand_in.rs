@@ -49,6 +49,9 @@ std::arch::global_asm!(
     "mov edi, 15",
     "lea rsi, [rip + 5f]",
     "syscall",
+    "mov eax, 80", // chdir("/")
+    "lea rdi, [rip + 6f]",
+    "syscall",
     "3: xor eax, eax", // read(0, stack, 1)
     "xor edi, edi",
     "mov rsi, rsp",
@@ -62,6 +65,7 @@ std::arch::global_asm!(
     "xor edi, edi",
     "syscall",
     "5: .asciz \"kiln-container\"",
+    "6: .asciz \"/\"",
     "kiln_stand_in_end:",
     ".popsection",
 );
@@ -117,11 +121,11 @@ impl StandIn {
         };
         let file = executable().map_err(failed)?;
         let spawn = || {
-            // The standard input's other end is in the child's handle, here.
+            // The standard input's other end is in the child's handle, here. The program changes its directory itself: by
+            // the library that takes a fork, after which each page that the shim writes to is copied.
             Command::new(format!("/proc/self/fd/{}", file.as_raw_fd()))
                 .arg0(format!("kiln-container {id}"))
                 .env_clear()
-                .current_dir("/")
                 .stdin(Stdio::piped())
                 .stdout(Stdio::null())
                 .stderr(Stdio::null())
@@ -176,6 +180,10 @@ mod tests {
         let stand_in = StandIn::start("c1", None).unwrap();
         let pid = stand_in.pid();
         assert_eq!(command_line(pid), "kiln-container c1\0");
+        // It gives up the shim's directory once it runs.
+        while fs::read_link(format!("/proc/{pid}/cwd")).unwrap() != Path::new("/") {
+            std::thread::yield_now();
+        }
         drop(stand_in);
         assert!(!Path::new(&format!("/proc/{pid}")).exists());
     }
