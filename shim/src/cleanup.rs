@@ -125,7 +125,7 @@ pub fn pidfd_open(pid: i32) -> io::Result<Option<OwnedFd>> {
     Ok(Some(unsafe { OwnedFd::from_raw_fd(fd) }))
 }
 
-fn pidfd_kill(pidfd: &OwnedFd) -> io::Result<()> {
+pub fn pidfd_kill(pidfd: &OwnedFd) -> io::Result<()> {
     use std::os::fd::AsRawFd;
     // SAFETY: the descriptor is open, and a null pointer stands for "no siginfo".
     let result = unsafe {
