@@ -263,7 +263,16 @@ impl Spec {
                     .into(),
             ));
         }
-        Ok(id_map(&users, &groups))
+        let map = id_map(&users, &groups);
+        let has_root = |map: &IdMap| map.user(0).is_some() && map.group(0).is_some();
+        if map.as_ref().is_some_and(|map| !has_root(map)) {
+            return Err(Error::InvalidArgument(
+                "kiln: a user namespace that has no root is refused: what is made for a container before its first \
+                 process runs is root's. Map the container's id 0 in uidMappings and gidMappings"
+                    .into(),
+            ));
+        }
+        Ok(map)
     }
 
     fn namespace(&self, kind: &str) -> Option<Option<PathBuf>> {
@@ -370,7 +379,8 @@ impl Spec {
 
     /// Looks for what a container in a μVM can't have.
     pub fn check(&self, policy: HostNamespaces) -> Result<()> {
-        Ok(refusal::check(&self.value, policy)?)
+        refusal::check(&self.value, policy)?;
+        self.user_namespace().map(|_| ())
     }
 
     /// The specification for the agent: `mounts` in place of the spec's own, no path of the host
@@ -640,9 +650,18 @@ mod tests {
         assert_eq!(guest["linux"]["namespaces"], json!([{"type": "user"}]));
         assert_eq!(guest["linux"]["uidMappings"], mappings);
 
-        value["linux"]["gidMappings"] = json!(null);
-        let error = spec(&value).user_namespace().unwrap_err().to_string();
-        assert!(error.contains("gidMappings"), "{error}");
+        for (wrong, named) in [
+            (json!(null), "gidMappings"),
+            (
+                json!([{"containerID": 1, "hostID": 131_072, "size": 65_536}]),
+                "no root",
+            ),
+        ] {
+            value["linux"]["gidMappings"] = wrong;
+            let error = spec(&value).user_namespace().unwrap_err().to_string();
+            assert!(error.contains(named), "{error}");
+            spec(&value).check(HostNamespaces::Refuse).unwrap_err();
+        }
         assert_eq!(spec(&json!({"linux": {}})).user_namespace().unwrap(), None);
     }
 
