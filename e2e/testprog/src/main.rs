@@ -13,6 +13,7 @@ mod hostile;
 mod http;
 mod job;
 mod json;
+mod kernel;
 mod load;
 mod process;
 mod report;
@@ -54,6 +55,7 @@ testprog COMMAND [ARGUMENTS]    (or COMMAND, if the program has that name)
   signals [NAME=CODE|NAME=ignore]...  print signals as they come; exit with CODE where one is given
   lines COUNT [LENGTH] [ERR_EVERY]    print numbered lines, every n-th on stderr
   pace RATE COUNT [LENGTH]   print COUNT numbered lines, RATE a second, then the milliseconds on stderr
+  sctp                       open a socket of a protocol that kernels load when it is asked for
   echo                       copy stdin to stdout, then print the count on stderr
   tty                        print whether stdio is a terminal and its size; again after each resize
   spawn COUNT                start COUNT sleeping children, print their pids, pause
@@ -114,6 +116,7 @@ fn run(arguments: &[String]) -> Result<ExitCode> {
         "opens" => files::opens(word(rest, 0)?, number(rest, 1)?)?,
         "blocks" => files::blocks(word(rest, 0)?, word(rest, 1)?, number(rest, 2)?)?,
         "count" => count::count(word(rest, 0)?, number(rest, 1)?, word(rest, 2)?)?,
+        "sctp" => kernel::sctp()?,
         "features" => features::try_all(word(rest, 0)?)?,
         "watch" => files::watch(word(rest, 0)?)?,
         "timed" => text::say(&process::timed(rest)?.to_string())?,

@@ -17,6 +17,7 @@
 //! ```
 
 pub mod client;
+pub mod modules;
 mod refusal;
 pub mod slots;
 pub mod stream;

@@ -83,7 +83,9 @@ const SAFE: MsFlags = MsFlags::MS_NOSUID
     .union(MsFlags::MS_NOEXEC);
 
 /// Settings of the kernel that suit a guest.
-const SYSCTLS: [(&str, &str); 4] = [
+const SYSCTLS: [(&str, &str); 5] = [
+    // The agent: see `modprobe`.
+    ("kernel/modprobe", "/init"),
     // The host's side has made sure that addresses are unique; waiting for it again costs a second.
     ("net/ipv6/conf/all/accept_dad", "0"),
     ("net/ipv6/conf/default/accept_dad", "0"),

@@ -20,6 +20,7 @@ mod gathering;
 mod helper;
 mod listen;
 mod lock_watch;
+mod modprobe;
 mod network;
 mod reaper;
 mod resources;
@@ -83,6 +84,12 @@ fn main() {
             std::process::exit(1);
         }
         return;
+    }
+    if arguments
+        .first()
+        .is_some_and(|one| one == modprobe::QUIETLY)
+    {
+        std::process::exit(i32::from(!modprobe::serve(&arguments)));
     }
     // PID 1 of a namespace, in tests, is not PID 1 of a guest: it is told where to listen.
     let arguments = if first { listen_arguments() } else { arguments };

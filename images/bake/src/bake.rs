@@ -1,12 +1,12 @@
 //! The bake itself: boots the guest, lets it settle, saves it, tries it out, enters it.
 
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use kiln_agent_api::PROTOCOL_VERSION;
-use kiln_store::{Class, Description, Digest, Host, Kernel, Kind, Manifest, Store};
+use kiln_store::{Class, Description, Digest, Host, Kernel, Kind, Manifest, Staging, Store};
 use ttrpc::context;
 
 use crate::boot::boot_and_save;
@@ -16,7 +16,7 @@ use crate::modules::{GUEST, ModuleError, Modules};
 use crate::recipe::Recipe;
 use crate::scratch::ScratchError;
 use crate::try_out::try_out;
-use crate::{cpu, elf, initramfs, scratch};
+use crate::{cpu, elf, initramfs, library, scratch};
 
 /// The command line every guest kernel gets. The serial console is there while baking, and for
 /// whoever debugs a resumed guest.
@@ -207,6 +207,7 @@ pub async fn bake(
         &staging.create(Kind::Scratch)?,
         &staging.path(Kind::Scratch),
     )?;
+    write_library(&prepared.kernel, &staging)?;
     let facts = boot_and_save(order, &prepared, &initramfs, &staging, &work, tell).await?;
     let bytes = [Kind::State, Kind::Memory, Kind::Scratch]
         .iter()
@@ -239,6 +240,18 @@ pub async fn bake(
         guest_used_kib: facts.used >> 10,
     })?;
     Ok(Baked::New(id))
+}
+
+/// The modules that the guest may load later.
+fn write_library(kernel: &GuestKernel, staging: &Staging) -> Result<(), BakeError> {
+    let entries = library::entries(&Modules::open(&kernel.modules)?)?;
+    let mut file = BufWriter::new(staging.create(Kind::Modules)?);
+    kiln_agent_api::modules::write(&entries, &mut file)
+        .and_then(|()| file.flush())
+        .map_err(|source| BakeError::Output {
+            path: staging.path(Kind::Modules),
+            source,
+        })
 }
 
 /// A μVM of the same recipe that can be resumed here.

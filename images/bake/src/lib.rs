@@ -13,6 +13,7 @@ mod elf;
 mod failure;
 pub mod initramfs;
 pub mod kernel;
+mod library;
 pub mod modules;
 mod recipe;
 mod rehearsal;

@@ -104,15 +104,16 @@ pub enum ModuleError {
 /// The modules of one kernel.
 #[derive(Debug)]
 pub struct Modules {
-    dir: PathBuf,
-    files: BTreeMap<String, PathBuf>,
+    pub(crate) dir: PathBuf,
+    /// Their files, by name.
+    pub(crate) files: BTreeMap<String, PathBuf>,
     built_in: BTreeSet<String>,
 }
 
 const SUFFIXES: [&str; 4] = [".ko", ".ko.xz", ".ko.zst", ".ko.gz"];
 
 /// A module's name as the kernel says it, from a path with any suffix.
-fn name_of(path: &str) -> Option<String> {
+pub(crate) fn name_of(path: &str) -> Option<String> {
     let file = path.rsplit('/').next()?;
     let stem = SUFFIXES
         .iter()
@@ -228,7 +229,7 @@ impl Modules {
     }
 }
 
-fn depends(info: &[(String, String)]) -> Vec<String> {
+pub(crate) fn depends(info: &[(String, String)]) -> Vec<String> {
     let list = info.iter().filter(|(key, _)| key == "depends");
     list.flat_map(|(_, value)| value.split(','))
         .filter(|name| !name.is_empty())
@@ -237,17 +238,21 @@ fn depends(info: &[(String, String)]) -> Vec<String> {
 }
 
 /// From `softdep=pre: a b post: c`: the ones before.
-fn soft_depends(info: &[(String, String)]) -> Vec<String> {
+pub(crate) fn soft_depends(info: &[(String, String)]) -> Vec<String> {
+    let wishes = info.iter().filter(|(key, _)| key == "softdep");
+    wishes.flat_map(|(_, value)| named_before(value)).collect()
+}
+
+/// The names after `pre:` in a module's wishes.
+pub(crate) fn named_before(wishes: &str) -> Vec<String> {
     let mut needs = Vec::new();
-    for (_, value) in info.iter().filter(|(key, _)| key == "softdep") {
-        let mut before = false;
-        for word in value.split_whitespace() {
-            match word {
-                "pre:" => before = true,
-                "post:" | "platform:" => before = false,
-                name if before => needs.push(name.replace('-', "_")),
-                _ => {}
-            }
+    let mut before = false;
+    for word in wishes.split_whitespace() {
+        match word {
+            "pre:" => before = true,
+            "post:" | "platform:" => before = false,
+            name if before => needs.push(name.replace('-', "_")),
+            _ => {}
         }
     }
     needs
@@ -256,7 +261,7 @@ fn soft_depends(info: &[(String, String)]) -> Vec<String> {
 /// No module comes near this; a damaged file that unpacks without end is stopped.
 const LARGEST: u64 = 256 << 20;
 
-fn read_module(path: &Path) -> Result<Vec<u8>, ModuleError> {
+pub(crate) fn read_module(path: &Path) -> Result<Vec<u8>, ModuleError> {
     let wrap = |source| ModuleError::Read {
         path: path.to_owned(),
         source,

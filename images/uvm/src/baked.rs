@@ -1,7 +1,7 @@
 //! The files of a baked μVM, open.
 
 use std::fs::File;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use kiln_store::{Class, Kind, Lease};
 use kiln_vmm_control::PageRun;
@@ -29,6 +29,8 @@ pub struct Baked {
     pub(crate) scratch: File,
     pub(crate) scratch_bytes: u64,
     pub(crate) lease: Option<Lease>,
+    /// The kernel's modules that the guest may load later.
+    modules: Option<PathBuf>,
 }
 
 fn length(file: &File) -> Result<u64, Error> {
@@ -52,6 +54,7 @@ impl Baked {
             reading: Reading::Ahead(touched),
             scratch_bytes: length(&scratch)?,
             scratch,
+            modules: lease.path(Kind::Modules).ok(),
             lease: Some(lease),
         })
     }
@@ -72,6 +75,12 @@ impl Baked {
             scratch_bytes: length(&scratch)?,
             scratch,
             lease: None,
+            modules: None,
         })
+    }
+
+    /// The library of its kernel's modules, for the guest to see ([`crate::share::Share::offer_modules`]).
+    pub fn modules(&self) -> Option<&Path> {
+        self.modules.as_deref()
     }
 }

@@ -22,6 +22,7 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use kiln_agent_api::modules::LIBRARY;
 use kiln_agent_api::users::IdMap;
 use kiln_agent_api::{GUEST_STATE_DIR, proto, slots};
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags};
@@ -206,19 +207,32 @@ impl Share {
         let tree = Tree::of(volume)?;
         let name = state.next.to_string();
         state.next += 1;
-        let Some(inside) = &state.inside else {
-            return Err(ShareError::Closed);
-        };
-        let put = make_point(inside, &name, tree.is_dir)
-            .and_then(|()| self.point(&name))
-            .and_then(|point| mounts::put(&tree.mount, &point));
-        if let Err(error) = put {
-            remove_point(inside, &name);
-            return Err(failed("show the guest the volume", &volume.source)(error));
-        }
+        self.put(&state, &name, &tree)
+            .map_err(failed("show the guest the volume", &volume.source))?;
         let path = format!("{}/{name}", guest_mount_point());
         state.volumes.insert(volume.clone(), (name, 1));
         Ok(path)
+    }
+
+    /// Shows the guest its kernel's modules, for as long as it lives.
+    pub fn offer_modules(&self, library: &Path) -> Result<(), ShareError> {
+        let tree = Tree::of(&Volume {
+            source: library.to_owned(),
+            access: Access::ReadAll,
+            whole: false,
+            follows_host: false,
+            owners: None,
+        })?;
+        self.put(&self.lock(), LIBRARY, &tree)
+            .map_err(failed("show the guest its kernel's modules", library))
+    }
+
+    fn put(&self, state: &State, name: &str, tree: &Tree) -> io::Result<()> {
+        let inside = state.inside.as_ref().ok_or(io::ErrorKind::NotConnected)?;
+        make_point(inside, name, tree.is_dir)
+            .and_then(|()| self.point(name))
+            .and_then(|point| mounts::put(&tree.mount, &point))
+            .inspect_err(|_| remove_point(inside, name))
     }
 
     /// A mount point, on the mount that the guest sees.

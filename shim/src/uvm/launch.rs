@@ -207,7 +207,11 @@ impl StoreLauncher {
         };
         let prepared = timeline.time(step::FILES, || {
             let (baked, scratch) = self.open(setup)?;
-            Ok::<_, Error>((baked, self.host_side(scratch)?))
+            let (share, host) = self.host_side(scratch)?;
+            if let Some(library) = baked.modules() {
+                share.offer_modules(library)?;
+            }
+            Ok::<_, Error>((baked, (share, host)))
         });
         // Both are waited for, whatever becomes of the others: nothing may go on behind an error.
         let (spawned, wired) = (joined(spawning.await), joined(wiring.await));

@@ -9,6 +9,7 @@ mod fault_matrix;
 mod faults;
 mod hostile;
 mod identity;
+mod kernel_modules;
 mod kiln_run;
 mod kubelet;
 mod last_words;
@@ -55,6 +56,7 @@ pub(crate) fn all() -> Vec<Case> {
         mounts::cases(),
         users::cases(),
         network::cases(),
+        kernel_modules::cases(),
         cni_shapes::cases(),
         resources::cases(),
         tasks::cases(),

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use kiln_agent_api::proto;
-use libcontainer::oci_spec::runtime::{self as oci, Spec};
+use libcontainer::oci_spec::runtime::{self as oci, Capability, Spec};
 use nix::fcntl::OFlag;
 use nix::unistd::pipe2;
 
@@ -25,7 +25,7 @@ use crate::spans::Spans;
 use crate::stdio::Stdio;
 use crate::storage::Placed;
 use crate::users::{Users, keep, map_of};
-use crate::{storage, sys};
+use crate::{modprobe, storage, sys};
 
 type Result<T> = std::result::Result<T, AgentError>;
 
@@ -80,6 +80,16 @@ async fn clean(cgroup: Option<&Cgroup>, files: Placed, folders: &[PathBuf]) -> R
         }
     }
     Ok(())
+}
+
+/// Whether a process of the container may have the right to change the pod's network.
+fn changes_network(spec: &Spec) -> bool {
+    let capabilities = spec
+        .process()
+        .as_ref()
+        .and_then(|p| p.capabilities().as_ref());
+    let bounding = capabilities.and_then(|sets| sets.bounding().as_ref());
+    bounding.is_some_and(|set| set.contains(&Capability::NetAdmin))
 }
 
 /// Runs what may block on another thread.
@@ -145,6 +155,13 @@ impl Containers {
         }
         for (sysctl, value) in &adapted.pod_sysctls {
             set_sysctl(sysctl, value)?;
+        }
+        if changes_network(&adapted.spec) {
+            blocking(|| {
+                modprobe::prepare_firewalls();
+                Ok(())
+            })
+            .await?;
         }
         fs::create_dir_all(&bundle).action("make the bundle")?;
         fs::create_dir_all(self.runtime_state()).action("make libcontainer's folder")?;

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use crate::Digest;
 
 /// The manifest format this code writes.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 
 const MAGIC: [u8; 8] = *b"kilnuvm\n";
 const HEADER: usize = 16;
@@ -75,11 +75,19 @@ pub enum Kind {
     WorkingSet,
     /// The disk of the containers' writable layers, as the guest had it mounted when it was saved.
     Scratch,
+    /// The kernel's modules that the guest may load later. Equal for all μVMs of a kernel.
+    Modules,
 }
 
 impl Kind {
     /// Every kind.
-    pub const ALL: [Kind; 4] = [Kind::State, Kind::Memory, Kind::WorkingSet, Kind::Scratch];
+    pub const ALL: [Kind; 5] = [
+        Kind::State,
+        Kind::Memory,
+        Kind::WorkingSet,
+        Kind::Scratch,
+        Kind::Modules,
+    ];
 
     /// Its name in messages and in staging directories.
     pub fn name(self) -> &'static str {
@@ -88,6 +96,7 @@ impl Kind {
             Kind::Memory => "memory",
             Kind::WorkingSet => "working-set",
             Kind::Scratch => "scratch",
+            Kind::Modules => "modules",
         }
     }
 }
@@ -272,7 +281,7 @@ mod tests {
         let bytes = manifest().encode().unwrap();
         assert_eq!(Digest::of_bytes(&bytes).to_string(), PINNED);
     }
-    const PINNED: &str = "594a9749cf908dd6de9ff1ae47ba2fb98205f9dbbdc911d319bdb5558be12e52";
+    const PINNED: &str = "d1bb767d5868651f82b0a4c4d77239afce998a575a81de37b0f97e516ac07572";
 
     #[test]
     fn foreign_newer_cut_and_padded_files_are_told_apart() {
@@ -282,8 +291,8 @@ mod tests {
         assert_eq!(Manifest::decode(&foreign), Err(ManifestError::Magic));
         assert_eq!(Manifest::decode(&good[..10]), Err(ManifestError::Magic));
         let mut newer = good.clone();
-        newer[8] = 3;
-        assert_eq!(Manifest::decode(&newer), Err(ManifestError::Version(3)));
+        newer[8] = 4;
+        assert_eq!(Manifest::decode(&newer), Err(ManifestError::Version(4)));
         let cut = Manifest::decode(&good[..good.len() - 1]);
         assert!(matches!(cut, Err(ManifestError::Length { .. })));
         let mut padded = good.clone();

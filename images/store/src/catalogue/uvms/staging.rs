@@ -62,7 +62,7 @@ impl Staging {
                     length: scan.length,
                     data: scan.data,
                 }),
-                None if matches!(kind, Kind::WorkingSet | Kind::Scratch) => {}
+                None if matches!(kind, Kind::WorkingSet | Kind::Scratch | Kind::Modules) => {}
                 None => return Err(Error::Incomplete(kind)),
             }
         }
