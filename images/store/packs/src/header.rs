@@ -220,3 +220,70 @@ impl Fields<'_> {
         u64::from_le_bytes(self.array())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn header() -> Header {
+        Header {
+            memory: 100 * PAGE as u64,
+            literals: 33,
+            working_set_frames: 2,
+            parents: 1,
+            images: 2,
+            map_length: 50,
+            frames_length: 4000,
+            checksum: [7; 32],
+        }
+    }
+
+    #[test]
+    fn header_is_read_again() {
+        assert_eq!(Header::decode(&header().encode()).unwrap(), header());
+    }
+
+    #[test]
+    fn header_that_no_writer_writes_is_refused() {
+        let with = |change: fn(&mut Header)| {
+            let mut header = header();
+            change(&mut header);
+            Header::decode(&header.encode())
+        };
+        for decoded in [
+            with(|header| header.memory += 1),
+            with(|header| header.memory = u64::MAX & !0xFFF),
+            with(|header| header.literals = 101),
+            with(|header| header.working_set_frames = 4),
+            with(|header| header.parents = 17),
+            with(|header| header.images = 257),
+            with(|header| header.map_length = 51),
+            with(|header| header.map_length = 101 * 10),
+            with(|header| header.frames_length = 33 * 4096 + 1),
+        ] {
+            let error = decoded.unwrap_err();
+            assert!(matches!(error, Error::Header(_)), "{error}");
+        }
+        // Fields that follow from others, each with a bit too many.
+        for at in [12, 15, 36, 40, 56, 64, 72] {
+            let mut bytes = header().encode();
+            bytes[at] ^= 1;
+            let error = Header::decode(&bytes).unwrap_err();
+            assert!(matches!(error, Error::Header(_)), "{at}: {error}");
+        }
+    }
+
+    #[test]
+    fn another_version_is_named_with_the_remedy() {
+        let mut bytes = header().encode();
+        bytes[8] = 9;
+        let text = Header::decode(&bytes).unwrap_err().to_string();
+        assert_eq!(
+            text,
+            "the pack has format 9, this kiln reads format 1: make it anew with this kiln"
+        );
+        bytes[0] = 0;
+        let error = Header::decode(&bytes).unwrap_err();
+        assert!(matches!(error, Error::NotAPack), "{error}");
+    }
+}

@@ -120,3 +120,95 @@ fn decode(entry: &[u8; ENTRY]) -> (u64, u32) {
     let mut fields = Fields(entry);
     (fields.u64(), fields.u32())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::content::is_zero;
+    use crate::testing::{file_of, noise, text, zeroes};
+    use proptest::prelude::*;
+
+    #[test]
+    fn block_is_found_by_its_content() {
+        let image = [noise(1), zeroes(), text(2), noise(1), noise(4)];
+        let bytes = ImageIndex::build(&file_of(&image), [3; 32]).unwrap();
+        let index = ImageIndex::parse(&bytes).unwrap();
+        let found = image.each_ref().map(|page| index.find(page));
+        assert_eq!(found, [Some(0), None, Some(2), Some(0), Some(4)]);
+        assert_eq!(index.find(&noise(5)), None);
+        assert_eq!(index.blocks(), 3);
+        let image = Origin {
+            id: [3; 32],
+            length: 5 * 4096,
+        };
+        assert_eq!(index.image(), image);
+    }
+
+    #[test]
+    fn tail_that_is_no_whole_block_is_not_found() {
+        let image = [noise(1), noise(2)].concat()[..5000].to_vec();
+        let bytes = ImageIndex::build(&image, [3; 32]).unwrap();
+        assert_eq!(ImageIndex::parse(&bytes).unwrap().blocks(), 1);
+    }
+
+    #[test]
+    fn any_flipped_bit_and_any_cut_is_found() {
+        let bytes = ImageIndex::build(&file_of(&[noise(1), noise(2)]), [3; 32]).unwrap();
+        for at in 0..bytes.len() {
+            assert!(ImageIndex::parse(&bytes[..at]).is_err(), "{at} bytes");
+            for bit in 0..8 {
+                let mut damaged = bytes.clone();
+                damaged[at] ^= 1 << bit;
+                assert!(
+                    ImageIndex::parse(&damaged).is_err(),
+                    "bit {bit} of byte {at}"
+                );
+            }
+        }
+    }
+
+    /// Bytes of an index with these entries, as an enemy can make them.
+    fn forged(entries: &[(u64, u32)]) -> Vec<u8> {
+        let mut bytes = ImageIndex::build(&file_of(&[zeroes(), zeroes()]), [3; 32]).unwrap();
+        bytes[12..16].copy_from_slice(&(entries.len() as u32).to_le_bytes());
+        for (hash, block) in entries {
+            bytes.extend(hash.to_le_bytes());
+            bytes.extend(block.to_le_bytes());
+        }
+        let checksum = checksum(&bytes);
+        bytes[CHECKSUM].copy_from_slice(checksum.as_bytes());
+        bytes
+    }
+
+    #[test]
+    fn entries_that_no_writer_writes_are_refused() {
+        assert!(ImageIndex::parse(&forged(&[(1, 0), (2, 1)])).is_ok());
+        for (entries, entry) in [
+            (&[(1, 0), (1, 1)][..], 1),
+            (&[(2, 0), (1, 1)], 1),
+            (&[(1, 2)], 0),
+        ] {
+            let error = ImageIndex::parse(&forged(entries)).unwrap_err();
+            assert_eq!(error, IndexError::Entry { entry });
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn all_blocks_of_any_image_are_found(
+            kinds in prop::collection::vec((0u8..3, 0u64..20), 0..60),
+        ) {
+            let pages: Vec<_> = kinds.iter().map(|(kind, number)| match kind {
+                0 => zeroes(),
+                1 => text(*number),
+                _ => noise(*number),
+            }).collect();
+            let bytes = ImageIndex::build(&file_of(&pages), [3; 32]).unwrap();
+            let index = ImageIndex::parse(&bytes).unwrap();
+            for page in pages.iter().filter(|page| !is_zero(page)) {
+                let block = index.find(page).unwrap();
+                prop_assert_eq!(&pages[block as usize], page);
+            }
+        }
+    }
+}

@@ -23,6 +23,8 @@ mod blocks;
 mod content;
 mod error;
 mod frame;
+#[cfg(test)]
+mod golden;
 mod header;
 mod image_index;
 mod map;

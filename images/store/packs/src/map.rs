@@ -226,3 +226,131 @@ pub(crate) fn frame_of(literal: u32) -> (u32, usize) {
     let frame_pages = FRAME_PAGES as u32;
     (literal / frame_pages, (literal % frame_pages) as usize)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn limits() -> Limits {
+        Limits {
+            pages: 10,
+            literals: 4,
+            parents: vec![8],
+            images: vec![5],
+        }
+    }
+
+    fn bytes_of(runs: &[(u32, u16, u32)]) -> Vec<u8> {
+        let encode = |&(pages, source, first): &(u32, u16, u32)| {
+            let mut bytes = pages.to_le_bytes().to_vec();
+            bytes.extend(source.to_le_bytes());
+            bytes.extend(first.to_le_bytes());
+            bytes
+        };
+        runs.iter().flat_map(encode).collect()
+    }
+
+    #[test]
+    fn each_page_has_its_source() {
+        let bytes = bytes_of(&[(2, 0, 0), (4, 1, 0), (3, 2, 5), (1, 3, 4)]);
+        let map = PageMap::decode(&bytes, &limits()).unwrap();
+        let parent = |page| Source::Parent { parent: 0, page };
+        for (page, source) in [
+            (0, Source::Zero),
+            (1, Source::Zero),
+            (2, Source::Literal(0)),
+            (5, Source::Literal(3)),
+            (6, parent(5)),
+            (8, parent(7)),
+            (9, Source::Image { image: 0, block: 4 }),
+        ] {
+            assert_eq!(map.source_of(page), Some(source), "page {page}");
+        }
+        assert_eq!(map.source_of(10), None);
+        assert_eq!(map.encode(1), bytes);
+    }
+
+    #[test]
+    fn map_that_no_writer_writes_is_refused() {
+        for (runs, run, fault) in [
+            (vec![(0, 0, 0)], 0, RunFault::Empty),
+            (vec![(4, 0, 0), (7, 2, 0)], 1, RunFault::BeyondMemory),
+            (vec![(u32::MAX, 0, 0)], 0, RunFault::BeyondMemory),
+            (vec![(10, 0, 1)], 0, RunFault::PlacedZeroes),
+            (vec![(10, 4, 0)], 0, RunFault::UnknownSource),
+            (vec![(10, u16::MAX, 0)], 0, RunFault::UnknownSource),
+            (vec![(5, 1, 0)], 0, RunFault::BeyondSource),
+            (vec![(2, 1, u32::MAX)], 0, RunFault::BeyondSource),
+            (vec![(2, 2, 7)], 0, RunFault::BeyondSource),
+            (vec![(1, 3, 5)], 0, RunFault::BeyondSource),
+            (vec![(5, 0, 0), (5, 0, 0)], 1, RunFault::NotMerged),
+            (vec![(1, 2, 3), (1, 2, 4)], 1, RunFault::NotMerged),
+        ] {
+            let error = PageMap::decode(&bytes_of(&runs), &limits()).unwrap_err();
+            let Error::Run {
+                run: at,
+                fault: why,
+            } = error
+            else {
+                panic!("{error}");
+            };
+            assert_eq!((at, why), (run, fault), "{runs:?}");
+        }
+        let error = PageMap::decode(&bytes_of(&[(9, 0, 0)]), &limits()).unwrap_err();
+        assert!(
+            matches!(
+                error,
+                Error::MapShort {
+                    covered: 9,
+                    pages: 10
+                }
+            ),
+            "{error}"
+        );
+        let error = PageMap::decode(&[0; 11], &limits()).unwrap_err();
+        assert!(matches!(error, Error::Header(_)), "{error}");
+    }
+
+    proptest! {
+        #[test]
+        fn map_that_is_read_has_one_form(
+            runs in prop::collection::vec((1u32..4, 0u16..5, 0u32..6), 0..8),
+        ) {
+            let bytes = bytes_of(&runs);
+            let mut limits = limits();
+            limits.pages = runs.iter().map(|run| run.0).sum();
+            if let Ok(map) = PageMap::decode(&bytes, &limits) {
+                prop_assert_eq!(map.encode(1), bytes);
+            }
+        }
+
+        #[test]
+        fn map_of_any_sources_is_read_again(
+            sources in prop::collection::vec((0u8..4, 0u32..4), 0..60),
+        ) {
+            let sources: Vec<Source> = sources.iter().map(|(kind, at)| match kind {
+                0 => Source::Zero,
+                1 => Source::Literal(*at),
+                2 => Source::Parent { parent: 0, page: *at },
+                _ => Source::Image { image: 0, block: *at },
+            }).collect();
+            let mut builder = MapBuilder::default();
+            for source in &sources {
+                builder.push(1, *source).unwrap();
+            }
+            let map = builder.finish();
+            let mut limits = limits();
+            limits.pages = sources.len() as u32;
+            prop_assert_eq!(&PageMap::decode(&map.encode(1), &limits).unwrap(), &map);
+            for (page, source) in (0u32..).zip(&sources) {
+                prop_assert_eq!(map.source_of(page), Some(*source));
+            }
+        }
+
+        #[test]
+        fn arbitrary_bytes_do_no_harm(bytes in prop::collection::vec(any::<u8>(), 0..100)) {
+            let _ = PageMap::decode(&bytes, &limits());
+        }
+    }
+}

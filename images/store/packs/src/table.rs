@@ -157,3 +157,115 @@ fn decode_entry(
     }
     Ok(entry)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn limits() -> Limits {
+        Limits {
+            pages: 20,
+            literals: 18,
+            parents: vec![40],
+            images: vec![],
+        }
+    }
+
+    fn entry(stored: u32, coding: Coding) -> FrameEntry {
+        FrameEntry {
+            offset: 0,
+            stored,
+            pages: 0,
+            coding,
+            raw_digest: [0xAA; 16],
+            stored_digest: [0xBB; 16],
+        }
+    }
+
+    fn window(parent: u16, page: u32, pages: u8) -> Coding {
+        Coding::ZstdWithPrefix(Window {
+            parent,
+            page,
+            pages,
+        })
+    }
+
+    #[test]
+    fn entry_is_pinned() {
+        let digests = [[0xAA; 16], [0xBB; 16]].concat();
+        for (entry, head) in [
+            (
+                entry(0x10000, Coding::Raw),
+                [0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+            ),
+            (
+                entry(0x1234, Coding::Zstd),
+                [0x34, 0x12, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0],
+            ),
+            (
+                entry(7, window(0x0102, 0x0304_0506, 32)),
+                [7, 0, 0, 0, 2, 32, 2, 1, 6, 5, 4, 3],
+            ),
+        ] {
+            assert_eq!(entry.encode()[..], [&head[..], &digests].concat());
+        }
+    }
+
+    #[test]
+    fn frames_lie_end_to_end_and_the_last_one_may_be_shorter() {
+        let entries = [entry(100, Coding::Zstd), entry(8191, window(0, 8, 32))];
+        let bytes = entries.map(|entry| entry.encode()).concat();
+        let table = decode(&bytes, &limits(), 8291).unwrap();
+        let shape = |entry: &FrameEntry| (entry.offset, entry.stored, entry.pages, entry.coding);
+        assert_eq!(shape(&table[0]), (0, 100, 16, Coding::Zstd));
+        assert_eq!(shape(&table[1]), (100, 8191, 2, window(0, 8, 32)));
+        let error = decode(&bytes, &limits(), 8292).unwrap_err();
+        assert!(matches!(error, Error::Header(_)), "{error}");
+    }
+
+    #[test]
+    fn entry_that_no_writer_writes_is_refused() {
+        let with = |at: usize, byte: u8| {
+            let mut bytes = entry(100, Coding::Zstd).encode();
+            bytes[at] = byte;
+            bytes
+        };
+        for (bytes, fault) in [
+            (with(4, 3), TableFault::UnknownCoding),
+            (with(5, 1), TableFault::NeedlessWindow),
+            (with(6, 1), TableFault::NeedlessWindow),
+            (with(8, 1), TableFault::NeedlessWindow),
+            (entry(65535, Coding::Raw).encode(), TableFault::RawLength),
+            (
+                entry(0, Coding::Zstd).encode(),
+                TableFault::CompressedLength,
+            ),
+            (
+                entry(65536, Coding::Zstd).encode(),
+                TableFault::CompressedLength,
+            ),
+            (
+                entry(u32::MAX, Coding::Zstd).encode(),
+                TableFault::CompressedLength,
+            ),
+            (entry(9, window(0, 0, 0)).encode(), TableFault::Window),
+            (entry(9, window(0, 0, 33)).encode(), TableFault::Window),
+            (entry(9, window(1, 0, 1)).encode(), TableFault::Window),
+            (entry(9, window(0, 40, 1)).encode(), TableFault::Window),
+            (
+                entry(9, window(0, u32::MAX, 1)).encode(),
+                TableFault::Window,
+            ),
+        ] {
+            let error = decode(&bytes, &limits(), 0).unwrap_err();
+            let Error::Entry {
+                frame: 0,
+                fault: found,
+            } = error
+            else {
+                panic!("{error}");
+            };
+            assert_eq!(found, fault);
+        }
+    }
+}

@@ -36,6 +36,10 @@ pub(super) struct WindowFinder {
 
 impl WindowFinder {
     pub(super) fn new(parents: &[&dyn Content]) -> io::Result<Self> {
+        Self::with_room(parents, MAX_PIECES)
+    }
+
+    fn with_room(parents: &[&dyn Content], room: usize) -> io::Result<Self> {
         let mut pieces = Vec::new();
         let mut lengths = Vec::new();
         let mut sample = Sample { mask: 3 };
@@ -51,7 +55,7 @@ impl WindowFinder {
                             .map(|hash| Piece { hash, parent, page }),
                     );
                 }
-                if pieces.len() > MAX_PIECES {
+                while pieces.len() > room {
                     sample.mask = sample.mask << 1 | 1;
                     pieces.retain(|piece| sample.has(piece.hash));
                 }
@@ -152,4 +156,55 @@ fn hash_of(piece: &[u8; PIECE]) -> Option<u64> {
         (hash.rotate_left(23) ^ u64::from_le_bytes(*word)).wrapping_mul(0x9E37_79B9_7F4A_7C15)
     });
     Some(hash ^ hash >> 29)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{like, noise, zeroes};
+
+    #[test]
+    fn frame_finds_the_pages_that_it_resembles() {
+        let parent = (0..500).map(noise).collect::<Vec<_>>().concat();
+        let finder = WindowFinder::new(&[&zeroes(), &parent]).unwrap();
+        let raw = (300..316)
+            .map(|page| like(&noise(page), 5))
+            .collect::<Vec<_>>();
+        let window = finder.elected(&raw.concat()).unwrap();
+        let pages = window.page..window.page + u32::from(window.pages);
+        assert_eq!((window.parent, pages.len()), (1, WINDOW_PAGES));
+        assert!(pages.start <= 300 && pages.end >= 316, "{pages:?}");
+    }
+
+    #[test]
+    fn window_lies_inside_of_a_parent() {
+        let parent = (0..40).map(noise).collect::<Vec<_>>().concat();
+        let finder = WindowFinder::new(&[&parent, &noise(50)]).unwrap();
+        for (page, raw) in [(0, noise(0)), (39, noise(39)), (1000, noise(50))] {
+            for window in finder.candidates(&[page], &raw) {
+                let end = window.page + u32::from(window.pages);
+                assert!(end <= [40, 1][usize::from(window.parent)], "{window:?}");
+            }
+        }
+        let none: &[u8] = &[];
+        assert!(
+            WindowFinder::new(&[&none])
+                .unwrap()
+                .candidates(&[0], &noise(1))
+                .is_empty()
+        );
+    }
+
+    #[test]
+    fn samples_stay_within_their_bound_and_still_find_the_place() {
+        let parent = (0..1000).map(noise).collect::<Vec<_>>().concat();
+        let finder = WindowFinder::with_room(&[&parent], 2000).unwrap();
+        assert!((500..=2000).contains(&finder.pieces.len()));
+        let raw = (700..716).map(noise).collect::<Vec<_>>().concat();
+        let window = finder.elected(&raw).unwrap();
+        assert!(
+            window.page.abs_diff(700) < WINDOW_PAGES as u32,
+            "{window:?}"
+        );
+    }
 }
