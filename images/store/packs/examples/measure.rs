@@ -9,7 +9,8 @@ use std::time::Instant;
 
 use anyhow::{Context, bail, ensure};
 use kiln_packs::{
-    Content, Image, ImageIndex, Options, PAGE, Pack, Parent, Writer, rebuild_flat, rebuild_patch,
+    Content, Copies, Image, ImageIndex, Options, PAGE, Pack, Parent, Writer, rebuild_flat,
+    rebuild_patch,
 };
 
 #[derive(Default)]
@@ -41,7 +42,7 @@ fn arguments() -> anyhow::Result<Arguments> {
             }
             "--level" => found.options.level = value()?.parse()?,
             "--no-prefix" => found.options.prefix = false,
-            "--no-copies" => found.options.copy_working_set = false,
+            "--no-copies" => found.options.copies = Copies::None,
             path if !path.starts_with("--") => found.memory = Some(open(path)?),
             other => bail!("unknown option {other}"),
         }
@@ -91,8 +92,8 @@ fn main() -> anyhow::Result<()> {
     let (mut ours, mut theirs) = (vec![0; 1 << 20], vec![0; 1 << 20]);
     for offset in (0..pack.length()).step_by(1 << 20) {
         let length = (pack.length() - offset).min(1 << 20) as usize;
-        memory.read_at(&mut ours[..length], offset)?;
-        flat.read_at(&mut theirs[..length], offset)?;
+        memory.read_into(&mut ours[..length], offset)?;
+        flat.read_into(&mut theirs[..length], offset)?;
         ensure!(ours == theirs, "the rebuilt memory differs near {offset}");
     }
     if !parents.is_empty() {

@@ -18,7 +18,7 @@ pub trait Content {
     fn length(&self) -> io::Result<u64>;
 
     /// Fills `buffer` with the bytes at `offset`; [`io::ErrorKind::UnexpectedEof`] if there are fewer.
-    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()>;
+    fn read_into(&self, buffer: &mut [u8], offset: u64) -> io::Result<()>;
 
     /// First offset at or after `offset` that may hold something else than zero, or `None` if all that follows is zero.
     fn next_data(&self, offset: u64) -> io::Result<Option<u64>> {
@@ -31,7 +31,7 @@ impl Content for File {
         Ok(self.metadata()?.len())
     }
 
-    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+    fn read_into(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
         self.read_exact_at(buffer, offset)
     }
 
@@ -51,7 +51,7 @@ impl Content for [u8] {
         Ok(self.len() as u64)
     }
 
-    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+    fn read_into(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
         let bytes = usize::try_from(offset)
             .ok()
             .and_then(|start| self.get(start..)?.get(..buffer.len()))
@@ -66,8 +66,8 @@ impl Content for Vec<u8> {
         self.as_slice().length()
     }
 
-    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
-        Content::read_at(self.as_slice(), buffer, offset)
+    fn read_into(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        Content::read_into(self.as_slice(), buffer, offset)
     }
 }
 
@@ -76,8 +76,8 @@ impl<T: Content + ?Sized> Content for &T {
         (**self).length()
     }
 
-    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
-        (**self).read_at(buffer, offset)
+    fn read_into(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        (**self).read_into(buffer, offset)
     }
 
     fn next_data(&self, offset: u64) -> io::Result<Option<u64>> {
@@ -137,7 +137,7 @@ impl<'a> Walk<'a> {
         }
         let pages = (self.end - first).min(WALK_PAGES as u32);
         let bytes = &mut self.buffer[..pages as usize * PAGE];
-        self.content.read_at(bytes, offset_of(first))?;
+        self.content.read_into(bytes, offset_of(first))?;
         self.next = first + pages;
         Ok(Some((first, bytes)))
     }
@@ -173,9 +173,9 @@ mod tests {
     fn slice_ends_where_it_ends() {
         let bytes = vec![1u8; 10];
         let mut buffer = [0; 4];
-        assert!(Content::read_at(&bytes, &mut buffer, 6).is_ok());
+        assert!(Content::read_into(&bytes, &mut buffer, 6).is_ok());
         for offset in [7, 11, u64::MAX] {
-            let error = Content::read_at(&bytes, &mut buffer, offset).unwrap_err();
+            let error = Content::read_into(&bytes, &mut buffer, offset).unwrap_err();
             assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
         }
     }

@@ -52,7 +52,7 @@ impl FrameReader {
     ) -> Result<&[u8], Error> {
         let entry = pack.frame(frame)?;
         let stored = &mut self.stored[..entry.stored as usize];
-        file.read_at(stored, pack.frames_offset() + entry.offset)
+        file.read_into(stored, pack.frames_offset() + entry.offset)
             .map_err(|source| Error::ReadFrame { frame, source })?;
         if short_digest(stored) != entry.stored_digest {
             return Err(Error::Stored { frame });
@@ -87,7 +87,7 @@ impl FrameReader {
             .ok_or(Error::ParentMissing { parent })?;
         let length = usize::from(pages) * PAGE;
         content
-            .read_at(&mut self.window[..length], offset_of(page))
+            .read_into(&mut self.window[..length], offset_of(page))
             .map_err(|source| Error::ReadParent {
                 parent,
                 page,

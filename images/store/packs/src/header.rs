@@ -252,7 +252,7 @@ mod tests {
         };
         for decoded in [
             with(|header| header.memory += 1),
-            with(|header| header.memory = u64::MAX & !0xFFF),
+            with(|header| header.memory = 1 << 63),
             with(|header| header.literals = 101),
             with(|header| header.working_set_frames = 4),
             with(|header| header.parents = 17),

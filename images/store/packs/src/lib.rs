@@ -23,8 +23,6 @@ mod blocks;
 mod content;
 mod error;
 mod frame;
-#[cfg(test)]
-mod golden;
 mod header;
 mod image_index;
 mod map;
@@ -46,7 +44,7 @@ pub use map::{PageMap, Run, Source};
 pub use pack::{Pack, Placement, Placements};
 pub use rebuild::{rebuild_flat, rebuild_patch};
 pub use table::{Coding, FrameEntry, Window};
-pub use write::{DEFAULT_LEVEL, Image, Options, Parent, Summary, Writer};
+pub use write::{Copies, DEFAULT_LEVEL, Image, Options, Parent, Summary, Writer};
 
 /// Bytes of a page of memory, and of a block of an image.
 pub const PAGE: usize = 4096;

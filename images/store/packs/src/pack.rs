@@ -30,7 +30,7 @@ impl Pack {
             return Err(Error::NotAPack);
         }
         let mut head = [0; HEADER];
-        file.read_at(&mut head, 0)
+        file.read_into(&mut head, 0)
             .map_err(io("reading the pack's header"))?;
         let header = Header::decode(&head)?;
         let expected = header.file_length();
@@ -39,7 +39,7 @@ impl Pack {
         }
         // The header's bounds keep this below 250 MiB, and the file has as much.
         let mut rest = vec![0; header.frames_offset() as usize - HEADER];
-        file.read_at(&mut rest, HEADER as u64)
+        file.read_into(&mut rest, HEADER as u64)
             .map_err(io("reading the pack's page map and frame table"))?;
         let mut checksum = blake3::Hasher::new();
         checksum.update(&head[..CHECKSUM.start]).update(&rest);

@@ -150,14 +150,14 @@ impl<'a> Copier<'a> {
                 // Holes, and pages of frames.
                 Source::Zero | Source::Literal(_) => return Ok(()),
                 Source::Parent { parent, page } => self.parents[usize::from(parent)]
-                    .read_at(bytes, offset_of(page))
+                    .read_into(bytes, offset_of(page))
                     .map_err(|source| Error::ReadParent {
                         parent,
                         page,
                         source,
                     })?,
                 Source::Image { image, block } => self.images[usize::from(image)]
-                    .read_at(bytes, offset_of(block))
+                    .read_into(bytes, offset_of(block))
                     .map_err(|source| Error::ReadImage {
                         image,
                         block,

@@ -49,7 +49,7 @@ pub(crate) fn file_of(pages: &[Vec<u8>]) -> File {
 /// All bytes of a content.
 pub(crate) fn bytes_of(content: &dyn Content) -> Vec<u8> {
     let mut bytes = vec![0; content.length().unwrap() as usize];
-    content.read_at(&mut bytes, 0).unwrap();
+    content.read_into(&mut bytes, 0).unwrap();
     bytes
 }
 

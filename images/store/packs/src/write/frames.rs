@@ -8,7 +8,7 @@ use zstd::zstd_safe::{self, CCtx, get_error_name};
 
 use super::plan::Plan;
 use super::prefix::WindowFinder;
-use super::{MEMORY, PARENT, Writer, failed, writing};
+use super::{Copies, MEMORY, PARENT, Writer, failed, writing};
 use crate::content::offset_of;
 use crate::error::WriteError;
 use crate::table::{Coding, FrameEntry, Window};
@@ -31,11 +31,11 @@ pub(super) struct FrameWriter<'a> {
 
 impl<'a> FrameWriter<'a> {
     pub(super) fn new(writer: &'a Writer<'a>, plan: &'a Plan, working_set_frames: u32) -> Self {
-        let copied = writer.options.copy_working_set;
+        let all = writer.options.copies == Copies::All;
         FrameWriter {
             writer,
             plan,
-            plain: if copied { working_set_frames } else { 0 },
+            plain: if all { working_set_frames } else { 0 },
             finder: None,
         }
     }
@@ -76,7 +76,7 @@ impl<'a> FrameWriter<'a> {
             let (bytes, rest) = raw.split_at_mut(group.len() * PAGE);
             self.writer
                 .memory
-                .read_at(bytes, offset_of(group[0]))
+                .read_into(bytes, offset_of(group[0]))
                 .map_err(failed(MEMORY))?;
             raw = rest;
         }
@@ -104,7 +104,7 @@ impl<'a> FrameWriter<'a> {
             let mut bytes = vec![0; usize::from(window.pages) * PAGE];
             parents[usize::from(window.parent)]
                 .memory
-                .read_at(&mut bytes, offset_of(window.page))
+                .read_into(&mut bytes, offset_of(window.page))
                 .map_err(failed(PARENT))?;
             if !bytes.starts_with(&DICTIONARY_MAGIC) {
                 windows.push((window, bytes));

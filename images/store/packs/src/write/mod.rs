@@ -49,9 +49,20 @@ pub struct Options {
     /// Whether frames may be compressed against a parent's pages. Reading such a frame reads the parent, too: only for
     /// parents whose flat memory is kept.
     pub prefix: bool,
-    /// Whether pages of the working set are literals in frames that need no parent, even if a parent or an image has
-    /// them: right for a memory that may be resumed before its parents are there.
-    pub copy_working_set: bool,
+    /// Which pages of the working set are literals although something else has them.
+    pub copies: Copies,
+}
+
+/// Pages of the working set that are literals although a parent or an image has them. They make the pack longer, and
+/// spare whoever resumes reading other files.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Copies {
+    /// None.
+    None,
+    /// Those that are blocks of images: for a memory that is resumed over a parent that is in RAM already.
+    OfImages,
+    /// All, in frames that are not compressed against a parent: for a memory that may be the first on its node.
+    All,
 }
 
 impl Default for Options {
@@ -59,7 +70,7 @@ impl Default for Options {
         Options {
             level: DEFAULT_LEVEL,
             prefix: true,
-            copy_working_set: true,
+            copies: Copies::All,
         }
     }
 }

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::ops::Range;
 
-use super::{IMAGE, MEMORY, PARENT, Writer, failed};
+use super::{Copies, IMAGE, MEMORY, PARENT, Writer, failed};
 use crate::PAGE;
 use crate::blocks;
 use crate::content::{Content, WALK_PAGES, Walk, is_zero, offset_of, pages_of};
@@ -85,7 +85,7 @@ struct Scan<'a> {
     draft: MapBuilder,
     literals: Vec<u32>,
     literal_of: HashMap<u64, u32>,
-    /// Pages that are to be literals whatever has them, ascending.
+    /// Pages of which there are to be copies, ascending.
     copied: Vec<u32>,
     parents: Vec<ParentPages<'a>>,
     /// For a page to compare with.
@@ -113,7 +113,7 @@ impl<'a> Scan<'a> {
             })
         };
         let mut copied = Vec::new();
-        if writer.options.copy_working_set {
+        if writer.options.copies != Copies::None {
             copied.extend(writer.working_set);
             copied.sort_unstable();
         }
@@ -132,6 +132,14 @@ impl<'a> Scan<'a> {
         })
     }
 
+    /// What of a page is copied.
+    fn copies(&self, page: u32) -> Copies {
+        match self.copied.binary_search(&page) {
+            Ok(_) => self.writer.options.copies,
+            Err(_) => Copies::None,
+        }
+    }
+
     fn zeroes_up_to(&mut self, page: u32) -> Result<(), WriteError> {
         self.draft.push(page - self.draft.page(), Source::Zero)
     }
@@ -147,7 +155,7 @@ impl<'a> Scan<'a> {
                 if is_zero(bytes) {
                     continue;
                 }
-                let source = if self.copied.binary_search(&page).is_ok() {
+                let source = if self.copies(page) == Copies::All {
                     self.literal(page, bytes, blocks::hash_of(bytes))?
                 } else {
                     Source::Parent { parent: 0, page }
@@ -168,7 +176,7 @@ impl<'a> Scan<'a> {
                 let (alike, beyond) = parent.alike.split_at_mut(common.min(bytes.len()));
                 parent
                     .memory
-                    .read_at(alike, offset_of(first))
+                    .read_into(alike, offset_of(first))
                     .map_err(failed(PARENT))?;
                 beyond.fill(0);
             }
@@ -187,7 +195,8 @@ impl<'a> Scan<'a> {
 
     /// Where a page that is not zero comes from. It is the one at `index` of those that are looked at.
     fn source_of(&mut self, page: u32, index: usize, bytes: &[u8]) -> Result<Source, WriteError> {
-        if self.copied.binary_search(&page).is_ok() {
+        let copies = self.copies(page);
+        if copies == Copies::All {
             return self.literal(page, bytes, blocks::hash_of(bytes));
         }
         for (number, parent) in (0u16..).zip(&self.parents) {
@@ -201,7 +210,11 @@ impl<'a> Scan<'a> {
         }
         // Before anything else, so that what was moved or cached as a whole is one run, although some of its pages are
         // found elsewhere as well.
-        if let Some(next) = self.draft.continuation()
+        let next = self
+            .draft
+            .continuation()
+            .filter(|next| copies == Copies::None || !matches!(next, Source::Image { .. }));
+        if let Some(next) = next
             && self.is_equal(next, bytes)?
         {
             return Ok(next);
@@ -216,7 +229,11 @@ impl<'a> Scan<'a> {
                 }
             }
         }
-        for (number, image) in (0u16..).zip(&self.writer.images) {
+        let images = match copies {
+            Copies::None => self.writer.images.as_slice(),
+            Copies::OfImages | Copies::All => &[],
+        };
+        for (number, image) in (0u16..).zip(images) {
             if let Some(block) = image.index.find_hash(hash) {
                 let image = number;
                 let candidate = Source::Image { image, block };
@@ -256,7 +273,7 @@ impl<'a> Scan<'a> {
             return Ok(false);
         }
         content
-            .read_at(&mut self.other, offset_of(page))
+            .read_into(&mut self.other, offset_of(page))
             .map_err(failed(action))?;
         Ok(self.other == bytes)
     }
@@ -266,7 +283,7 @@ impl<'a> Scan<'a> {
         if let Some(first) = self.literal_of.get(&hash) {
             self.writer
                 .memory
-                .read_at(&mut self.other, offset_of(*first))
+                .read_into(&mut self.other, offset_of(*first))
                 .map_err(failed(MEMORY))?;
             if self.other == bytes {
                 return Ok(Source::Literal(*first));

@@ -1,7 +1,7 @@
 //! The formats, byte for byte. When one of these tests fails, `docs/formats/pack.md` says what to do.
 
 use crate::testing::{bytes_of, file_of, noise, packed, zeroes};
-use crate::{Content, Image, ImageIndex, Options, Pack, Parent, Writer, rebuild_flat};
+use crate::{Content, Copies, Image, ImageIndex, Options, Pack, Parent, Writer, rebuild_flat};
 
 /// The pack of [`memory`], in hexadecimal.
 const PACK: &str = "
@@ -95,7 +95,7 @@ fn pack_is_read_from_its_golden_bytes() {
 fn pack_is_written_as_its_golden_bytes() {
     let (memory, parent, image) = (file_of(&memory()), file_of(&parent()), file_of(&image()));
     let index = from_hex(INDEX);
-    let (id, copy_working_set) = ([0x11; 32], false);
+    let (id, copies) = ([0x11; 32], Copies::None);
     let parent = Parent {
         id,
         memory: &parent,
@@ -106,7 +106,7 @@ fn pack_is_written_as_its_golden_bytes() {
     };
     let writer = Writer::new(&memory).parent(parent).image(image);
     let writer = writer.working_set(&[2, 3]).options(Options {
-        copy_working_set,
+        copies,
         ..Options::default()
     });
     assert_eq!(packed(&writer).0, from_hex(PACK));

@@ -1,179 +1,18 @@
 //! What holds for whole packs: they give back what was packed, and nothing else.
 
+mod golden;
+mod guest;
+mod writing;
+
 use std::fs::File;
-use std::ops::Range;
 use std::os::unix::fs::{FileExt, MetadataExt};
 
 use proptest::prelude::*;
 
 use crate::content::{is_zero, offset_of};
-use crate::testing::{bytes_of, file_of, like, noise, packed, text, zeroes};
+use crate::testing::{bytes_of, file_of, noise, packed, text};
 use crate::*;
-
-/// What a page of a random memory is. Numbers are taken modulo what there is.
-#[derive(Debug, Clone)]
-enum Kind {
-    Zero,
-    /// As the parent's with the same number.
-    Same,
-    Moved(u8),
-    OfSecondParent(u8),
-    Block(u8),
-    Twice(u8),
-    /// Like a page of the parent.
-    Near(u8, u8),
-    Text(u8),
-    Noise(u8),
-}
-
-fn kind() -> impl Strategy<Value = Kind> {
-    prop_oneof![
-        3 => Just(Kind::Zero),
-        6 => Just(Kind::Same),
-        2 => any::<u8>().prop_map(Kind::Moved),
-        1 => any::<u8>().prop_map(Kind::OfSecondParent),
-        2 => any::<u8>().prop_map(Kind::Block),
-        2 => any::<u8>().prop_map(Kind::Twice),
-        3 => any::<(u8, u8)>().prop_map(|(page, change)| Kind::Near(page, change)),
-        2 => any::<u8>().prop_map(Kind::Text),
-        1 => any::<u8>().prop_map(Kind::Noise),
-    ]
-}
-
-/// Runs of one kind, as memories have them.
-fn kinds(longest: usize) -> impl Strategy<Value = Vec<Kind>> {
-    let run = (kind(), 1usize..12).prop_map(|(kind, length)| vec![kind; length]);
-    prop::collection::vec(run, 0..longest).prop_map(|runs| runs.concat())
-}
-
-#[derive(Debug, Clone)]
-struct Guest {
-    parents: Vec<Vec<Vec<u8>>>,
-    image: Vec<Vec<u8>>,
-    memory: Vec<Vec<u8>>,
-    working_set: Vec<u32>,
-    unchanged: Vec<Range<u32>>,
-    options: Options,
-}
-
-fn page_of(kind: &Kind, number: usize, before: &[Vec<u8>], guest: &Guest) -> Vec<u8> {
-    let pick = |pages: &[Vec<u8>], at: usize| match pages.len() {
-        0 => zeroes(),
-        length => pages[at % length].clone(),
-    };
-    let own = |seed: u8| u64::from(seed) << 32 | number as u64;
-    let parent = guest.parents.first().map_or(&[][..], Vec::as_slice);
-    match *kind {
-        Kind::Zero => zeroes(),
-        Kind::Same => parent.get(number).cloned().unwrap_or_else(zeroes),
-        // With the number, so that runs move as runs.
-        Kind::Moved(by) => pick(parent, number + usize::from(by)),
-        Kind::OfSecondParent(at) => {
-            let second = guest.parents.get(1).map_or(&[][..], Vec::as_slice);
-            pick(second, number + usize::from(at))
-        }
-        Kind::Block(at) => pick(&guest.image, number + usize::from(at)),
-        Kind::Twice(at) => pick(before, usize::from(at)),
-        Kind::Near(at, change) => like(&pick(parent, number + usize::from(at)), change),
-        Kind::Text(seed) => text(own(seed)),
-        Kind::Noise(seed) => noise(own(seed)),
-    }
-}
-
-fn pages_of(kinds: &[Kind], guest: &Guest) -> Vec<Vec<u8>> {
-    let mut pages: Vec<Vec<u8>> = Vec::new();
-    for (number, kind) in kinds.iter().enumerate() {
-        pages.push(page_of(kind, number, &pages, guest));
-    }
-    pages
-}
-
-fn guest() -> impl Strategy<Value = Guest> {
-    let memories = (prop::collection::vec(kinds(8), 0..3), kinds(5), kinds(14));
-    let choices = (
-        prop::collection::vec(any::<u16>(), 0..40),
-        any::<u64>(),
-        any::<(bool, bool)>(),
-    );
-    (memories, choices).prop_map(
-        |((parents, image, memory), (touched, unchanged, (prefix, copy_working_set)))| {
-            let mut guest = Guest {
-                parents: Vec::new(),
-                image: Vec::new(),
-                memory: Vec::new(),
-                working_set: Vec::new(),
-                unchanged: Vec::new(),
-                options: Options {
-                    level: 1,
-                    prefix,
-                    copy_working_set,
-                },
-            };
-            for parent in parents {
-                let pages = pages_of(&parent, &guest);
-                guest.parents.push(pages);
-            }
-            guest.image = pages_of(&image, &guest);
-            guest.memory = pages_of(&memory, &guest);
-            let length = guest.memory.len();
-            if length > 0 {
-                let within = |at: u16| (usize::from(at) % length) as u32;
-                guest.working_set = touched.into_iter().map(within).collect();
-            }
-            if let Some(parent) = guest.parents.first() {
-                let equal = |(number, page): (usize, &Vec<u8>)| {
-                    let known = unchanged >> (number % 64) & 1 == 1;
-                    (known && parent.get(number) == Some(page)).then_some(number as u32)
-                };
-                let equal = guest.memory.iter().enumerate().filter_map(equal);
-                guest.unchanged = equal.map(|page| page..page + 1).collect();
-            }
-            guest
-        },
-    )
-}
-
-/// The files that a guest consists of.
-struct Files {
-    parents: Vec<File>,
-    image: File,
-    index: Vec<u8>,
-    memory: File,
-}
-
-impl Files {
-    fn of(guest: &Guest) -> Files {
-        let image = file_of(&guest.image);
-        Files {
-            parents: guest.parents.iter().map(|pages| file_of(pages)).collect(),
-            index: ImageIndex::build(&image, [9; 32]).unwrap(),
-            memory: file_of(&guest.memory),
-            image,
-        }
-    }
-
-    fn parents(&self) -> Vec<&dyn Content> {
-        self.parents.iter().map(|file| file as _).collect()
-    }
-
-    fn writer<'a>(&'a self, guest: &'a Guest) -> Writer<'a> {
-        let mut writer = Writer::new(&self.memory)
-            .image(Image {
-                content: &self.image,
-                index: ImageIndex::parse(&self.index).unwrap(),
-            })
-            .working_set(&guest.working_set)
-            .unchanged(&guest.unchanged)
-            .options(guest.options.clone());
-        for (number, memory) in (0u8..).zip(&self.parents) {
-            writer = writer.parent(Parent {
-                id: [number; 32],
-                memory,
-            });
-        }
-        writer
-    }
-}
+use guest::{Files, guest, rich};
 
 /// Reads every page as a server of page faults does.
 fn page_by_page(pack: &Pack, bytes: &[u8], files: &Files) -> Vec<u8> {
@@ -254,7 +93,7 @@ proptest! {
         let (bytes, _) = packed(&files.writer(&guest));
         let pack = Pack::open(&bytes).unwrap();
         let first = pack.working_set_frames();
-        if guest.options.copy_working_set {
+        if guest.options.copies == Copies::All {
             let mut literals: Vec<u32> = Vec::new();
             for page in &guest.working_set {
                 match pack.source_of(*page).unwrap() {
@@ -341,25 +180,6 @@ proptest! {
     fn arbitrary_bytes_are_refused(bytes in prop::collection::vec(any::<u8>(), 0..600)) {
         prop_assert!(Pack::open(&bytes).is_err());
         prop_assert!(ImageIndex::parse(&bytes).is_err());
-    }
-}
-
-/// A guest that has a frame of each coding and a run of each source.
-fn rich() -> Guest {
-    let parent: Vec<_> = (0..20).map(noise).collect();
-    let image: Vec<_> = (100..104).map(noise).collect();
-    let mut memory = vec![zeroes(), parent[1].clone(), text(1), parent[7].clone()];
-    memory.extend((2..17).map(text));
-    memory.extend((200..216).map(noise));
-    memory.extend(image.iter().cloned());
-    memory.extend(parent.iter().take(16).map(|page| like(page, 1)));
-    Guest {
-        parents: vec![parent],
-        image,
-        memory,
-        working_set: vec![2],
-        unchanged: Vec::new(),
-        options: Options::default(),
     }
 }
 
@@ -502,143 +322,4 @@ fn patch_needs_a_parent_and_a_frame_has_to_exist() {
         ),
         "{error}"
     );
-}
-
-#[test]
-fn what_cannot_be_packed_is_refused_by_name() {
-    let out = tempfile::tempfile().unwrap();
-    let memory = file_of(&[text(1), text(2)]);
-    let odd = vec![1; PAGE + 1];
-    let error = Writer::new(&odd).write(&out).unwrap_err();
-    assert!(
-        matches!(error, WriteError::MemoryLength { length: 4097 }),
-        "{error}"
-    );
-    let error = Writer::new(&memory)
-        .working_set(&[2])
-        .write(&out)
-        .unwrap_err();
-    assert!(
-        matches!(error, WriteError::WorkingSet { page: 2, pages: 2 }),
-        "{error}"
-    );
-
-    let short = file_of(&[text(1)]);
-    let (id, memory) = ([0; 32], &memory);
-    let parent = Parent { id, memory: &short };
-    for unchanged in [vec![0..2], vec![1..2], vec![0..1, 0..1]] {
-        let writer = Writer::new(memory).parent(parent).unchanged(&unchanged);
-        let error = writer.write(&out).unwrap_err();
-        assert!(matches!(error, WriteError::Unchanged { .. }), "{error}");
-    }
-
-    let index = ImageIndex::build(&short, id).unwrap();
-    let index = ImageIndex::parse(&index).unwrap();
-    let content = memory;
-    let error = Writer::new(memory)
-        .image(Image { content, index })
-        .write(&out)
-        .unwrap_err();
-    assert!(
-        matches!(error, WriteError::ForeignIndex { image: 0 }),
-        "{error}"
-    );
-
-    let mut writer = Writer::new(memory);
-    for _ in 0..17 {
-        writer = writer.parent(parent);
-    }
-    let error = writer.write(&out).unwrap_err();
-    assert!(
-        matches!(
-            error,
-            WriteError::TooManyOrigins {
-                parents: 17,
-                images: 0
-            }
-        ),
-        "{error}"
-    );
-}
-
-/// A running μVM's memory, of which only some pages may be looked at.
-struct Guarded(Vec<u8>, Range<u64>);
-
-impl Content for Guarded {
-    fn length(&self) -> std::io::Result<u64> {
-        self.0.length()
-    }
-
-    fn read_at(&self, buffer: &mut [u8], offset: u64) -> std::io::Result<()> {
-        assert!(offset >= self.1.end || offset + buffer.len() as u64 <= self.1.start);
-        Content::read_at(&self.0, buffer, offset)
-    }
-}
-
-#[test]
-fn unchanged_pages_are_not_looked_at() {
-    let parent: Vec<_> = (0..40).map(text).collect();
-    let mut memory = parent.clone();
-    memory[35] = text(99);
-    let parent = file_of(&parent);
-    let guarded = Guarded(memory.concat(), offset_of(3)..offset_of(30));
-    let writer = Writer::new(&guarded)
-        .unchanged(&[3..10, 10..30])
-        .parent(Parent {
-            id: [0; 32],
-            memory: &parent,
-        });
-    let (bytes, summary) = packed(&writer);
-    assert_eq!(
-        (summary.runs, summary.parent_pages, summary.literals),
-        (3, 39, 1)
-    );
-    let pack = Pack::open(&bytes).unwrap();
-    let out = tempfile::tempfile().unwrap();
-    rebuild_flat(&pack, &bytes, &[&parent], &[], &out).unwrap();
-    assert!(bytes_of(&out) == memory.concat());
-    let ranges = rebuild_patch(&pack, &bytes, &[&parent], &[], &out).unwrap();
-    assert_eq!(ranges, [35..36]);
-}
-
-#[test]
-fn zeroes_over_a_parents_data_are_a_hole_of_the_patch() {
-    let parent: Vec<_> = (0..100).map(text).collect();
-    let mut memory = parent.clone();
-    memory[10..12].fill(zeroes());
-    memory[40] = text(500);
-    // As near as gaps are filled in, and one page further.
-    memory[57] = text(501);
-    memory[75] = text(502);
-    let parent = file_of(&parent);
-    let memory = file_of(&memory);
-    let (bytes, _) = packed(&Writer::new(&memory).parent(Parent {
-        id: [0; 32],
-        memory: &parent,
-    }));
-    let pack = Pack::open(&bytes).unwrap();
-    let out = tempfile::tempfile().unwrap();
-    let ranges = rebuild_patch(&pack, &bytes, &[&parent], &[], &out).unwrap();
-    assert_eq!(ranges, [10..12, 40..58, 75..76]);
-    assert_eq!(out.metadata().unwrap().blocks() * 512, offset_of(19));
-}
-
-/// zstd would take such a window for a trained dictionary.
-#[test]
-fn window_that_looks_like_a_dictionary_is_not_used() {
-    let magic = 0xEC30_A437_u32.to_le_bytes();
-    let parent: Vec<_> = (0..40)
-        .map(|page| [&magic[..], &noise(page)[4..]].concat())
-        .collect();
-    let memory: Vec<_> = parent.iter().map(|page| like(page, 1)).collect();
-    let (parent, memory) = (file_of(&parent), file_of(&memory));
-    let (bytes, summary) = packed(&Writer::new(&memory).parent(Parent {
-        id: [0; 32],
-        memory: &parent,
-    }));
-    assert_eq!((summary.frames, summary.prefix_frames), (3, 0));
-    let pack = Pack::open(&bytes).unwrap();
-    let out = tempfile::tempfile().unwrap();
-    rebuild_flat(&pack, &bytes, &[&parent], &[], &out).unwrap();
-    assert!(bytes_of(&out) == bytes_of(&memory));
 }
