@@ -148,6 +148,20 @@ pub enum Error {
         /// Number of the image.
         image: u16,
     },
+    /// What was given as a parent or an image has another length than at writing.
+    #[error(
+        "{what} {number} has {found} bytes instead of {expected}: it is not the one that the pack was made with"
+    )]
+    OtherOrigin {
+        /// `parent` or `image`.
+        what: &'static str,
+        /// Number of the parent or image.
+        number: usize,
+        /// Length at writing.
+        expected: u64,
+        /// Length now.
+        found: u64,
+    },
     /// A patch was asked for, of a pack that has no parent.
     #[error("the pack has no parent to patch: rebuild it whole")]
     NoParent,

@@ -7,6 +7,7 @@ use std::os::unix::fs::FileExt;
 
 use crate::content::{Content, WALK_PAGES, Walk, is_zero, offset_of, pages_of};
 use crate::error::Error;
+use crate::header::Origin;
 use crate::map::{Run, Source};
 use crate::pack::Pack;
 use crate::{FrameReader, PAGE};
@@ -127,6 +128,8 @@ impl<'a> Copier<'a> {
             let image = images.len() as u16;
             return Err(Error::ImageMissing { image });
         }
+        check_lengths("parent", pack.parents(), parents)?;
+        check_lengths("image", pack.images(), images)?;
         // Cut first: what the file had before would show where no page is written.
         out.set_len(0)
             .and_then(|()| out.set_len(pack.length()))
@@ -185,6 +188,29 @@ impl<'a> Copier<'a> {
         }
         Ok(())
     }
+}
+
+fn check_lengths(
+    what: &'static str,
+    origins: &[Origin],
+    given: &[&dyn Content],
+) -> Result<(), Error> {
+    for (number, (origin, content)) in origins.iter().zip(given).enumerate() {
+        let found = content.length().map_err(|source| Error::Io {
+            action: "asking for the length of a parent or an image",
+            source,
+        })?;
+        let expected = origin.length;
+        if found != expected {
+            return Err(Error::OtherOrigin {
+                what,
+                number,
+                expected,
+                found,
+            });
+        }
+    }
+    Ok(())
 }
 
 /// Writes pages, but not those of zeroes: they are holes.
