@@ -12,7 +12,7 @@ use super::{Copies, MEMORY, PARENT, Writer, failed, writing};
 use crate::content::offset_of;
 use crate::error::WriteError;
 use crate::table::{Coding, FrameEntry, Window};
-use crate::{FRAME_PAGES, PAGE, WINDOW_PAGES, short_digest};
+use crate::{FRAME_PAGES, PAGE, short_digest};
 
 /// Bytes of frames that are written at once.
 const BATCH: usize = 1 << 20;
@@ -177,5 +177,3 @@ fn compress_failed(frame: u32, code: usize) -> WriteError {
     let reason = get_error_name(code);
     WriteError::Compress { frame, reason }
 }
-
-const _: () = assert!(WINDOW_PAGES <= u8::MAX as usize);

@@ -132,7 +132,7 @@ impl<'a> Scan<'a> {
         })
     }
 
-    /// What of a page is copied.
+    /// Which copies are wanted of a page.
     fn copies(&self, page: u32) -> Copies {
         match self.copied.binary_search(&page) {
             Ok(_) => self.writer.options.copies,

@@ -10,6 +10,9 @@ use crate::content::{Content, Walk, pages_of};
 use crate::table::Window;
 use crate::{PAGE, WINDOW_PAGES};
 
+// A frame table counts a window's pages in a byte.
+const _: () = assert!(WINDOW_PAGES <= u8::MAX as usize);
+
 /// Bytes of a piece.
 const PIECE: usize = 64;
 /// Most pieces of all parents that are kept, 16 bytes each. When there are more, every other one is dropped.
