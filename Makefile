@@ -76,8 +76,9 @@ test: setup ## Run every test: lints, unit tests and fuzz targets here, end-to-e
 test-unit: setup ## Run the unit tests
 	@cargo test --release --workspace --no-fail-fast
 
-test-fuzz: setup ## Fuzz what reads a guest's words, each target for five seconds
+test-fuzz: setup ## Fuzz what reads a guest's words or saved memory, each target for five seconds
 	@vmm/fuzz/run 5
+	@images/store/packs/fuzz/run 5
 
 test-e2e: build ## Run the end-to-end tests (T=… selects)
 	@rm -rf $(RESULTS); mkdir -p target; : > $(PASSED)
@@ -128,8 +129,9 @@ bench: build ## Run the benches on the counted clock (BENCH=… selects); writes
 doctor: build ## Say what this machine can do
 	@$(BIN)/kiln doctor
 
-fuzz: setup ## Fuzz what reads a guest's words, each target for SECONDS (60)
+fuzz: setup ## Fuzz what reads a guest's words or saved memory, each target for SECONDS (60)
 	@vmm/fuzz/run $(SECONDS)
+	@images/store/packs/fuzz/run $(SECONDS)
 
 lint: setup ## Formatting, lints and dependencies, as strict as they are meant
 	@cargo fmt --all --check
