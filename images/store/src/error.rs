@@ -126,8 +126,52 @@ pub enum Error {
     /// A manifest's content is not the one it is named after.
     #[error("the manifest of μVM {id} is not the one that was written: remove it (`kiln rm {id}`) and bake again", id = .0.short())]
     ManifestDigest(Digest),
+    /// Another process rebuilds an object, and takes too long.
+    #[error("memory {} is rebuilt from its pack by another process, which takes too long", object.short())]
+    Rebuilding {
+        /// The object.
+        object: Digest,
+        /// The process.
+        #[source]
+        source: LockError,
+    },
+    /// An object can't be rebuilt from its pack.
+    #[error(
+        "memory {short} cannot be rebuilt from its pack: `kiln verify` tells which μVM it belongs to; remove that \
+         (`kiln rm`) and bake again (`kiln bake`)",
+        short = object.short()
+    )]
+    Pack {
+        /// The object.
+        object: Digest,
+        /// What is wrong with the pack.
+        #[source]
+        source: io::Error,
+    },
+    /// An object's pack is undamaged, but gives something else.
+    #[error(
+        "the pack of memory {short} holds another memory: `kiln verify` tells which μVM it belongs to; remove that \
+         (`kiln rm`) and bake again (`kiln bake`)",
+        short = .0.short()
+    )]
+    OtherContent(Digest),
+    /// The disk has no room for an object's flat file, not even without those of others.
+    #[error(
+        "the disk under {root} is full: memory {short} needs {needed} bytes there to be rebuilt from its pack; free space \
+         there, or move the store",
+        root = root.display(),
+        short = object.short()
+    )]
+    NoRoomToRebuild {
+        /// The object.
+        object: Digest,
+        /// Bytes of its flat file.
+        needed: u64,
+        /// The store's directory.
+        root: PathBuf,
+    },
     /// The budget file holds something else than a number.
-    #[error("{} does not hold a number of bytes, nor 'none': set it again (`kiln gc --set-budget`)", .0.display())]
+    #[error("{} does not hold a number of bytes, nor 'none': set it again (`kiln gc --set-budget`, `--set-flat-budget`)", .0.display())]
     Budget(PathBuf),
 }
 

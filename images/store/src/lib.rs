@@ -31,7 +31,7 @@ pub use catalogue::uvms::{
 pub use content::collect::{Collected, Named, Policy, Removed, Why};
 pub use content::digest::{CHUNK, Digest, NotADigest, Scan, of_file};
 pub use content::lock;
-pub use content::room::{DEFAULT_BUDGET, Usage};
+pub use content::room::{DEFAULT_BUDGET, DEFAULT_FLAT_BUDGET, Usage};
 pub use content::verify::{Damage, Verified};
 pub use error::Error;
 
@@ -100,6 +100,18 @@ impl Store {
     pub fn set_budget(&self, budget: Option<u64>) -> Result<(), Error> {
         let lock = self.content.write_lock(WRITER_WAIT)?;
         self.content.set_budget(budget, &lock)
+    }
+
+    /// Sets the most bytes that flat files may take on disk; `None` lifts the limit. Packed memory that is in flat files
+    /// need not be rebuilt before it is used. What is there stays until the next one is made.
+    pub fn set_flat_budget(&self, budget: Option<u64>) -> Result<(), Error> {
+        let lock = self.content.write_lock(WRITER_WAIT)?;
+        self.content.set_flat_budget(budget, &lock)
+    }
+
+    /// Bytes on disk of an object as it is stored: of its pack, if it is packed.
+    pub fn stored_bytes(&self, object: &Object) -> Result<u64, Error> {
+        self.content.object_bytes(&object.digest)
     }
 
     /// Removes entries by `policy`, objects that no entry needs, and the leftovers of interrupted writers.

@@ -66,9 +66,9 @@ pub struct Collected {
     pub objects: u32,
     /// Directories of interrupted bakes that are gone.
     pub interrupted: u32,
-    /// Bytes on disk given back.
+    /// Bytes on disk given back, flat files aside.
     pub freed: u64,
-    /// Bytes the store takes now.
+    /// Bytes the store takes now, flat files aside.
     pub used: u64,
 }
 
@@ -147,6 +147,7 @@ pub(crate) fn collect(
     }
     if !policy.dry_run {
         collection.report.interrupted = content.sweep_staging(&lock)?;
+        content.sweep_stale_flat(&lock)?;
         collection.report.objects = sweep(content, catalogues, &lock)?;
         used = content.usage()?.used;
     }

@@ -16,6 +16,8 @@ pub(crate) trait Disk: Debug + Send + Sync {
     fn create_dir(&self, path: &Path) -> io::Result<()>;
     /// Makes a file with this content. One that exists is an error.
     fn write_new(&self, path: &Path, content: &[u8]) -> io::Result<()>;
+    /// Lets `write` give a file its content.
+    fn fill(&self, file: &File, write: &mut dyn FnMut(&File) -> io::Result<()>) -> io::Result<()>;
     /// Waits until a file's content is on the disk.
     fn sync_file(&self, path: &Path) -> io::Result<()>;
     /// Waits until a directory's entries are on the disk.
@@ -50,6 +52,10 @@ impl Disk for RealDisk {
             .mode(0o600)
             .open(path)?;
         file.write_all(content)
+    }
+
+    fn fill(&self, file: &File, write: &mut dyn FnMut(&File) -> io::Result<()>) -> io::Result<()> {
+        write(file)
     }
 
     fn sync_file(&self, path: &Path) -> io::Result<()> {
@@ -152,6 +158,18 @@ pub(crate) mod tests {
                 return Err(error);
             }
             RealDisk.write_new(path, content)
+        }
+        fn fill(
+            &self,
+            file: &File,
+            write: &mut dyn FnMut(&File) -> io::Result<()>,
+        ) -> io::Result<()> {
+            if let Err(error) = self.step("fill", Path::new("")) {
+                RealDisk.fill(file, write)?;
+                file.set_len(file.metadata()?.len() / 2)?;
+                return Err(error);
+            }
+            RealDisk.fill(file, write)
         }
         fn sync_file(&self, path: &Path) -> io::Result<()> {
             self.step("sync_file", path)?;

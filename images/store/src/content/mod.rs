@@ -1,6 +1,7 @@
 //! The store's files, the ground on which every catalogue stands: the writers' lock, objects named by their content,
 //! staging directories, leases, the budget, and collection. Nothing here knows the purpose of a file.
 
+pub(crate) mod boot;
 pub(crate) mod catalogue;
 pub(crate) mod collect;
 pub(crate) mod digest;
@@ -8,6 +9,7 @@ pub(crate) mod disk;
 pub(crate) mod lease;
 pub mod lock;
 pub(crate) mod objects;
+pub(crate) mod packed;
 pub(crate) mod room;
 pub(crate) mod staging;
 pub(crate) mod verify;
@@ -23,7 +25,7 @@ use crate::Error;
 use crate::error::Context;
 use disk::Disk;
 
-const FORMAT: &str = "kiln-store 2";
+const FORMAT: &str = "kiln-store 3";
 
 /// How long a writer waits for another one, which may be removing gigabytes. No pod waits for it, and a bake
 /// that gives up has been for nothing.
@@ -81,7 +83,10 @@ impl Content {
         }
         self.ensure_dir(&self.root)?;
         let lock = self.write_lock(WRITER_WAIT)?;
-        for name in ["objects", "tmp"].iter().chain(directories) {
+        for name in ["objects", "packs", "flat", "tmp"]
+            .iter()
+            .chain(directories)
+        {
             self.ensure_dir(&self.root.join(name))?;
         }
         self.replace_file("format", format!("{FORMAT}\n").as_bytes(), &lock)

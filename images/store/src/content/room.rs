@@ -3,7 +3,7 @@
 use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::catalogue::{Candidate, Catalogue, Catalogues};
 use super::{Content, WriteLock};
@@ -13,14 +13,22 @@ use crate::{Error, Policy};
 /// The most a store may take on disk whose budget nobody has set.
 pub const DEFAULT_BUDGET: u64 = 20 << 30;
 
+/// The most the flat files of packed objects may take on disk unless somebody has set it.
+pub const DEFAULT_FLAT_BUDGET: u64 = 8 << 30;
+
 const FILE: &str = "budget";
+const FLAT_FILE: &str = "flat-budget";
+/// Directory of flat files, which are a cache with a budget of its own.
+const FLAT: &str = "flat";
 const UNLIMITED: &str = "none";
 
 /// How much room the store takes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Usage {
-    /// Bytes on disk, everything included.
+    /// Bytes on disk of everything but flat files.
     pub used: u64,
+    /// Bytes on disk of flat files: what was rebuilt from packs since the machine was started.
+    pub flat: u64,
     /// The most there may be.
     pub budget: Option<u64>,
 }
@@ -34,17 +42,32 @@ impl Usage {
 }
 
 impl Content {
+    pub(crate) fn flat_root(&self) -> PathBuf {
+        self.root.join(FLAT)
+    }
+
     pub(crate) fn usage(&self) -> Result<Usage, Error> {
+        let flat_root = self.flat_root();
         Ok(Usage {
-            used: disk_bytes(&self.root)?,
+            used: disk_bytes(&self.root, &flat_root)?,
+            flat: disk_bytes(&flat_root, &flat_root)?,
             budget: self.budget()?,
         })
     }
 
     pub(crate) fn budget(&self) -> Result<Option<u64>, Error> {
-        let path = self.root.join(FILE);
+        self.read_budget(FILE, DEFAULT_BUDGET)
+    }
+
+    /// The most that flat files may take.
+    pub(crate) fn flat_budget(&self) -> Result<Option<u64>, Error> {
+        self.read_budget(FLAT_FILE, DEFAULT_FLAT_BUDGET)
+    }
+
+    fn read_budget(&self, file: &str, default: u64) -> Result<Option<u64>, Error> {
+        let path = self.root.join(file);
         match fs::read_to_string(&path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Some(DEFAULT_BUDGET)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Some(default)),
             Err(error) => Err(error).context("reading", &path),
             Ok(text) if text.trim_end() == UNLIMITED => Ok(None),
             Ok(text) => text
@@ -56,8 +79,20 @@ impl Content {
     }
 
     pub(crate) fn set_budget(&self, budget: Option<u64>, lock: &WriteLock) -> Result<(), Error> {
+        self.write_budget(FILE, budget, lock)
+    }
+
+    pub(crate) fn set_flat_budget(
+        &self,
+        budget: Option<u64>,
+        lock: &WriteLock,
+    ) -> Result<(), Error> {
+        self.write_budget(FLAT_FILE, budget, lock)
+    }
+
+    fn write_budget(&self, file: &str, budget: Option<u64>, lock: &WriteLock) -> Result<(), Error> {
         let text = budget.map_or(UNLIMITED.to_owned(), |bytes| bytes.to_string());
-        self.replace_file(FILE, format!("{text}\n").as_bytes(), lock)
+        self.replace_file(file, format!("{text}\n").as_bytes(), lock)
     }
 
     /// Makes room for `needed` more bytes in the budget: entries that are made again when they are missed go, the least
@@ -133,8 +168,8 @@ fn evict(catalogue: &dyn Catalogue, entry: &Candidate, lock: &WriteLock) -> Resu
     Ok(true)
 }
 
-/// Bytes on disk of everything below a directory.
-pub(crate) fn disk_bytes(dir: &Path) -> Result<u64, Error> {
+/// Bytes on disk of everything below a directory but what is below `without`.
+fn disk_bytes(dir: &Path, without: &Path) -> Result<u64, Error> {
     let mut total = 0;
     let entries = match fs::read_dir(dir) {
         // A staging directory may go away while we look.
@@ -144,7 +179,12 @@ pub(crate) fn disk_bytes(dir: &Path) -> Result<u64, Error> {
     for entry in entries {
         let entry = entry.context("reading", dir)?;
         match entry.metadata() {
-            Ok(meta) if meta.is_dir() => total += disk_bytes(&entry.path())?,
+            Ok(meta) if meta.is_dir() => {
+                let path = entry.path();
+                if path != without {
+                    total += disk_bytes(&path, without)?;
+                }
+            }
             Ok(meta) => total += meta.blocks() * 512,
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) => return Err(error).context("reading", &entry.path()),

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use super::digest::{self, Scan};
+use super::disk::Disk;
 use super::{Content, WRITER_WAIT, WriteLock, lock};
 use crate::error::Context;
 use crate::{Digest, Error};
@@ -100,7 +101,17 @@ impl StagingDir {
 
     /// Digests a file of it and sees that it is on the disk; none if there is no such file. Zero pages become holes.
     pub(crate) fn finish_object(&self, name: &str) -> Result<Option<Scan>, Error> {
-        let disk = &self.content.disk;
+        let Some((_, scan)) = self.finish_content(name)? else {
+            return Ok(None);
+        };
+        let path = self.path.join(name);
+        self.disk().sync_file(&path).context("syncing", &path)?;
+        Ok(Some(scan))
+    }
+
+    /// The same for a file that need not be on the disk. Returns it, too.
+    pub(crate) fn finish_content(&self, name: &str) -> Result<Option<(File, Scan)>, Error> {
+        let disk = self.disk();
         let path = self.path.join(name);
         let file = match OpenOptions::new().read(true).write(true).open(&path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -110,9 +121,12 @@ impl StagingDir {
             disk.punch_hole(&file, zeros.offset, zeros.length)
         })
         .context("reading", &path)?;
-        disk.sync_file(&path).context("syncing", &path)?;
         disk.seal(&path).context("sealing", &path)?;
-        Ok(Some(scan))
+        Ok(Some((file, scan)))
+    }
+
+    pub(crate) fn disk(&self) -> &dyn Disk {
+        self.content.disk.as_ref()
     }
 
     /// Writes a small file that is to enter the store, and sees that it is on the disk.
@@ -132,15 +146,36 @@ impl StagingDir {
         digest: &Digest,
         _lock: &WriteLock,
     ) -> Result<(), Error> {
-        let disk = &self.content.disk;
-        let all = self.content.root.join("objects");
-        let target = self.content.object_path(digest);
+        self.enter_below(
+            "objects",
+            &self.path.join(name),
+            &self.content.object_path(digest),
+        )
+    }
+
+    /// The same for the pack of a packed object.
+    pub(crate) fn enter_pack(
+        &self,
+        name: &str,
+        digest: &Digest,
+        _lock: &WriteLock,
+    ) -> Result<(), Error> {
+        self.enter_below(
+            "packs",
+            &self.pack_of(name),
+            &self.content.pack_path(digest),
+        )
+    }
+
+    /// Gives a file its place in a directory below one of the root's.
+    fn enter_below(&self, all: &str, from: &Path, target: &Path) -> Result<(), Error> {
+        let all = self.content.root.join(all);
         let dir = target.parent().unwrap_or(&all);
         if !dir.is_dir() {
             self.content.ensure_dir(dir)?;
-            disk.sync_dir(&all).context("syncing", &all)?;
+            self.disk().sync_dir(&all).context("syncing", &all)?;
         }
-        self.enter(&self.path.join(name), &target)
+        self.enter(from, target)
     }
 
     /// Gives a file its place in the store; it is on the disk there when this comes back.

@@ -6,7 +6,8 @@ use std::io;
 
 use super::Content;
 use super::catalogue::Catalogues;
-use super::digest;
+use super::digest::{self, Scan};
+use crate::error::Context;
 use crate::{Digest, Error, Named};
 
 /// A difference between the store and what was written.
@@ -59,6 +60,33 @@ pub enum Damage {
         /// The object's name.
         object: Digest,
     },
+    /// The flat file that was rebuilt from an object's pack differs from it. It was removed: the next use makes it anew.
+    #[error(
+        "{} {}: the rebuilt file of its {part} object {} has changed; it is removed, and is rebuilt when it is needed",
+        of.kind, of.id.short(),
+        object.short()
+    )]
+    Flat {
+        /// The μVM or image.
+        of: Named,
+        /// The object's part in it, such as `memory`.
+        part: &'static str,
+        /// The object's name.
+        object: Digest,
+    },
+    /// An object's pack is damaged.
+    #[error("{} {}: its {part} object {} is damaged", of.kind, of.id.short(), object.short())]
+    Pack {
+        /// The μVM or image.
+        of: Named,
+        /// The object's part in it, such as `memory`.
+        part: &'static str,
+        /// The object's name.
+        object: Digest,
+        /// What is wrong with the pack.
+        #[source]
+        source: io::Error,
+    },
     /// An object cannot be read.
     #[error("{} {}: its {part} object {} cannot be read", of.kind, of.id.short(), object.short())]
     Unreadable {
@@ -82,6 +110,8 @@ impl Damage {
             | Damage::Missing { of, .. }
             | Damage::Length { of, .. }
             | Damage::Content { of, .. }
+            | Damage::Flat { of, .. }
+            | Damage::Pack { of, .. }
             | Damage::Unreadable { of, .. } => *of,
         }
     }
@@ -121,6 +151,8 @@ pub(crate) struct Expected {
     pub(crate) part: &'static str,
     pub(crate) object: Digest,
     pub(crate) length: u64,
+    /// Whether it is kept packed.
+    pub(crate) packed: bool,
 }
 
 pub(crate) fn verify(
@@ -162,6 +194,7 @@ impl Verified {
             part,
             object,
             length,
+            ..
         } = expected;
         let found = match self.seen.get(&object) {
             Some(found) => *found,
@@ -170,13 +203,8 @@ impl Verified {
                     self.seen.insert(object, found);
                     found
                 }
-                Err(source) => {
-                    self.damage.push(Damage::Unreadable {
-                        of,
-                        part,
-                        object,
-                        source,
-                    });
+                Err(error) => {
+                    self.damage.push(unreadable(expected, error));
                     return;
                 }
             },
@@ -195,22 +223,64 @@ impl Verified {
         });
     }
 
-    fn read(&mut self, content: &Content, expected: Expected) -> io::Result<Found> {
-        let file = match File::open(content.object_path(&expected.object)) {
+    fn read(&mut self, content: &Content, expected: Expected) -> Result<Found, Error> {
+        let Expected {
+            of, part, object, ..
+        } = expected;
+        if expected.packed {
+            if content.drop_wrong_flat(&object)? {
+                self.damage.push(Damage::Flat { of, part, object });
+            }
+            if let Some(scan) = content.scan_pack(&object)? {
+                return Ok(self.judge(scan, expected));
+            }
+        }
+        let path = content.object_path(&object);
+        let file = match File::open(&path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Found::Missing),
-            other => other?,
+            other => other.context("opening", &path)?,
         };
-        let length = file.metadata()?.len();
+        let length = file.metadata().context("reading", &path)?.len();
         if length != expected.length {
             return Ok(Found::Length(length));
         }
-        let scan = digest::of_file(&file)?;
+        let scan = digest::of_file(&file).context("reading", &path)?;
+        Ok(self.judge(scan, expected))
+    }
+
+    fn judge(&mut self, scan: Scan, expected: Expected) -> Found {
         self.objects += 1;
         self.data += scan.data;
-        Ok(if scan.digest == expected.object {
+        if scan.digest == expected.object {
             Found::Good
         } else {
             Found::Content
-        })
+        }
+    }
+}
+
+fn unreadable(expected: Expected, error: Error) -> Damage {
+    let Expected {
+        of, part, object, ..
+    } = expected;
+    match error {
+        Error::Pack { source, .. } => Damage::Pack {
+            of,
+            part,
+            object,
+            source,
+        },
+        Error::Io { source, .. } => Damage::Unreadable {
+            of,
+            part,
+            object,
+            source,
+        },
+        other => Damage::Unreadable {
+            of,
+            part,
+            object,
+            source: io::Error::other(other),
+        },
     }
 }

@@ -27,6 +27,7 @@ pub use key::ImageKey;
 pub use make::{Making, Turn};
 pub use record::SegmentDigest;
 
+use crate::content::boot;
 use crate::content::catalogue::{Candidate, Catalogue, Doomed, Survey};
 use crate::content::disk::RealDisk;
 use crate::content::verify::{Damage, Verified};
@@ -334,13 +335,11 @@ fn touch(dir: &Path) -> io::Result<()> {
 }
 
 fn boot_id() -> Result<[u8; 16], Error> {
-    const PATH: &str = "/proc/sys/kernel/random/boot_id";
-    let text = fs::read_to_string(PATH).context("reading", Path::new(PATH))?;
-    let hex: String = text.chars().filter(char::is_ascii_hexdigit).collect();
+    let hex: String = boot::id()?.chars().filter(|c| *c != '-').collect();
     u128::from_str_radix(&hex, 16)
         .map(u128::to_be_bytes)
         .map_err(io::Error::other)
-        .context("understanding", Path::new(PATH))
+        .context("understanding the boot id of", Path::new("/proc/sys"))
 }
 
 #[cfg(test)]

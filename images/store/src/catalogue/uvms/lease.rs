@@ -8,7 +8,7 @@ use std::time::{Duration, SystemTime};
 
 use kiln_vmm_saved::PageRun;
 
-use super::{Kind, Manifest, Uvms, WorkingSet};
+use super::{Kind, Manifest, Object, Uvms, WorkingSet};
 use crate::content::{Content, lease};
 use crate::error::Context;
 use crate::{Digest, Error, Store};
@@ -64,17 +64,26 @@ impl Lease {
         &self.manifest
     }
 
-    /// Where an object of it is.
+    /// Where an object of it is. Memory that is packed is rebuilt first if need be, and stays there until others need the
+    /// room: who opens it soon finds it, and who wants to be sure calls [`Lease::open`].
     pub fn path(&self, kind: Kind) -> Result<PathBuf, Error> {
-        let object = self.manifest.object(kind).ok_or(Error::Incomplete(kind))?;
-        Ok(self.content.object_path(&object.digest))
+        let object = self.object(kind)?;
+        let packed = self.open_packed(object)?;
+        match packed {
+            Some(_) => self.content.flat_path(&object.digest),
+            None => Ok(self.content.object_path(&object.digest)),
+        }
     }
 
     /// An object of it, open for reading. Its length is checked, its content is not: that would
-    /// read all of it.
+    /// read all of it. Memory that is packed is rebuilt first, if it was not since the machine was started, and then its
+    /// content is checked, too.
     pub fn open(&self, kind: Kind) -> Result<File, Error> {
-        let path = self.path(kind)?;
-        let object = self.manifest.object(kind).ok_or(Error::Incomplete(kind))?;
+        let object = self.object(kind)?;
+        if let Some(file) = self.open_packed(object)? {
+            return Ok(file);
+        }
+        let path = self.content.object_path(&object.digest);
         let file = File::open(&path).context("opening", &path)?;
         let length = file.metadata().context("reading", &path)?.len();
         if length != object.length {
@@ -88,6 +97,18 @@ impl Lease {
             return Err(source).context("opening", &path);
         }
         Ok(file)
+    }
+
+    fn object(&self, kind: Kind) -> Result<&Object, Error> {
+        self.manifest.object(kind).ok_or(Error::Incomplete(kind))
+    }
+
+    /// None if it is not packed.
+    fn open_packed(&self, object: &Object) -> Result<Option<File>, Error> {
+        if !object.is_packed() {
+            return Ok(None);
+        }
+        self.content.open_packed(&object.digest, object.length)
     }
 }
 

@@ -5,6 +5,7 @@
 
 use std::fmt;
 
+use kiln_packs::{MAX_PAGES, PAGE};
 use kiln_vmm_saved::cpu::Fingerprint;
 use serde::{Deserialize, Serialize};
 
@@ -118,6 +119,19 @@ pub struct Object {
     pub length: u64,
     /// Bytes of it in chunks that are not all zeros.
     pub data: u64,
+}
+
+impl Object {
+    /// Whether the store keeps it packed.
+    pub(crate) fn is_packed(&self) -> bool {
+        is_packed(self.kind, self.length)
+    }
+}
+
+/// Whether the store keeps an object of this kind and length packed: memory, unless a pack can't hold it.
+pub(super) fn is_packed(kind: Kind, length: u64) -> bool {
+    const LONGEST: u64 = MAX_PAGES as u64 * PAGE as u64;
+    kind == Kind::Memory && length.is_multiple_of(PAGE as u64) && (1..=LONGEST).contains(&length)
 }
 
 /// What the baker says of a μVM when it enters it.

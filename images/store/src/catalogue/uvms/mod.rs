@@ -169,8 +169,10 @@ impl Uvms {
     /// Whether all objects of a μVM are there, and as long as they should be.
     fn is_whole(&self, manifest: &Manifest) -> bool {
         manifest.objects.iter().all(|object| {
-            fs::metadata(self.content.object_path(&object.digest))
-                .is_ok_and(|meta| meta.len() == object.length)
+            // A pack has a length of its own, which is checked when it is read.
+            (object.is_packed() && self.content.pack_path(&object.digest).exists())
+                || fs::metadata(self.content.object_path(&object.digest))
+                    .is_ok_and(|meta| meta.len() == object.length)
         })
     }
 }
@@ -289,6 +291,7 @@ impl Catalogue for Uvms {
                                 part: object.kind.name(),
                                 object: object.digest,
                                 length: object.length,
+                                packed: object.is_packed(),
                             };
                             report.object(&self.content, expected);
                         }
