@@ -138,11 +138,18 @@ impl From<GuestError> for Error {
 
 impl From<kiln_uvm::Error> for Error {
     fn from(error: kiln_uvm::Error) -> Self {
+        use kiln_store::Error as Store;
         use kiln_uvm::Error as Uvm;
         let text = || chain(&error);
         match (&error, error.refusal()) {
             (Uvm::Guest(_), _) => {}
             (Uvm::Pick(_) | Uvm::NotResumable { .. }, _) => return Self::FailedPrecondition(text()),
+            (Uvm::Baked(Store::NoRoomToRebuild { .. }), _) => {
+                return Self::ResourceExhausted(text());
+            }
+            (Uvm::Baked(Store::Pack { .. } | Store::OtherContent(_)), _) => {
+                return Self::FailedPrecondition(text());
+            }
             (Uvm::NoSlot(_) | Uvm::NotGrown(_), _) => return Self::ResourceExhausted(text()),
             (gone, _) if gone.is_gone() => return Self::Unavailable(text()),
             (_, Some(RefusalKind::Foreign | RefusalKind::Corrupt | RefusalKind::Busy)) => {
@@ -177,6 +184,21 @@ mod tests {
             error.chain(),
             "write the state of pod p1: No space left on device (os error 28)"
         );
+    }
+
+    #[test]
+    fn memory_that_cannot_be_rebuilt_is_no_fault_of_the_shim() {
+        let object = kiln_store::Digest::of_bytes(b"memory");
+        let told = |error| Error::from(kiln_uvm::Error::Baked(error));
+        let source = std::io::Error::other("frame 3 is damaged");
+        let damaged = told(kiln_store::Error::Pack { object, source });
+        assert!(matches!(&damaged, Error::FailedPrecondition(text) if text.contains("frame 3")));
+        let full = told(kiln_store::Error::NoRoomToRebuild {
+            object,
+            needed: 1,
+            root: "/x".into(),
+        });
+        assert!(matches!(full, Error::ResourceExhausted(_)), "{full:?}");
     }
 
     #[test]

@@ -3,8 +3,10 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+use std::collections::BTreeSet;
 use std::env;
-use std::os::unix::fs::FileExt;
+use std::io::Read;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::thread::sleep;
@@ -15,6 +17,7 @@ use kiln_store::{Digest, Error, Host, ImageKey, Kind, Policy, SegmentDigest, Sto
 use kiln_vmm_saved::cpu::{Fingerprint, WORDS};
 
 const CHILD: &str = "KILN_STORE_TEST_ROOT";
+const OPENER: &str = "KILN_STORE_TEST_OPEN";
 
 fn bake(store: &Store, seed: u64) -> Result<Digest, Error> {
     let staging = store.begin(0)?;
@@ -93,10 +96,14 @@ impl Drop for Child {
 }
 
 fn spawn_child(root: &Path) -> Child {
+    spawn("child", CHILD, root, Stdio::null())
+}
+
+fn spawn(test: &str, variable: &str, root: &Path, output: Stdio) -> Child {
     let child = Command::new(env::current_exe().unwrap())
-        .args(["--exact", "child", "--nocapture"])
-        .env(CHILD, root)
-        .stdout(Stdio::null())
+        .args(["--exact", test, "--nocapture"])
+        .env(variable, root)
+        .stdout(output)
         .stderr(Stdio::inherit())
         .spawn()
         .unwrap();
@@ -195,4 +202,110 @@ fn lease_of_a_killed_process_holds_nothing() {
         }
     }
     panic!("the lease outlives its holder");
+}
+
+/// Not a test of its own: a process that opens the memory of the only μVM, and says which file it was given.
+#[test]
+fn opener() {
+    let Some(root) = env::var_os(OPENER) else {
+        return;
+    };
+    let store = Store::open(Path::new(&root)).unwrap();
+    let lease = store.lease(store.find(|_| true).unwrap().unwrap()).unwrap();
+    let file = lease.open(Kind::Memory).unwrap();
+    println!("inode={}", file.metadata().unwrap().ino());
+}
+
+/// A store with one μVM whose memory takes a while to be rebuilt, and the content of that.
+fn cold_store(dir: &Path) -> (Store, Digest, Vec<u8>) {
+    let store = Store::open_or_create(dir.join("store")).unwrap();
+    let mut memory = vec![0u8; 8 << 20];
+    let mut state = 1u64;
+    memory.fill_with(|| {
+        state = state.wrapping_mul(6364136223846793005).wrapping_add(1);
+        (state >> 60) as u8
+    });
+    let staging = store.begin(0).unwrap();
+    for (kind, bytes) in [(Kind::Memory, memory.as_slice()), (Kind::State, b"state")] {
+        let file = staging.create(kind).unwrap();
+        file.write_all_at(bytes, 0).unwrap();
+    }
+    let id = staging.commit(description("one")).unwrap();
+    go_cold(&store);
+    (store, id, memory)
+}
+
+/// As after a start of the machine.
+fn go_cold(store: &Store) {
+    std::fs::remove_dir_all(store.root().join("flat")).unwrap();
+}
+
+/// Files of all boots below `flat/`.
+fn flats(store: &Store) -> Vec<String> {
+    let list = |dir: &Path| -> Vec<_> {
+        let entries = std::fs::read_dir(dir).into_iter().flatten();
+        entries.map(|entry| entry.unwrap().path()).collect()
+    };
+    let boots = list(&store.root().join("flat"));
+    let files = boots.iter().flat_map(|boot| list(boot));
+    files
+        .map(|path| path.file_name().unwrap().to_string_lossy().into_owned())
+        .collect()
+}
+
+#[test]
+fn processes_that_open_a_cold_memory_at_once_share_one_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let (store, id, memory) = cold_store(dir.path());
+    let start = || spawn("opener", OPENER, store.root(), Stdio::piped());
+    let mut openers: Vec<_> = (0..16).map(|_| start()).collect();
+    let mut inodes = BTreeSet::new();
+    for opener in &mut openers {
+        let mut text = String::new();
+        let output = opener.0.stdout.as_mut().unwrap();
+        output.read_to_string(&mut text).unwrap();
+        let inode = text.lines().find_map(|line| line.split_once("inode="));
+        inodes.insert(inode.expect(&text).1.to_owned());
+        assert!(opener.0.wait().unwrap().success());
+    }
+    assert_eq!(inodes.len(), 1, "{inodes:?}");
+    assert_eq!(flats(&store).len(), 1);
+    let path = store.lease(id).unwrap().path(Kind::Memory).unwrap();
+    assert!(std::fs::read(path).unwrap() == memory);
+}
+
+#[test]
+fn memory_is_whole_after_kill_9_of_those_who_rebuild_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let (store, id, memory) = cold_store(dir.path());
+    let mut interrupted = 0;
+    for round in 0..12u64 {
+        let mut leader = spawn("opener", OPENER, store.root(), Stdio::null());
+        while flats(&store).is_empty() && leader.0.try_wait().unwrap().is_none() {
+            sleep(Duration::from_millis(1));
+        }
+        sleep(Duration::from_millis((round * 7919 + 13) % 41));
+        let mut follower = spawn("opener", OPENER, store.root(), Stdio::null());
+        leader.kill();
+        interrupted += u64::from(flats(&store).iter().any(|name| name.contains(".new-")));
+        if round % 2 == 0 {
+            follower.kill();
+        } else {
+            assert!(follower.0.wait().unwrap().success());
+        }
+        let lease = store.lease(id).unwrap();
+        let path = lease.path(Kind::Memory).unwrap();
+        assert!(std::fs::read(path).unwrap() == memory, "round {round}");
+        let name = lease.manifest().object(Kind::Memory).unwrap().digest;
+        // A leader that dies lets go of the pack before its own file; if that was seen, the next writer takes the file.
+        if flats(&store) != [name.to_string()] {
+            drop(store.begin(0).unwrap());
+        }
+        assert_eq!(flats(&store), [name.to_string()], "round {round}");
+        go_cold(&store);
+    }
+    assert!(
+        interrupted > 0,
+        "nobody was killed in the midst of a rebuild"
+    );
 }

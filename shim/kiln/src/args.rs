@@ -387,6 +387,11 @@ pub(crate) struct Gc {
     /// Images make way for what is new, and a bake that would exceed it all the same fails.
     #[arg(long, value_name = "SIZE", value_parser = parse_budget)]
     pub(crate) set_budget: Option<Budget>,
+
+    /// From now on memory that was rebuilt from its pack, to be mapped, may take this much on disk beside the store's
+    /// budget, such as 16Gi, or `none`; 8Gi if nobody says.
+    #[arg(long, value_name = "SIZE", value_parser = parse_budget)]
+    pub(crate) set_flat_budget: Option<Budget>,
 }
 
 /// A budget as it is written: a size, or none at all.

@@ -43,7 +43,11 @@ impl Failure {
         match store {
             Some(kiln_store::Error::NotFound(_) | kiln_store::Error::NoStore(_)) => 3,
             Some(kiln_store::Error::InUse { .. } | kiln_store::Error::Pinned(_)) => 4,
-            Some(kiln_store::Error::OverBudget { .. } | kiln_store::Error::NoSpace { .. }) => 5,
+            Some(
+                kiln_store::Error::OverBudget { .. }
+                | kiln_store::Error::NoSpace { .. }
+                | kiln_store::Error::NoRoomToRebuild { .. },
+            ) => 5,
             _ => 1,
         }
     }
@@ -70,6 +74,12 @@ mod tests {
             }),
             5
         );
+        let no_room = Error::NoRoomToRebuild {
+            object: id,
+            needed: 1,
+            root: "/x".into(),
+        };
+        assert_eq!(number(no_room), 5);
         assert_eq!(number(Error::ManifestDigest(id)), 1);
         let full = Error::Io {
             action: "writing",

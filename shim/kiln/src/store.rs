@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use kiln_agent_api::PROTOCOL_VERSION;
 use kiln_store::{
-    Collected, Digest, Entry, Error, Host, ImageEntry, Manifest, Named, Policy, Store, Why,
+    Collected, Digest, Entry, Error, Host, ImageEntry, Manifest, Named, Policy, Store, Usage, Why,
 };
 use serde::Serialize;
 
@@ -86,15 +86,21 @@ fn data(manifest: &Manifest) -> u64 {
     manifest.objects.iter().map(|object| object.data).sum()
 }
 
+/// Bytes on disk of its objects. μVMs can share some.
+fn stored(store: &Store, entry: &Entry) -> Result<u64, Error> {
+    let objects = entry.manifest.iter().flat_map(|manifest| &manifest.objects);
+    objects.map(|object| store.stored_bytes(object)).sum()
+}
+
 pub(crate) fn list(root: &Path, output: &Output) -> Result<ExitCode, Failure> {
     let (uvms, images) = match Store::open(root) {
-        Ok(store) => (store.list()?, store.images().entries()?),
+        Ok(store) => (listed(&store)?, store.images().entries()?),
         // Nothing was baked yet: that is a short list, not a failure.
         Err(Error::NoStore(_)) => (Vec::new(), Vec::new()),
         Err(error) => return Err(error.into()),
     };
     if output.is_json() {
-        let uvms = uvms.iter().map(|uvm| Thing::Uvm(uvm.into()));
+        let uvms = uvms.iter().map(|(uvm, _)| Thing::Uvm(uvm.into()));
         let images = images.iter().map(|image| Thing::Image(image.into()));
         output.json(&uvms.chain(images).collect::<Vec<_>>())?;
         return Ok(ExitCode::SUCCESS);
@@ -103,7 +109,13 @@ pub(crate) fn list(root: &Path, output: &Output) -> Result<ExitCode, Failure> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn list_text(uvms: &[Entry], images: &[ImageEntry]) -> String {
+/// All μVMs, and the bytes that each has stored.
+fn listed(store: &Store) -> Result<Vec<(Entry, u64)>, Error> {
+    let with_bytes = |entry: Entry| stored(store, &entry).map(|bytes| (entry, bytes));
+    store.list()?.into_iter().map(with_bytes).collect()
+}
+
+fn list_text(uvms: &[(Entry, u64)], images: &[ImageEntry]) -> String {
     let mut text = if uvms.is_empty() {
         "No μVM is baked yet: `kiln bake` makes one.\n".to_owned()
     } else {
@@ -115,10 +127,11 @@ fn list_text(uvms: &[Entry], images: &[ImageEntry]) -> String {
             "SLOTS",
             "KERNEL",
             "DATA",
+            "STORED",
             "",
         ];
         let mut rows = vec![head.map(str::to_owned).to_vec()];
-        rows.extend(uvms.iter().map(list_row));
+        rows.extend(uvms.iter().map(|(entry, stored)| list_row(entry, *stored)));
         table(&rows)
     };
     if !images.is_empty() {
@@ -146,7 +159,7 @@ fn image_row(image: &ImageEntry) -> Vec<String> {
     ]
 }
 
-fn list_row(entry: &Entry) -> Vec<String> {
+fn list_row(entry: &Entry, stored: u64) -> Vec<String> {
     let pin = if entry.pinned { "pinned" } else { "" };
     match &entry.manifest {
         Ok(manifest) => {
@@ -159,6 +172,7 @@ fn list_row(entry: &Entry) -> Vec<String> {
                 class.slots.to_string(),
                 manifest.about.kernel.release.clone(),
                 size(data(manifest)),
+                size(stored),
                 pin.to_owned(),
             ]
         }
@@ -211,8 +225,9 @@ pub(crate) fn inspect(root: &Path, name: &str, output: &Output) -> Result<ExitCo
     .to_vec();
     for object in &manifest.objects {
         let sizes = format!(
-            "{} of data, {} long",
+            "{} of data, {} stored, {} long",
             size(object.data),
+            size(store.stored_bytes(object)?),
             size(object.length)
         );
         rows.push(vec![
@@ -381,6 +396,7 @@ struct CollectedJson {
     freed: u64,
     used: u64,
     budget: Option<u64>,
+    flat: u64,
 }
 
 #[derive(Serialize)]
@@ -416,15 +432,18 @@ fn why(why: Why) -> &'static str {
 }
 
 pub(crate) fn collect(root: &Path, options: &Gc, output: &Output) -> Result<ExitCode, Failure> {
-    let store = match options.set_budget {
+    let store = match options.set_budget.or(options.set_flat_budget) {
         // A budget may be set before the first bake.
         Some(_) => Store::open_or_create(root)?,
         None => Store::open(root)?,
     };
-    if let Some(budget) = options.set_budget
-        && !options.dry_run
-    {
-        store.set_budget(budget.0)?;
+    if !options.dry_run {
+        if let Some(budget) = options.set_budget {
+            store.set_budget(budget.0)?;
+        }
+        if let Some(budget) = options.set_flat_budget {
+            store.set_flat_budget(budget.0)?;
+        }
     }
     let report = store.collect(Policy {
         all: options.all,
@@ -432,7 +451,7 @@ pub(crate) fn collect(root: &Path, options: &Gc, output: &Output) -> Result<Exit
         target: options.target,
         dry_run: options.dry_run,
     })?;
-    let budget = store.usage()?.budget;
+    let usage = store.usage()?;
     if output.is_json() {
         let removed = report
             .removed
@@ -451,10 +470,11 @@ pub(crate) fn collect(root: &Path, options: &Gc, output: &Output) -> Result<Exit
             interrupted: report.interrupted,
             freed: report.freed,
             used: report.used,
-            budget,
+            budget: usage.budget,
+            flat: usage.flat,
         })?;
     } else {
-        output.text(&collected_text(&report, options.dry_run, budget))?;
+        output.text(&collected_text(&report, options.dry_run, &usage))?;
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -463,7 +483,7 @@ fn said(named: &Named) -> String {
     format!("{} {}", named.kind, named.id.short())
 }
 
-fn collected_text(report: &Collected, dry_run: bool, budget: Option<u64>) -> String {
+fn collected_text(report: &Collected, dry_run: bool, usage: &Usage) -> String {
     let mut text = String::new();
     let verb = if dry_run { "would remove" } else { "removed" };
     for removed in &report.removed {
@@ -497,7 +517,12 @@ fn collected_text(report: &Collected, dry_run: bool, budget: Option<u64>) -> Str
         size(report.freed),
         size(report.used)
     );
-    text += &budget.map_or(String::new(), |budget| format!(" of {}", size(budget)));
+    if let Some(budget) = usage.budget {
+        text += &format!(" of {}", size(budget));
+    }
+    if usage.flat > 0 {
+        text += &format!(", and {} of memory rebuilt from packs", size(usage.flat));
+    }
     text.push('\n');
     text
 }

@@ -84,16 +84,22 @@ async fn bake_and_measure(store: &Store) -> Result<u64> {
         .find(|object| object["kind"] == "memory")
         .context("no memory")?;
     let digest = memory["digest"].as_str().context("no digest")?;
-    let path = store.0.join("objects").join(&digest[..2]).join(digest);
-    let file = std::fs::metadata(&path).with_context(|| format!("{}", path.display()))?;
+    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
+    let flat = store.0.join("flat").join(boot.trim_end()).join(digest);
+    let pack = store.0.join("packs").join(&digest[..2]).join(digest);
+    let look =
+        |path: &Path| std::fs::metadata(path).with_context(|| format!("no {}", path.display()));
+    let (file, packed) = (look(&flat)?, look(&pack)?.len());
     same!(file.len(), memory["length"].as_u64().unwrap_or(0));
     let on_disk = file.blocks() * 512;
     println!(
-        "memory file {:.1} MiB on disk, {:.1} MiB in use in the guest",
+        "memory file {:.1} MiB on disk, {:.1} MiB packed, {:.1} MiB in use in the guest",
         on_disk as f64 / f64::from(1 << 20),
+        packed as f64 / f64::from(1 << 20),
         used as f64 / 1024.0
     );
     ensure!(used > 0 && used << 10 < on_disk, "{used} KiB in use");
+    ensure!(packed < on_disk / 2, "{packed} bytes of {on_disk}");
     Ok(on_disk)
 }
 
@@ -253,5 +259,6 @@ async fn interrupted_bake_cleans_up_and_says_so(test: Test) -> Result<()> {
     same!(bake.wait().await?.code(), Some(1), "{told}");
     ensure!(told.contains("nothing was baked"), "{told}");
     nothing_in(&store.0.join("tmp"))?;
+    nothing_in(&store.0.join("packs"))?;
     nothing_in(&store.0.join("objects"))
 }

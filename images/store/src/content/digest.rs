@@ -125,8 +125,8 @@ pub(crate) struct ZeroRun {
 ///
 /// It is BLAKE3 (in key-derivation mode, with a context of our own) over the length and the
 /// BLAKE3 digests of the file's chunks, [`CHUNK`] bytes each. The digest of a chunk of zeros is
-/// known, so holes cost nothing, and the list of chunk digests that chunk-level deduplication will
-/// store is the very thing the object's name is made of. Where the holes are has no influence.
+/// known, so holes cost nothing. Where they are has no influence, nor has whether the file is stored
+/// as it is or packed.
 pub fn of_file(file: &File) -> io::Result<Scan> {
     scan(file, &mut |_| Ok(()))
 }

@@ -1,4 +1,4 @@
-//! Objects: files named by their content, shared by all entries that need the same.
+//! Objects: files named by their content, shared by all entries that need the same. Some are stored packed.
 
 use std::collections::BTreeSet;
 use std::fs;

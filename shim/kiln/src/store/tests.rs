@@ -36,14 +36,14 @@ fn row_of_the_list_tells_class_kernel_and_pin() {
     let store = Store::open_or_create(dir.path().join("s")).unwrap();
     let id = bake(&store, "one");
     store.pin(id).unwrap();
-    let row = list_row(&store.entry(id).unwrap());
+    let row = list_row(&store.entry(id).unwrap(), 5 << 20);
     assert_eq!(row[0], id.short());
     assert_eq!(row[1], "2025-11-21 11:59");
     assert_eq!(
         row[2..6],
         ["1-8", "256-4096 MiB", "4", "6.12.95+deb12-cloud-amd64"]
     );
-    assert_eq!(row[7], "pinned");
+    assert_eq!(row[7..], ["5.0 MiB", "pinned"]);
 }
 
 #[test]
@@ -102,11 +102,19 @@ fn text_of_a_collection_says_what_and_why() {
         used: 1 << 20,
         ..Collected::default()
     };
-    let text = collected_text(&report, false, Some(1 << 30));
+    let mut usage = Usage {
+        used: 1 << 20,
+        flat: 0,
+        budget: Some(1 << 30),
+    };
+    let text = collected_text(&report, false, &usage);
     assert!(text.contains(&format!("removed μVM {} (a newer one", id.short())));
     assert!(text.contains(&format!("kept image {} (in use)", id.short())));
     assert!(text.ends_with("freed 3.0 MiB; the store takes 1.0 MiB of 1.0 GiB\n"));
-    assert!(collected_text(&report, true, None).contains("would free"));
+    (usage.budget, usage.flat) = (None, 2 << 20);
+    let text = collected_text(&report, true, &usage);
+    assert!(text.contains("would free"));
+    assert!(text.ends_with("takes 1.0 MiB, and 2.0 MiB of memory rebuilt from packs\n"));
 }
 
 #[test]
@@ -121,7 +129,7 @@ fn images_are_listed_inspected_verified_and_removed_beside_uvms() {
     let image = kiln_cache::image_for(&store.images(), &key, &lowers).unwrap();
     let (uvm, id) = (bake(&store, "one"), key.digest());
 
-    let text = list_text(&store.list().unwrap(), &store.images().entries().unwrap());
+    let text = list_text(&listed(&store).unwrap(), &store.images().entries().unwrap());
     assert!(
         text.contains(&uvm.short()) && text.contains(&id.short()),
         "{text}"

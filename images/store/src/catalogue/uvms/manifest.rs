@@ -70,7 +70,7 @@ pub struct Cpu {
 pub enum Kind {
     /// CPU and device state, in the VMM's own format.
     State,
-    /// Guest memory: flat, sparse, ready to be mapped.
+    /// Guest memory: flat and sparse when it is opened, ready to be mapped; stored as a pack.
     Memory,
     /// The pages a resumed guest touches first.
     WorkingSet,
