@@ -422,12 +422,16 @@ fn flat_files(dir: &Path) -> Result<Vec<FlatFile>, Error> {
             Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
             other => other.context("reading", &entry.path())?,
         };
+        let name = entry.file_name();
+        let name = name.to_string_lossy();
+        let object = name.parse().ok();
+        // What somebody else put here stays.
+        if object.is_none() && !name.contains(UNFINISHED) {
+            continue;
+        }
         files.push(FlatFile {
             path: entry.path(),
-            object: entry
-                .file_name()
-                .to_str()
-                .and_then(|name| name.parse().ok()),
+            object,
             bytes: meta.blocks() * 512,
             used_at: (meta.mtime(), meta.mtime_nsec()),
         });

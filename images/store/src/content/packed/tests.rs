@@ -303,6 +303,8 @@ fn flat_files_of_other_boots_go_at_first_use() {
     let (_dir, store) = store();
     let id = enter(&store, 1);
     let other = store.content.flat_root().join("of-another-boot");
+    // What is no file of the store's is nobody's concern.
+    fs::create_dir(store.content.boot_dir().unwrap().join("stray")).unwrap();
     let leave = || {
         fs::create_dir_all(&other).unwrap();
         fs::write(other.join(object(&store, id).to_string()), "zeros").unwrap();
@@ -334,9 +336,9 @@ fn least_recently_used_flat_file_makes_way_and_stays_with_who_has_it() {
     let bytes = |id: Digest| fs::metadata(flat(&store, id)).unwrap().blocks() * 512;
     let all: u64 = ids.map(bytes).iter().sum();
     assert_eq!(store.usage().unwrap().flat, all);
-    // Room for two, and a page.
+    // Room for two, and what the file system needs to find their parts.
     store
-        .set_flat_budget(Some(all - bytes(ids[0]) + 4096))
+        .set_flat_budget(Some(all - bytes(ids[0]) + 65536))
         .unwrap();
     let used_long_ago = |id: Digest, seconds| {
         let time = SystemTime::UNIX_EPOCH + Duration::from_secs(seconds);
@@ -347,10 +349,8 @@ fn least_recently_used_flat_file_makes_way_and_stays_with_who_has_it() {
     used_long_ago(ids[2], 2000);
     fs::remove_file(flat(&store, ids[0])).unwrap();
     open(&store, ids[0]).unwrap();
-    assert_eq!(
-        flats(&store).len(),
-        3 - usize::from(!flat(&store, ids[1]).exists())
-    );
+    let there = ids.map(|id| flat(&store, id).exists());
+    assert_eq!(there, [true, false, true]);
     // Opening is use: now 2 is older than 1.
     go_cold(&store);
     let kept = open(&store, ids[1]).unwrap();
