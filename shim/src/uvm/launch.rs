@@ -171,6 +171,16 @@ impl StoreLauncher {
         Ok(Wired { network, taps })
     }
 
+    /// What the store has for the pod, and the pod's host side but for its network.
+    fn prepare(&self, setup: &PodSetup) -> Result<(Baked, Arc<Share>, HostSide)> {
+        let (baked, scratch) = self.open(setup)?;
+        let (share, host) = self.host_side(scratch)?;
+        if let Some(library) = baked.modules() {
+            share.offer_modules(library)?;
+        }
+        Ok((baked, share, host))
+    }
+
     /// The pod's host side but for its network.
     fn host_side(&self, scratch: Scratch) -> Result<(Arc<Share>, HostSide)> {
         let _stay = self.stay()?;
@@ -193,31 +203,34 @@ impl StoreLauncher {
         Ok((Arc::new(share), host))
     }
 
+    /// Runs a step of the launch on a thread that may wait.
+    fn aside<T: Send + 'static>(
+        &self,
+        setup: &PodSetup,
+        timeline: &Timeline,
+        step: impl FnOnce(&Self, &PodSetup, &Timeline) -> Result<T> + Send + 'static,
+    ) -> tokio::task::JoinHandle<Result<T>> {
+        let (this, setup, timeline) = (self.clone(), setup.clone(), timeline.clone());
+        tokio::task::spawn_blocking(move || step(&this, &setup, &timeline))
+    }
+
     async fn try_launch(&self, setup: &PodSetup, timeline: &Timeline) -> Result<RunningUvm> {
         let pod = setup.id.clone();
         let log = words::pipe(move |line| log::vmm(&pod, line))
             .map_err(|e| Error::failed("make a pipe for the VMM's log", e))?;
-        let spawning = {
-            let (this, setup, timeline) = (self.clone(), setup.clone(), timeline.clone());
-            tokio::task::spawn_blocking(move || this.spawn(&setup, log, &timeline))
-        };
-        let wiring = {
-            let (this, setup, timeline) = (self.clone(), setup.clone(), timeline.clone());
-            tokio::task::spawn_blocking(move || this.wire(&setup, &timeline))
-        };
-        let prepared = timeline.time(step::FILES, || {
-            let (baked, scratch) = self.open(setup)?;
-            let (share, host) = self.host_side(scratch)?;
-            if let Some(library) = baked.modules() {
-                share.offer_modules(library)?;
-            }
-            Ok::<_, Error>((baked, (share, host)))
+        let spawning = self.aside(setup, timeline, move |this, setup, timeline| {
+            this.spawn(setup, log, timeline)
         });
-        // Both are waited for, whatever becomes of the others: nothing may go on behind an error.
-        let (spawned, wired) = (joined(spawning.await), joined(wiring.await));
-        let (baked, (share, mut host)) = prepared?;
-        let (machine, scored) = spawned?;
-        let Wired { network, taps } = wired?;
+        let wiring = self.aside(setup, timeline, Self::wire);
+        // It waits for the disk, and for the memory's rebuild if this is its first use since the node was started.
+        let preparing = self.aside(setup, timeline, |this, setup, timeline| {
+            timeline.time(step::FILES, || this.prepare(setup))
+        });
+        // All are waited for, whatever becomes of the others: nothing may go on behind an error.
+        let (spawned, wired, prepared) = tokio::join!(spawning, wiring, preparing);
+        let (machine, scored) = joined(spawned)?;
+        let (baked, share, mut host) = joined(prepared)?;
+        let Wired { network, taps } = joined(wired)?;
         host.taps = taps;
         let Some(spill) = host.scratch.spill.clone() else {
             return Err(Error::failed(
