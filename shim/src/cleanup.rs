@@ -6,7 +6,6 @@ use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 use std::time::Duration;
 
 use kiln_overlay::Budget;
-use kiln_uvm::share;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::network;
@@ -35,10 +34,6 @@ pub fn pod(dir: &PodDir, address: &str) {
     note(
         "give its place in the overlays' budget back",
         Budget::bury_at(&dir.overlay_budget()).map_err(io::Error::other),
-    );
-    note(
-        "take away the shared directory",
-        share::remove(dir.shared()),
     );
     note("remove the socket", bootstrap::remove(address));
     note("remove the pod's directory", dir.remove());

@@ -86,7 +86,6 @@ pub enum StayError {
 pub struct PodDir {
     state_dir: PathBuf,
     dir: PathBuf,
-    shared: PathBuf,
     budget: PathBuf,
 }
 
@@ -96,7 +95,6 @@ impl PodDir {
         let of = |kind: &str| state_dir.join(kind).join(namespace).join(group);
         Self {
             dir: of("pods"),
-            shared: of("shared"),
             state_dir: state_dir.to_owned(),
             budget: state_dir.join(Budget::FILE_NAME),
         }
@@ -105,12 +103,6 @@ impl PodDir {
     /// The directory.
     pub fn path(&self) -> &Path {
         &self.dir
-    }
-
-    /// The directory that is shared with the μVM. Not below the other one, which is removed with all
-    /// that is in it.
-    pub fn shared(&self) -> &Path {
-        &self.shared
     }
 
     /// The socket that leads to the guest.
@@ -208,15 +200,11 @@ impl PodDir {
 
     /// The other pods of the namespace.
     pub fn others(&self) -> Vec<Self> {
-        let parents = (self.dir.parent(), self.shared.parent());
-        let (Some(pods), Some(shared)) = parents else {
-            return Vec::new();
-        };
-        let names = fs::read_dir(pods).into_iter().flatten().flatten();
+        let pods = self.dir.parent().map(fs::read_dir).and_then(Result::ok);
+        let names = pods.into_iter().flatten().flatten();
         names
             .map(|entry| Self {
                 dir: entry.path(),
-                shared: shared.join(entry.file_name()),
                 state_dir: self.state_dir.clone(),
                 budget: self.budget.clone(),
             })

@@ -1,24 +1,23 @@
 //! The directory that a μVM shares with its host: a small tmpfs below which every volume is mounted,
 //! and which the guest sees as one virtio-fs file system.
 //!
+//! **It is nowhere on the host.** It is the root of a mount namespace of its own ([`apart`]), which ends with the process. A
+//! volume's mount is copied in the mount namespace of the calling thread, where volumes live, and moved from there. What it
+//! resolves to later (a configMap's new version, a nested mount that arrives) is what the guest sees then. Mounts never
+//! propagate outwards: taking the directory away must not unmount anything of the host's.
+//!
 //! **The guest is on the other side of every name in it.** So the tmpfs is mounted twice: read-only where the file server
 //! has its root, and writable on a mount that is nowhere but behind a descriptor of this process. Mount points are made
 //! through the latter; a guest can't make, move or replace one. A volume's mount is copied detached, cut off from
 //! the host and made read-only before it is put in place, by descriptor: a guest that watches finds the volume as it
 //! is to be, or none, and no path is looked up that something else could have been put under.
-//!
-//! The mounts are made in the mount namespace of this process, where volumes live; what they resolve to later
-//! (a configMap's new version, a nested mount that arrives) is what the guest sees then. They never
-//! propagate outwards: taking the directory away must not unmount anything of the host's.
-//!
-//! **The directory is never removed recursively.** What is below it belongs to others; it is
-//! unmounted, and then removed only if it is empty.
+
+mod apart;
 
 use std::collections::HashMap;
-use std::fs::{self, DirBuilder, File};
+use std::fs::File;
 use std::io;
-use std::os::fd::OwnedFd;
-use std::os::unix::fs::DirBuilderExt;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -27,13 +26,10 @@ use kiln_agent_api::users::IdMap;
 use kiln_agent_api::{GUEST_STATE_DIR, proto, slots};
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
-use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
+use rustix::mount::{UnmountFlags, unmount};
 
 use crate::mounts::{self, Propagation, Reach};
-
-/// Room for the directory's own entries: mount points, no data. The root of a user namespace in the guest has to get
-/// through it; on the host, the directories above are root's alone.
-const TMPFS_OPTIONS: &std::ffi::CStr = c"mode=0711,size=1m,nr_inodes=4096";
+use apart::Apart;
 
 /// A step failed.
 #[derive(Debug, thiserror::Error)]
@@ -62,6 +58,9 @@ pub enum ShareError {
         #[source]
         source: io::Error,
     },
+    /// There is no place to mount anything in.
+    #[error("cannot make a mount namespace for what the guest is to see")]
+    Apart(#[source] io::Error),
     /// There is no guest any more to show anything to.
     #[error("the μVM has ended")]
     Closed,
@@ -133,52 +132,81 @@ struct State {
     volumes: HashMap<Volume, (String, usize)>,
     /// Names are never used twice, so that nothing the guest remembers of one is wrong.
     next: u64,
-    /// The writable mount of the tmpfs; none when all is over.
-    inside: Option<OwnedFd>,
+    /// None when all is over.
+    place: Option<Place>,
+}
+
+/// Where the volumes are mounted.
+#[derive(Debug)]
+struct Place {
+    /// The tmpfs as the guest sees it.
+    view: OwnedFd,
+    /// It once more, writable.
+    inside: OwnedFd,
+    /// The thread whose `/` it is. The last one to go: nothing of it is open then.
+    apart: Apart,
+}
+
+impl Place {
+    fn make() -> io::Result<Self> {
+        let apart = Apart::begin()?;
+        let (view, inside) = apart.run(|| {
+            let view = OwnedFd::from(File::open("/")?);
+            let inside = mounts::copy(Path::new("/"), false)?;
+            mounts::restrict(&inside, mounts::RESTRICTED, Propagation::Private)?;
+            let read_only = mounts::RESTRICTED | mounts::READ_ONLY;
+            mounts::restrict(&view, read_only, Propagation::Private)?;
+            io::Result::Ok((view, inside))
+        })??;
+        Ok(Self {
+            view,
+            inside,
+            apart,
+        })
+    }
+
+    fn put(&self, name: &str, tree: Tree) -> io::Result<()> {
+        make_point(&self.inside, name, tree.is_dir)
+            .and_then(|()| self.point(name))
+            .and_then(|point| self.apart.run(move || mounts::put(tree.mount, point))?)
+            .inspect_err(|_| remove_point(&self.inside, name))
+    }
+
+    /// A mount point, on the mount that the guest sees.
+    fn point(&self, name: &str) -> io::Result<OwnedFd> {
+        let beneath = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_XDEV;
+        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let point = rustix::fs::openat2(&self.view, name, flags, Mode::empty(), beneath)?;
+        // A link that stands last is opened as such.
+        match FileType::from_raw_mode(rustix::fs::fstat(&point)?.st_mode) {
+            FileType::Directory | FileType::RegularFile => Ok(point),
+            _ => Err(Errno::LOOP.into()),
+        }
+    }
+
+    fn take_away(&self, name: &str) -> io::Result<()> {
+        let path = Path::new("/").join(name);
+        // Detached: the VMM may have files of it open until the guest forgets them.
+        let flags = UnmountFlags::DETACH | UnmountFlags::NOFOLLOW;
+        self.apart.run(move || unmount(path, flags))??;
+        remove_point(&self.inside, name);
+        Ok(())
+    }
 }
 
 /// A μVM's directory.
 #[derive(Debug)]
 pub struct Share {
-    dir: PathBuf,
     state: Mutex<State>,
 }
 
 impl Share {
     /// Makes the directory.
-    pub fn create(dir: &Path) -> Result<Self, ShareError> {
-        // What an earlier attempt left.
-        remove(dir).map_err(failed("clear the shared directory", dir))?;
-        DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(dir)
-            .map_err(failed("make the shared directory", dir))?;
-        Self::mount_on(dir)
-    }
-
-    /// Uses a directory that is there, empty.
-    pub fn mount_on(dir: &Path) -> Result<Self, ShareError> {
-        let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
-        mount("kiln", dir, "tmpfs", flags, TMPFS_OPTIONS)
-            .map_err(failed("mount a tmpfs on the shared directory", dir))?;
-        let inside = File::open(dir)
-            .and_then(|view| {
-                let writable = mounts::copy(dir, false)?;
-                mounts::restrict(&writable, mounts::RESTRICTED, Propagation::Private)?;
-                let read_only = mounts::RESTRICTED | mounts::READ_ONLY;
-                mounts::restrict(&view, read_only, Propagation::Private)?;
-                Ok(writable)
-            })
-            .map_err(failed("keep the guest from changing", dir));
-        let inside = inside.inspect_err(|_| {
-            // The failure that counts is being reported.
-            let _ = remove(dir);
-        })?;
+    pub fn make() -> Result<Self, ShareError> {
+        let place = Place::make().map_err(ShareError::Apart)?;
         Ok(Self {
-            dir: dir.to_owned(),
             state: Mutex::new(State {
-                inside: Some(inside),
+                place: Some(place),
                 ..State::default()
             }),
         })
@@ -186,7 +214,13 @@ impl Share {
 
     /// The directory as the guest is to see it, for the VMM.
     pub fn open(&self) -> Result<File, ShareError> {
-        File::open(&self.dir).map_err(failed("open the shared directory", &self.dir))
+        let state = self.lock();
+        let place = state.place.as_ref().ok_or(ShareError::Closed)?;
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let opened = rustix::fs::openat(&place.view, c".", flags, Mode::empty());
+        opened
+            .map(File::from)
+            .map_err(|e| ShareError::Apart(e.into()))
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -197,20 +231,26 @@ impl Share {
     /// answered by one of [`release`](Self::release).
     pub fn add(&self, volume: &Volume) -> Result<String, ShareError> {
         let mut state = self.lock();
-        if state.inside.is_none() {
+        let State {
+            volumes,
+            next,
+            place: Some(place),
+        } = &mut *state
+        else {
             return Err(ShareError::Closed);
-        }
-        if let Some((name, users)) = state.volumes.get_mut(volume) {
+        };
+        if let Some((name, users)) = volumes.get_mut(volume) {
             *users += 1;
             return Ok(format!("{}/{name}", guest_mount_point()));
         }
         let tree = Tree::of(volume)?;
-        let name = state.next.to_string();
-        state.next += 1;
-        self.put(&state, &name, &tree)
+        let name = next.to_string();
+        *next += 1;
+        place
+            .put(&name, tree)
             .map_err(failed("show the guest the volume", &volume.source))?;
         let path = format!("{}/{name}", guest_mount_point());
-        state.volumes.insert(volume.clone(), (name, 1));
+        volumes.insert(volume.clone(), (name, 1));
         Ok(path)
     }
 
@@ -223,29 +263,11 @@ impl Share {
             follows_host: false,
             owners: None,
         })?;
-        self.put(&self.lock(), LIBRARY, &tree)
+        let state = self.lock();
+        let place = state.place.as_ref().ok_or(ShareError::Closed)?;
+        place
+            .put(LIBRARY, tree)
             .map_err(failed("show the guest its kernel's modules", library))
-    }
-
-    fn put(&self, state: &State, name: &str, tree: &Tree) -> io::Result<()> {
-        let inside = state.inside.as_ref().ok_or(io::ErrorKind::NotConnected)?;
-        make_point(inside, name, tree.is_dir)
-            .and_then(|()| self.point(name))
-            .and_then(|point| mounts::put(&tree.mount, &point))
-            .inspect_err(|_| remove_point(inside, name))
-    }
-
-    /// A mount point, on the mount that the guest sees.
-    fn point(&self, name: &str) -> io::Result<OwnedFd> {
-        let view = File::open(&self.dir)?;
-        let beneath = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_XDEV;
-        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let point = rustix::fs::openat2(view, name, flags, Mode::empty(), beneath)?;
-        // A link that stands last is opened as such.
-        match FileType::from_raw_mode(rustix::fs::fstat(&point)?.st_mode) {
-            FileType::Directory | FileType::RegularFile => Ok(point),
-            _ => Err(Errno::LOOP.into()),
-        }
     }
 
     /// A container needs the volume no longer.
@@ -260,25 +282,17 @@ impl Share {
         }
         let name = std::mem::take(name);
         state.volumes.remove(volume);
-        // Detached: the VMM may have files of it open until the guest forgets them.
-        let flags = UnmountFlags::DETACH | UnmountFlags::NOFOLLOW;
-        if let Err(error) = unmount(self.dir.join(&name), flags) {
+        let Some(place) = &state.place else { return };
+        if let Err(error) = place.take_away(&name) {
             tracing::warn!(volume = %volume.source.display(), %error, "a volume stays mounted");
-            return;
-        }
-        if let Some(inside) = &state.inside {
-            remove_point(inside, &name);
         }
     }
 
     /// Takes everything away. Nothing can be added afterwards.
     pub fn close(&self) {
         let mut state = self.lock();
-        state.inside = None;
+        state.place = None;
         state.volumes.clear();
-        if let Err(error) = remove(&self.dir) {
-            tracing::warn!(directory = %self.dir.display(), %error, "a shared directory stays");
-        }
     }
 }
 
@@ -337,51 +351,25 @@ impl Tree {
 }
 
 /// An empty directory or file for a volume to be mounted on.
-fn make_point(inside: &OwnedFd, name: &str, is_dir: bool) -> io::Result<()> {
+fn make_point(inside: impl AsFd, name: &str, is_dir: bool) -> io::Result<()> {
     if is_dir {
-        rustix::fs::mkdirat(inside, name, Mode::RWXU)?;
+        rustix::fs::mkdirat(&inside, name, Mode::RWXU)?;
     } else {
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
-        rustix::fs::openat(inside, name, flags, Mode::RUSR | Mode::WUSR)?;
+        rustix::fs::openat(&inside, name, flags, Mode::RUSR | Mode::WUSR)?;
     }
     Ok(())
 }
 
 /// Only ever an empty directory or an empty file.
-fn remove_point(inside: &OwnedFd, name: &str) {
-    let removed = match rustix::fs::unlinkat(inside, name, AtFlags::empty()) {
-        Err(Errno::ISDIR) => rustix::fs::unlinkat(inside, name, AtFlags::REMOVEDIR),
+fn remove_point(inside: impl AsFd, name: &str) {
+    let removed = match rustix::fs::unlinkat(&inside, name, AtFlags::empty()) {
+        Err(Errno::ISDIR) => rustix::fs::unlinkat(&inside, name, AtFlags::REMOVEDIR),
         result => result,
     };
     match removed {
         Ok(()) | Err(Errno::NOENT) => {}
         Err(error) => tracing::warn!(name, %error, "a mount point stays"),
-    }
-}
-
-/// Unmounts a μVM's directory with all that is mounted below it, and removes it. Fine if there is
-/// none.
-pub fn remove(dir: &Path) -> io::Result<()> {
-    loop {
-        match unmount(dir, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW) {
-            Ok(()) => {}
-            // Not a mount point (any more).
-            Err(Errno::INVAL) => break,
-            Err(Errno::NOENT) => return Ok(()),
-            // Who may not unmount can't have mounted either.
-            Err(Errno::PERM) => break,
-            Err(error) => return Err(error.into()),
-        }
-    }
-    match fs::remove_dir(dir) {
-        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
-        _ => {
-            if let Some(parent) = dir.parent() {
-                // Fails while another μVM has its directory there, as it should.
-                let _ = fs::remove_dir(parent);
-            }
-            Ok(())
-        }
     }
 }
 

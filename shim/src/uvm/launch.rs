@@ -184,7 +184,7 @@ impl StoreLauncher {
     /// The pod's host side but for its network.
     fn host_side(&self, scratch: Scratch) -> Result<(Arc<Share>, HostSide)> {
         let _stay = self.stay()?;
-        let share = Share::create(self.dir.shared())?;
+        let share = Share::make()?;
         let path = self.dir.vsock();
         let listener = private::listen(&path).map_err(|e| {
             let what = format!(
@@ -321,9 +321,6 @@ impl StoreLauncher {
                 error = chain(&error),
                 "network devices of a failed start stay"
             );
-        }
-        if let Err(error) = share::remove(self.dir.shared()) {
-            tracing::warn!(%error, "the shared directory of a failed start stays");
         }
     }
 }

@@ -30,8 +30,7 @@ const NODES_OWN: [&str; 5] = [
     "/opt/kiln",
 ];
 /// Where pods come and go: their volumes, sandboxes, network namespaces.
-const PODS_OWN: [&str; 5] = [
-    "/run/kiln/shared/",
+const PODS_OWN: [&str; 4] = [
     "/run/containerd/",
     "/run/netns/",
     "/var/run/netns/",

@@ -20,6 +20,7 @@ pub(crate) fn cases() -> Vec<Case> {
         recursive_read_only_volume_leaves_nothing_writable.since((2, 4)),
         what_the_node_mounts_later_is_seen_only_where_asked_for,
         what_a_pod_mounts_is_seen_on_the_node_or_refused_by_name,
+        pod_keeps_no_directory_of_the_node_from_removal,
         volume_of_hugepages_has_them_or_is_refused_by_name,
         runtime_handlers_tell_what_they_can.since((2, 4)),
     ]
@@ -119,6 +120,31 @@ async fn what_the_node_mounts_later_is_seen_only_where_asked_for(test: Test) -> 
         Ok((seen.code == 0 && seen.stdout.is_empty()).then_some(()))
     })
     .await?;
+    pod.remove().await
+}
+
+async fn pod_keeps_no_directory_of_the_node_from_removal(test: Test) -> Result<()> {
+    let host = Shared::make(&test)?;
+    let below = host.mount("below")?;
+    std::fs::write(below.join("file"), "mounted before\n")?;
+    let before = kiln_e2e::node::mounts()?;
+    let pod = test.pod().await?;
+    let spec = ContainerSpec::pause("main")
+        .mount(&host.0, "/data")
+        .mount_read_only(&host.0, "/only");
+    let container = pod.start(&spec).await?;
+    let read = ["cat", "/data/below/file"];
+    same!(container.read(&read).await?, "mounted before");
+    let ours = |mounts: Vec<String>| -> Vec<String> {
+        let is_ours = |mount: &String| mount.contains(" tmpfs ") && mount.contains("below");
+        mounts.into_iter().filter(is_ours).collect()
+    };
+    same!(ours(kiln_e2e::node::mounts()?), ours(before));
+    busybox(&["umount", &text(&below)])?;
+    std::fs::remove_dir(&below).context("removing what the pod has mounted")?;
+    // Which has the node's directory still, and can go on.
+    container.shell("echo inside > /data/file").await?;
+    same!(std::fs::read_to_string(host.0.join("file"))?, "inside\n");
     pod.remove().await
 }
 

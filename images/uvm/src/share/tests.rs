@@ -1,7 +1,9 @@
 use super::*;
+use std::fs;
+use std::os::fd::AsRawFd;
 use std::thread;
 
-use rustix::mount::{MountPropagationFlags, mount_change};
+use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 
 /// Runs a test in a mount namespace of its own, in which everything is shared as systemd has it.
@@ -46,23 +48,41 @@ fn read_only(source: &Path) -> Volume {
     }
 }
 
-fn on_host(share: &Path, guest: &str) -> PathBuf {
-    let name = guest.strip_prefix(&guest_mount_point()).unwrap();
-    share.join(name.trim_start_matches('/'))
+/// The directory, and where a path of the guest is in it.
+struct View(File);
+
+impl View {
+    fn of(share: &Share) -> Self {
+        Self(share.open().unwrap())
+    }
+
+    fn path(&self) -> PathBuf {
+        format!("/proc/self/fd/{}", self.0.as_raw_fd()).into()
+    }
+
+    fn at(&self, guest: &str) -> PathBuf {
+        let name = guest.strip_prefix(&guest_mount_point()).unwrap();
+        self.path().join(name.trim_start_matches('/'))
+    }
+
+    fn add(&self, share: &Share, volume: &Volume) -> PathBuf {
+        self.at(&share.add(volume).unwrap())
+    }
 }
 
 #[test]
 fn volumes_are_shared_and_the_hosts_files_survive_the_end() {
     isolated(|root| {
-        let (data, dir) = (root.join("data"), root.join("share/ns/pod"));
+        let data = root.join("data");
         fs::create_dir(&data).unwrap();
         fs::write(data.join("precious"), "x").unwrap();
-        let share = Share::create(&dir).unwrap();
-        let path = on_host(&dir, &share.add(&volume(&data)).unwrap());
+        let share = Share::make().unwrap();
+        let view = View::of(&share);
+        let path = view.add(&share, &volume(&data));
         assert_eq!(fs::read(path.join("precious")).unwrap(), b"x");
         fs::write(path.join("new"), "y").unwrap();
         share.close();
-        assert!(!dir.exists() && !root.join("share/ns").exists());
+        assert!(!path.join("precious").exists());
         assert_eq!(fs::read(data.join("precious")).unwrap(), b"x");
         assert_eq!(fs::read(data.join("new")).unwrap(), b"y");
         assert!(matches!(share.add(&volume(&data)), Err(ShareError::Closed)));
@@ -74,9 +94,9 @@ fn mounts_of_the_host_arrive_and_are_never_taken_along() {
     isolated(|root| {
         let data = root.join("data");
         fs::create_dir_all(data.join("sub")).unwrap();
-        let dir = root.join("share/ns/pod");
-        let share = Share::create(&dir).unwrap();
-        let path = on_host(&dir, &share.add(&volume(&data)).unwrap());
+        let share = Share::make().unwrap();
+        let view = View::of(&share);
+        let path = view.add(&share, &volume(&data));
         mount_tmpfs(&data.join("sub"));
         fs::write(data.join("sub/late"), "z").unwrap();
         assert_eq!(fs::read(path.join("sub/late")).unwrap(), b"z");
@@ -91,11 +111,11 @@ fn one_mount_serves_all_containers_until_the_last_releases_it() {
     isolated(|root| {
         let file = root.join("hosts");
         fs::write(&file, "h").unwrap();
-        let dir = root.join("share/ns/pod");
-        let share = Share::create(&dir).unwrap();
+        let share = Share::make().unwrap();
+        let view = View::of(&share);
         let first = share.add(&volume(&file)).unwrap();
         assert_eq!(share.add(&volume(&file)).unwrap(), first);
-        let path = on_host(&dir, &first);
+        let path = view.at(&first);
         share.release(&volume(&file));
         assert_eq!(fs::read(&path).unwrap(), b"h");
         share.release(&volume(&file));
@@ -113,12 +133,12 @@ fn read_only_is_kept_on_the_host_too_and_below() {
         let data = root.join("data");
         fs::create_dir_all(data.join("below")).unwrap();
         mount_tmpfs(&data.join("below"));
-        let dir = root.join("share/ns/pod");
-        let share = Share::create(&dir).unwrap();
-        let path = on_host(&dir, &share.add(&read_only(&data)).unwrap());
+        let share = Share::make().unwrap();
+        let view = View::of(&share);
+        let path = view.add(&share, &read_only(&data));
         assert!(fs::write(path.join("x"), "").is_err());
         assert!(fs::write(path.join("below/x"), "").is_err());
-        let path = on_host(&dir, &share.add(&volume(&data)).unwrap());
+        let path = view.add(&share, &volume(&data));
         fs::write(path.join("x"), "").unwrap();
         fs::write(path.join("below/x"), "").unwrap();
         share.close();
@@ -136,13 +156,13 @@ fn read_only_without_what_is_below_leaves_that_as_the_host_has_it() {
         mount_tmpfs(&data.join("fixed"));
         let fixed = File::open(data.join("fixed")).unwrap();
         mounts::set(&fixed, Reach::Top, mounts::READ_ONLY).unwrap();
-        let dir = root.join("share/ns/pod");
-        let share = Share::create(&dir).unwrap();
+        let share = Share::make().unwrap();
+        let view = View::of(&share);
         let wanted = Volume {
             access: Access::Read,
             ..volume(&data)
         };
-        let path = on_host(&dir, &share.add(&wanted).unwrap());
+        let path = view.add(&share, &wanted);
         mount_tmpfs(&data.join("later"));
         assert!(fs::write(path.join("x"), "").is_err());
         assert!(fs::write(path.join("fixed/x"), "").is_err());
@@ -159,16 +179,16 @@ fn what_is_mounted_below_is_seen_only_if_it_belongs_to_the_volume() {
         fs::create_dir_all(data.join("below")).unwrap();
         mount_tmpfs(&data.join("below"));
         fs::write(data.join("below/file"), "").unwrap();
-        let dir = root.join("share/ns/pod");
-        let share = Share::create(&dir).unwrap();
+        let share = Share::make().unwrap();
+        let view = View::of(&share);
         let alone = Volume {
             whole: false,
             follows_host: false,
             ..volume(&data)
         };
-        let path = on_host(&dir, &share.add(&alone).unwrap());
+        let path = view.add(&share, &alone);
         assert!(path.join("below").exists() && !path.join("below/file").exists());
-        let path = on_host(&dir, &share.add(&volume(&data)).unwrap());
+        let path = view.add(&share, &volume(&data));
         assert!(path.join("below/file").exists());
         share.close();
     });
@@ -186,8 +206,8 @@ fn owners_are_mapped_both_ways() {
         fs::write(data.join("roots"), "").unwrap();
         fs::write(data.join("strangers"), "").unwrap();
         chown(data.join("strangers"), Some(5000), Some(5000)).unwrap();
-        let dir = root.join("share/ns/pod");
-        let share = Share::create(&dir).unwrap();
+        let share = Share::make().unwrap();
+        let view = View::of(&share);
         let range = IdRange {
             inside: 0,
             outside: 65_536,
@@ -202,7 +222,7 @@ fn owners_are_mapped_both_ways() {
             ..volume(&data)
         };
         let path = match share.add(&mapped) {
-            Ok(path) => on_host(&dir, &path),
+            Ok(path) => view.at(&path),
             Err(ShareError::Owners { source, .. })
                 if source.kind() == io::ErrorKind::InvalidInput =>
             {
@@ -230,25 +250,15 @@ fn owners_are_mapped_both_ways() {
 #[test]
 fn missing_volume_is_named_and_leaves_nothing() {
     isolated(|root| {
-        let dir = root.join("share/ns/pod");
-        let share = Share::create(&dir).unwrap();
+        let share = Share::make().unwrap();
+        let view = View::of(&share);
         let error = share
             .add(&volume(Path::new("/no/such/volume")))
             .unwrap_err();
         assert!(error.to_string().contains("/no/such/volume"), "{error:?}");
-        assert_eq!(fs::read_dir(&dir).unwrap().count(), 0);
+        assert_eq!(fs::read_dir(view.path()).unwrap().count(), 0);
         share.close();
     });
-}
-
-#[test]
-fn a_directory_with_something_in_it_is_never_removed() {
-    let dir = tempfile::tempdir().unwrap();
-    let pod = dir.path().join("pod");
-    fs::create_dir(&pod).unwrap();
-    fs::write(pod.join("precious"), "x").unwrap();
-    assert!(remove(&pod).is_err());
-    assert!(pod.join("precious").exists());
 }
 
 #[test]
@@ -258,8 +268,7 @@ fn no_name_in_the_directory_can_be_changed_from_where_the_guest_looks() {
     isolated(|root| {
         let data = root.join("data");
         fs::create_dir(&data).unwrap();
-        let dir = root.join("share/ns/pod");
-        let share = Share::create(&dir).unwrap();
+        let share = Share::make().unwrap();
         share.add(&volume(&data)).unwrap();
         let view = share.open().unwrap();
         let refused = |result: rustix::io::Result<()>| assert_eq!(result, Err(Errno::ROFS));
@@ -276,7 +285,7 @@ fn no_name_in_the_directory_can_be_changed_from_where_the_guest_looks() {
 /// point was.
 #[test]
 fn a_mount_point_that_is_swapped_for_a_link_leads_nowhere() {
-    use rustix::fs::{CWD, RenameFlags, renameat_with, symlinkat};
+    use rustix::fs::{RenameFlags, renameat_with, symlinkat};
 
     isolated(|root| {
         let (data, target) = (root.join("data"), root.join("target"));
@@ -284,10 +293,11 @@ fn a_mount_point_that_is_swapped_for_a_link_leads_nowhere() {
             fs::create_dir(made).unwrap();
         }
         fs::write(data.join("evil"), "").unwrap();
-        let dir = root.join("share/ns/pod");
-        let share = Share::create(&dir).unwrap();
+        let share = Share::make().unwrap();
+        let view = View::of(&share);
         let state = share.lock();
-        let inside = state.inside.as_ref().unwrap();
+        let place = state.place.as_ref().unwrap();
+        let inside = &place.inside;
         symlinkat(&target, inside, "link").unwrap();
         let swap = |name: &str| {
             renameat_with(inside, "link", inside, name, RenameFlags::EXCHANGE).unwrap();
@@ -297,24 +307,76 @@ fn a_mount_point_that_is_swapped_for_a_link_leads_nowhere() {
         // Before it is opened: refused.
         make_point(inside, "a", true).unwrap();
         swap("a");
-        assert!(share.point("a").is_err());
+        assert!(place.point("a").is_err());
         swap("a");
         // After it was opened: the mount goes to what was opened, whatever that is called now.
-        let point = share.point("a").unwrap();
+        let point = place.point("a").unwrap();
         swap("a");
-        mounts::put(&tree.mount, &point).unwrap();
-        assert!(dir.join("link/evil").exists());
+        place
+            .apart
+            .run(move || mounts::put(tree.mount, point))
+            .unwrap()
+            .unwrap();
+        assert!(view.path().join("link/evil").exists());
         assert!(!target.join("evil").exists());
         // Before it is unmounted: nothing of the host's goes.
         mount_tmpfs(&target);
         fs::write(target.join("precious"), "").unwrap();
-        let flags = UnmountFlags::DETACH | UnmountFlags::NOFOLLOW;
-        assert!(unmount(dir.join("a"), flags).is_err());
+        assert!(place.take_away("a").is_err());
         assert!(target.join("precious").exists());
-        let resolved = rustix::fs::readlinkat(CWD, dir.join("a"), Vec::new()).unwrap();
+        let resolved = rustix::fs::readlinkat(inside, "a", Vec::new()).unwrap();
         assert_eq!(resolved.to_bytes(), target.as_os_str().as_encoded_bytes());
         drop(state);
         share.close();
+    });
+}
+
+#[test]
+fn nothing_of_it_is_on_the_host_or_keeps_anything_there() {
+    isolated(|root| {
+        let below = root.join("data/below");
+        fs::create_dir_all(&below).unwrap();
+        mount_tmpfs(&below);
+        fs::write(below.join("file"), "").unwrap();
+        let mounted = || fs::read_to_string("/proc/thread-self/mountinfo").unwrap();
+        let before = mounted();
+        let share = Share::make().unwrap();
+        let view = View::of(&share);
+        let kept = Volume {
+            follows_host: false,
+            ..volume(&root.join("data"))
+        };
+        let path = view.add(&share, &kept);
+        assert!(path.join("below/file").exists());
+        assert_eq!(mounted(), before);
+
+        unmount(&below, UnmountFlags::NOFOLLOW).unwrap();
+        assert!(path.join("below/file").exists(), "still the guest's");
+        fs::remove_dir(&below).unwrap();
+        assert!(!path.join("below").exists());
+        share.close();
+    });
+}
+
+#[test]
+fn only_the_volumes_are_mounted_where_they_are() {
+    isolated(|root| {
+        let data = root.join("data");
+        fs::create_dir(&data).unwrap();
+        let share = Share::make().unwrap();
+        share.add(&volume(&data)).unwrap();
+        let state = share.lock();
+        let place = state.place.as_ref().unwrap();
+        let task = rustix::thread::gettid();
+        let of_thread = place.apart.run(rustix::thread::gettid).unwrap();
+        assert_ne!(task, of_thread);
+        let table = format!("/proc/self/task/{}/mountinfo", of_thread.as_raw_nonzero());
+        let table = fs::read_to_string(table).unwrap();
+        let points: Vec<_> = table
+            .lines()
+            .map(|l| l.split(' ').nth(4).unwrap())
+            .collect();
+        assert_eq!(points, ["/", "/0"], "{table}");
     });
 }
 
@@ -327,8 +389,7 @@ fn a_read_only_volume_is_never_seen_writable() {
         let data = root.join("data");
         fs::create_dir(&data).unwrap();
         fs::write(data.join("file"), "as it was").unwrap();
-        let dir = root.join("share/ns/pod");
-        let share = Share::create(&dir).unwrap();
+        let share = Share::make().unwrap();
         let (view, over) = (share.open().unwrap(), AtomicBool::new(false));
         let written = thread::scope(|scope| {
             let guest = scope.spawn(|| {
