@@ -106,7 +106,7 @@ impl From<ShareError> for Error {
     fn from(error: ShareError) -> Self {
         match error {
             ShareError::Closed => Self::Unavailable(error.to_string()),
-            ShareError::System { .. } | ShareError::Owners { .. } => {
+            ShareError::Apart(_) | ShareError::System { .. } | ShareError::Owners { .. } => {
                 Self::failed("share a volume with the μVM", error)
             }
         }

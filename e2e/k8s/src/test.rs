@@ -189,9 +189,21 @@ impl Test {
         C: Condition<K>,
     {
         let api: Api<K> = self.api();
-        let waiting = await_condition(api.clone(), name, is);
+        let waiting = async {
+            loop {
+                // A watch that ends, or is told that it is too old, is begun anew.
+                let is = |object: Option<&K>| is.matches_object(object);
+                match await_condition(api.clone(), name, is).await {
+                    Err(error) => {
+                        eprintln!("waiting for {name} {what}, once more: {error}");
+                        tokio::time::sleep(Duration::from_secs(1)).await;
+                    }
+                    Ok(found) => break found,
+                }
+            }
+        };
         match tokio::time::timeout(STEP, waiting).await {
-            Ok(found) => found.with_context(|| format!("waiting for {name} {what}")),
+            Ok(found) => Ok(found),
             Err(_) => {
                 let now = api.get_opt(name).await;
                 bail!(

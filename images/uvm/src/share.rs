@@ -59,7 +59,9 @@ pub enum ShareError {
         source: io::Error,
     },
     /// There is no place to mount anything in.
-    #[error("cannot make a mount namespace for what the guest is to see")]
+    #[error(
+        "cannot make a mount namespace for volumes; it takes root, and a place in user.max_mnt_namespaces of the node"
+    )]
     Apart(#[source] io::Error),
     /// There is no guest any more to show anything to.
     #[error("the μVM has ended")]

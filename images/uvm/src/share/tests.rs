@@ -249,7 +249,7 @@ fn owners_are_mapped_both_ways() {
 
 #[test]
 fn missing_volume_is_named_and_leaves_nothing() {
-    isolated(|root| {
+    isolated(|_| {
         let share = Share::make().unwrap();
         let view = View::of(&share);
         let error = share

@@ -55,7 +55,7 @@ impl Volumes {
         if volumes.is_empty() {
             return Ok(None);
         }
-        let share = Share::make().context("are you root?")?;
+        let share = Share::make()?;
         let binds = volumes.iter().map(|volume| {
             let source = share.add(&share::Volume {
                 source: volume.source.clone(),
