@@ -436,6 +436,8 @@ impl Failure {
             "exec_sync failed: Timeout expired",
         ];
         const FAULTED: &str = "ended: TripleFault";
+        // Of kubectl with runc, too, beside other busy programs.
+        const CUT: &str = "websocket: close 1006";
         let error = format!("{:#}", self.error);
         let log = || std::fs::read_to_string(self.place.join("containerd.log")).unwrap_or_default();
         if self.timed_out {
@@ -444,6 +446,8 @@ impl Failure {
             Some("the guest fell silent")
         } else if error.contains(FAULTED) || log().contains(FAULTED) {
             Some("the guest's CPU gave up")
+        } else if error.contains(CUT) {
+            Some("the cluster's connection was cut")
         } else {
             None
         }
