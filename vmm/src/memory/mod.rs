@@ -81,7 +81,7 @@ pub struct MemoryShape {
 }
 
 impl MemoryShape {
-    fn check(&self) -> Result<(), MemoryError> {
+    pub(crate) fn check(&self) -> Result<(), MemoryError> {
         const MAX: u64 = 1 << 42;
         for (bytes, of) in [
             (self.ram, PAGE),
@@ -108,9 +108,9 @@ impl MemoryShape {
         Ok(())
     }
 
-    /// Length of the machine's memory file.
+    /// Length of the machine's memory file. A shape that a damaged file names may be of any size.
     pub fn file_len(&self) -> u64 {
-        self.ram + self.usable
+        self.ram.saturating_add(self.usable)
     }
 }
 

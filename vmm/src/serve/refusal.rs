@@ -75,6 +75,7 @@ fn kind(error: &(dyn Error + 'static)) -> Option<RefusalKind> {
         return match error {
             SnapshotError::Body(_)
             | SnapshotError::Contradiction(_)
+            | SnapshotError::Memory(_)
             | SnapshotError::MemoryLength { .. } => Some(Corrupt),
             SnapshotError::NotEmpty(_) => Some(Usage),
             SnapshotError::Header(_) | SnapshotError::Io { .. } => None,

@@ -12,7 +12,7 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 
 use crate::cpu::Fingerprint;
-use crate::memory::MemoryShape;
+use crate::memory::{MemoryError, MemoryShape};
 
 pub use header::{FORMAT_VERSION, HEADER_LEN, Header, HeaderError};
 pub use memory::{MemoryStats, write_memory};
@@ -30,6 +30,9 @@ pub enum SnapshotError {
     /// The state contradicts its header.
     #[error("the state file's {0} differs between header and body; bake again")]
     Contradiction(&'static str),
+    /// The state describes memory that no machine has.
+    #[error("the state file describes memory that can't be; bake again")]
+    Memory(#[source] MemoryError),
     /// A file could not be read or written.
     #[error("{action} failed")]
     Io {
@@ -86,6 +89,7 @@ pub fn decode(bytes: &[u8]) -> Result<(Header, MachineState), SnapshotError> {
         )));
     }
     let shape = MemoryShape::from(state.config.memory);
+    shape.check().map_err(SnapshotError::Memory)?;
     if (shape.ram, shape.hotplug, shape.file_len())
         != (header.ram, header.hotplug, header.memory_file)
     {

@@ -51,6 +51,31 @@ fn file() -> Vec<u8> {
 }
 
 #[test]
+fn memory_that_no_machine_has_is_refused() {
+    let huge = !0 << 21;
+    for (ram, hotplug, usable) in [
+        (huge, 0, 0),
+        (64 << 20, huge, huge),
+        (huge, huge, huge),
+        (64 << 20, 0, 2 << 20),
+        ((64 << 20) + 1, 0, 0),
+        (0, 0, 0),
+    ] {
+        let mut state = state();
+        state.config.memory = MemoryState {
+            ram,
+            hotplug,
+            usable,
+        };
+        let refused = decode(&encode(&state, &Labels::default()).unwrap());
+        assert!(
+            matches!(refused, Err(SnapshotError::Memory(_))),
+            "{ram:#x} {hotplug:#x} {usable:#x}: {refused:?}"
+        );
+    }
+}
+
+#[test]
 fn state_file_reads_back() {
     let (header, back) = decode(&file()).unwrap();
     assert_eq!(header.kernel, "6.12.0-cloud");
