@@ -147,9 +147,17 @@ impl From<kiln_uvm::Error> for Error {
             (Uvm::Baked(Store::NoRoomToRebuild { .. }), _) => {
                 return Self::ResourceExhausted(text());
             }
-            (Uvm::Baked(Store::Pack { .. } | Store::OtherContent(_)), _) => {
-                return Self::FailedPrecondition(text());
-            }
+            (
+                Uvm::Baked(
+                    Store::Pack { .. }
+                    | Store::OtherContent(_)
+                    | Store::Parent { .. }
+                    | Store::OtherParent { .. },
+                ),
+                _,
+            ) => return Self::FailedPrecondition(text()),
+            // The next attempt rebuilds the file.
+            (Uvm::Baked(Store::ChangedParent { .. }), _) => return Self::Unavailable(text()),
             (Uvm::NoSlot(_) | Uvm::NotGrown(_), _) => return Self::ResourceExhausted(text()),
             (gone, _) if gone.is_gone() => return Self::Unavailable(text()),
             (_, Some(RefusalKind::Foreign | RefusalKind::Corrupt | RefusalKind::Busy)) => {
@@ -193,6 +201,13 @@ mod tests {
         let source = std::io::Error::other("frame 3 is damaged");
         let damaged = told(kiln_store::Error::Pack { object, source });
         assert!(matches!(&damaged, Error::FailedPrecondition(text) if text.contains("frame 3")));
+        let parent = kiln_store::Digest::of_bytes(b"parent");
+        let other = told(kiln_store::Error::OtherParent { object, parent });
+        assert!(
+            matches!(&other, Error::FailedPrecondition(text) if text.contains(&parent.short()))
+        );
+        let changed = told(kiln_store::Error::ChangedParent { object, parent });
+        assert!(matches!(changed, Error::Unavailable(_)), "{changed:?}");
         let full = told(kiln_store::Error::NoRoomToRebuild {
             object,
             needed: 1,

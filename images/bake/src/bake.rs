@@ -6,7 +6,9 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use kiln_agent_api::PROTOCOL_VERSION;
-use kiln_store::{Class, Description, Digest, Host, Kernel, Kind, Manifest, Staging, Store};
+use kiln_store::{
+    Basis, Class, Description, Digest, Host, Kernel, Kind, Manifest, Staging, Storage, Store,
+};
 use ttrpc::context;
 
 use crate::boot::boot_and_save;
@@ -43,6 +45,8 @@ pub struct Order {
     pub vmm_ids: u32,
     /// Bake even if the store has a μVM of the same recipe.
     pub again: bool,
+    /// How it is stored.
+    pub storage: Storage,
 }
 
 /// What the bake is at.
@@ -195,6 +199,9 @@ pub async fn bake(
         return Ok(Baked::Already(id));
     }
 
+    if let Basis::Of(id) = order.storage.basis {
+        store.check_parent(id)?;
+    }
     // A guest's memory is at most this long on disk; most of it will be holes.
     let staging = store.begin(0)?;
     let work = Work::new(staging.dir())?;
@@ -227,7 +234,7 @@ pub async fn bake(
     let now = SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .unwrap_or_default();
-    let id = staging.commit(Description {
+    let about = Description {
         recipe: recipe.digest(),
         baked_at: now.as_secs(),
         kiln_version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -238,8 +245,8 @@ pub async fn bake(
         protocol: facts.protocol,
         cpu: recipe.cpu,
         guest_used_kib: facts.used >> 10,
-    })?;
-    Ok(Baked::New(id))
+    };
+    Ok(Baked::New(staging.commit_as(about, order.storage)?))
 }
 
 /// The modules that the guest may load later.

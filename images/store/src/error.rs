@@ -59,6 +59,42 @@ pub enum Error {
         /// Its name.
         id: Digest,
     },
+    /// Others are stored as what differs from it.
+    #[error(
+        "μVM {id} is needed by {count} others, which are stored as what differs from it: remove them first \
+         (`kiln rm {child}`)",
+        id = id.short(),
+        child = child.short()
+    )]
+    HasChildren {
+        /// Its name.
+        id: Digest,
+        /// One of the others.
+        child: Digest,
+        /// How many there are.
+        count: usize,
+    },
+    /// What it is stored as the difference to is gone.
+    #[error(
+        "μVM {id} is stored as what differs from μVM {parent}, which is gone: remove it (`kiln rm {id}`) and bake again \
+         (`kiln bake`)",
+        id = id.short(),
+        parent = parent.short()
+    )]
+    NoParent {
+        /// Its name.
+        id: Digest,
+        /// The one that is gone.
+        parent: Digest,
+    },
+    /// A μVM was to be stored as what differs from one that is itself stored so, or that cannot be one's parent otherwise.
+    #[error("μVM {id} cannot be a parent: {why}", id = id.short())]
+    NotAParent {
+        /// Its name.
+        id: Digest,
+        /// The reason, and what to do.
+        why: String,
+    },
     /// Someone asked for it to be kept.
     #[error("μVM {short} is pinned: `kiln unpin {short}` first", short = .0.short())]
     Pinned(Digest),
@@ -155,6 +191,61 @@ pub enum Error {
         short = .0.short()
     )]
     OtherContent(Digest),
+    /// What an object's pack refers to can't be had.
+    #[error(
+        "memory {object} is stored as the difference to memory {parent}, which cannot be read: `kiln verify` tells which \
+         μVMs they belong to; remove those (`kiln rm`) and bake again (`kiln bake`)",
+        object = object.short(),
+        parent = parent.short()
+    )]
+    Parent {
+        /// The object.
+        object: Digest,
+        /// What its pack refers to.
+        parent: Digest,
+        /// The reason.
+        #[source]
+        source: Box<Error>,
+    },
+    /// An object's pack refers to something else than its μVM says.
+    #[error(
+        "the pack of memory {object} refers to memory {parent}, which is no parent of its μVM: `kiln verify` tells which \
+         μVM it belongs to; remove that (`kiln rm`) and bake again (`kiln bake`)",
+        object = object.short(),
+        parent = parent.short()
+    )]
+    OtherParent {
+        /// The object.
+        object: Digest,
+        /// What its pack refers to.
+        parent: Digest,
+    },
+    /// The flat file of what an object's pack refers to is not what it was when it was rebuilt.
+    #[error(
+        "memory {object} cannot be rebuilt, because the rebuilt file of memory {parent} has changed since it was made: that \
+         file is removed, try again; if it happens again, look after the disk",
+        object = object.short(),
+        parent = parent.short()
+    )]
+    ChangedParent {
+        /// The object.
+        object: Digest,
+        /// What its pack refers to.
+        parent: Digest,
+    },
+    /// A pack was written, and does not give back what was packed.
+    #[error(
+        "the new pack of memory {short} does not give that memory back: nothing was entered; bake again (`kiln bake`), and \
+         look after disk and RAM if it happens again",
+        short = object.short()
+    )]
+    BadPack {
+        /// The object.
+        object: Digest,
+        /// What is wrong with the pack.
+        #[source]
+        source: io::Error,
+    },
     /// The disk has no room for an object's flat file, not even without those of others.
     #[error(
         "the disk under {root} is full: memory {short} needs {needed} bytes there to be rebuilt from its pack; free space \

@@ -25,8 +25,8 @@ use std::sync::Arc;
 
 pub use catalogue::images::{Image, ImageEntry, ImageKey, Images, Making, SegmentDigest, Turn};
 pub use catalogue::uvms::{
-    Class, Cpu, Description, Entry, Host, Kernel, Kind, Lease, Manifest, ManifestError, Mismatch,
-    Miss, Object, Staging, VERSION, Wanted, WorkingSet,
+    Basis, Class, Cpu, Description, Entry, Holding, Host, Kernel, Kind, Lease, Manifest,
+    ManifestError, Mismatch, Miss, Object, Parent, Staging, Storage, VERSION, Wanted, WorkingSet,
 };
 pub use content::collect::{Collected, Named, Policy, Removed, Why};
 pub use content::digest::{CHUNK, Digest, NotADigest, Scan, of_file};

@@ -23,6 +23,7 @@ fn bake(store: &Store, seed: u64) -> Result<Digest, Error> {
     let staging = store.begin(0)?;
     let memory = staging.create(Kind::Memory)?;
     memory.set_len(4 << 20).unwrap();
+    memory.write_all_at(&noise(256 << 10), 3 << 20).unwrap();
     for i in 0..16 {
         memory
             .write_all_at(&[(seed % 251) as u8 + 1; 5000], i * 200_000)
@@ -34,8 +35,33 @@ fn bake(store: &Store, seed: u64) -> Result<Digest, Error> {
         .unwrap();
     let mut about = description(&seed.to_string());
     about.baked_at = seed;
+    // Those of another class can be its parents.
+    about.class.slots = (seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 62) as u32;
     about.cpu.features = Fingerprint([0; WORDS]);
     staging.commit(about)
+}
+
+/// Bytes that do not compress, the same each time.
+fn noise(length: usize) -> Vec<u8> {
+    let mut state = 1u64;
+    let mut bytes = vec![0; length];
+    bytes.fill_with(|| {
+        state = state.wrapping_mul(6364136223846793005).wrapping_add(1);
+        (state >> 56) as u8
+    });
+    bytes
+}
+
+/// Opens every memory as after a start of the machine, and says how many of them have parents.
+fn open_all_cold(store: &Store) -> u64 {
+    go_cold(store);
+    let mut children = 0;
+    for entry in store.list().unwrap() {
+        let lease = store.lease(entry.id).unwrap();
+        lease.open(Kind::Memory).unwrap();
+        children += u64::from(!lease.manifest().parents.is_empty());
+    }
+    children
 }
 
 /// Makes an image, or finds it.
@@ -114,7 +140,7 @@ fn spawn(test: &str, variable: &str, root: &Path, output: Stdio) -> Child {
 fn store_is_whole_after_kill_9_at_60_moments() {
     let dir = tempfile::tempdir().unwrap();
     let root = dir.path().join("store");
-    let (mut baked, mut made) = (0, 0);
+    let (mut baked, mut made, mut children) = (0, 0, 0);
     for round in 0..60u64 {
         let mut child = spawn_child(&root);
         // Spread over a bake's length; a generator of our own keeps the moments reproducible.
@@ -135,12 +161,15 @@ fn store_is_whole_after_kill_9_at_60_moments() {
         let picked = store.pick(&host, &Wanted::default()).unwrap();
         let newest = store.find(|_| true).unwrap();
         assert_eq!(picked.ok(), newest, "round {round}");
+        if round % 3 == 0 {
+            children += open_all_cold(&store);
+        }
         baked += u64::from(report.uvms);
         made += u64::from(report.images);
     }
     assert!(
-        baked > 10 && made > 10,
-        "the child was killed before it did anything"
+        baked > 10 && made > 10 && children > 3,
+        "the child was killed before it did anything: {baked} {made} {children}"
     );
     let store = Store::open(&root).unwrap();
     let last = bake(&store, u64::MAX).unwrap();
@@ -216,23 +245,50 @@ fn opener() {
     println!("inode={}", file.metadata().unwrap().ino());
 }
 
-/// A store with one μVM whose memory takes a while to be rebuilt, and the content of that.
-fn cold_store(dir: &Path) -> (Store, Digest, Vec<u8>) {
+/// A store with one μVM whose memory takes a while to be rebuilt, perhaps as what differs from that of another one. Gives
+/// the memory, and the names of all memories that are rebuilt for it.
+struct Cold {
+    store: Store,
+    id: Digest,
+    memory: Vec<u8>,
+    rebuilt: Vec<String>,
+}
+
+fn cold_store(dir: &Path, has_parent: bool) -> Cold {
     let store = Store::open_or_create(dir.join("store")).unwrap();
-    let mut memory = vec![0u8; 8 << 20];
-    let mut state = 1u64;
-    memory.fill_with(|| {
-        state = state.wrapping_mul(6364136223846793005).wrapping_add(1);
-        (state >> 60) as u8
-    });
-    let staging = store.begin(0).unwrap();
-    for (kind, bytes) in [(Kind::Memory, memory.as_slice()), (Kind::State, b"state")] {
-        let file = staging.create(kind).unwrap();
-        file.write_all_at(bytes, 0).unwrap();
+    let mut memory = noise(8 << 20);
+    memory.iter_mut().for_each(|byte| *byte >>= 4);
+    let enter = |memory: &[u8], name: &str, baked_at| {
+        let staging = store.begin(0).unwrap();
+        for (kind, bytes) in [(Kind::Memory, memory), (Kind::State, b"state")] {
+            let file = staging.create(kind).unwrap();
+            file.write_all_at(bytes, 0).unwrap();
+        }
+        let mut about = description(name);
+        (about.baked_at, about.class.slots) = (baked_at, baked_at as u32);
+        staging.commit(about).unwrap()
+    };
+    let mut ids = vec![enter(&memory, "one", 1)];
+    if has_parent {
+        memory.iter_mut().step_by(512).for_each(|byte| *byte ^= 1);
+        ids.push(enter(&memory, "two", 2));
     }
-    let id = staging.commit(description("one")).unwrap();
+    let memory_of = |id: &Digest| {
+        let lease = store.lease(*id).unwrap();
+        assert_eq!(lease.manifest().parents.len(), usize::from(*id != ids[0]));
+        let object = lease.manifest().object(Kind::Memory).unwrap();
+        object.digest.to_string()
+    };
+    let mut rebuilt: Vec<String> = ids.iter().map(memory_of).collect();
+    rebuilt.sort();
+    let id = *ids.last().unwrap();
     go_cold(&store);
-    (store, id, memory)
+    Cold {
+        store,
+        id,
+        memory,
+        rebuilt,
+    }
 }
 
 /// As after a start of the machine.
@@ -248,15 +304,21 @@ fn flats(store: &Store) -> Vec<String> {
     };
     let boots = list(&store.root().join("flat"));
     let files = boots.iter().flat_map(|boot| list(boot));
-    files
-        .map(|path| path.file_name().unwrap().to_string_lossy().into_owned())
-        .collect()
+    let name = |path: std::path::PathBuf| path.file_name().unwrap().to_string_lossy().into_owned();
+    let mut names: Vec<String> = files.map(name).collect();
+    names.sort();
+    names
 }
 
 #[test]
 fn processes_that_open_a_cold_memory_at_once_share_one_file() {
     let dir = tempfile::tempdir().unwrap();
-    let (store, id, memory) = cold_store(dir.path());
+    let Cold {
+        store,
+        id,
+        memory,
+        rebuilt,
+    } = cold_store(dir.path(), true);
     let start = || spawn("opener", OPENER, store.root(), Stdio::piped());
     let mut openers: Vec<_> = (0..16).map(|_| start()).collect();
     let mut inodes = BTreeSet::new();
@@ -269,22 +331,38 @@ fn processes_that_open_a_cold_memory_at_once_share_one_file() {
         assert!(opener.0.wait().unwrap().success());
     }
     assert_eq!(inodes.len(), 1, "{inodes:?}");
-    assert_eq!(flats(&store).len(), 1);
+    assert_eq!(flats(&store), rebuilt);
     let path = store.lease(id).unwrap().path(Kind::Memory).unwrap();
     assert!(std::fs::read(path).unwrap() == memory);
 }
 
 #[test]
 fn memory_is_whole_after_kill_9_of_those_who_rebuild_it() {
+    kill_those_who_rebuild(false);
+}
+
+#[test]
+fn child_and_parent_are_whole_after_kill_9_of_those_who_rebuild_them() {
+    kill_those_who_rebuild(true);
+}
+
+fn kill_those_who_rebuild(has_parent: bool) {
     let dir = tempfile::tempdir().unwrap();
-    let (store, id, memory) = cold_store(dir.path());
+    let Cold {
+        store,
+        id,
+        memory,
+        rebuilt,
+    } = cold_store(dir.path(), has_parent);
     let mut interrupted = 0;
     for round in 0..12u64 {
         let mut leader = spawn("opener", OPENER, store.root(), Stdio::null());
         while flats(&store).is_empty() && leader.0.try_wait().unwrap().is_none() {
             sleep(Duration::from_millis(1));
         }
-        sleep(Duration::from_millis((round * 7919 + 13) % 41));
+        // A child's parent is rebuilt first, which takes as long.
+        let longest = if has_parent { 83 } else { 41 };
+        sleep(Duration::from_millis((round * 7919 + 13) % longest));
         let mut follower = spawn("opener", OPENER, store.root(), Stdio::null());
         leader.kill();
         interrupted += u64::from(flats(&store).iter().any(|name| name.contains(".new-")));
@@ -296,12 +374,11 @@ fn memory_is_whole_after_kill_9_of_those_who_rebuild_it() {
         let lease = store.lease(id).unwrap();
         let path = lease.path(Kind::Memory).unwrap();
         assert!(std::fs::read(path).unwrap() == memory, "round {round}");
-        let name = lease.manifest().object(Kind::Memory).unwrap().digest;
         // A leader that dies lets go of the pack before its own file; if that was seen, the next writer takes the file.
-        if flats(&store) != [name.to_string()] {
+        if flats(&store) != rebuilt {
             drop(store.begin(0).unwrap());
         }
-        assert_eq!(flats(&store), [name.to_string()], "round {round}");
+        assert_eq!(flats(&store), rebuilt, "round {round}");
         go_cold(&store);
     }
     assert!(

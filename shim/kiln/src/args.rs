@@ -14,7 +14,7 @@ const EXIT_CODES: &str = "Exit codes:
   1  failed; for doctor: pods cannot run; for verify: something is damaged
   2  the command line makes no sense
   3  no such μVM or image, or no store
-  4  the μVM or the image is in use, or pinned
+  4  the μVM or the image is in use, or pinned, or others are stored as what differs from it
   5  the store's budget or the disk has no room
 For run and exec: the command's own code (128 and the signal's number, if a signal ended it), or
   125  kiln failed    126  the command cannot be run    127  there is no such command";
@@ -187,8 +187,8 @@ pub(crate) struct Run {
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) cpus: u32,
 
-    /// Memory of the μVM, its kernel's share included, such as 512Mi; by default what it was baked with.
-    /// Less than that limits the container in it.
+    /// Memory of the μVM, its kernel's share included, such as 512Mi; by default what a pod without limits has. Less than
+    /// the μVM was baked with limits the container in it.
     #[arg(long, short, value_name = "SIZE", value_parser = bytes)]
     pub(crate) memory: Option<u64>,
 
@@ -331,9 +331,10 @@ pub(crate) struct Bake {
     #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) max_cpus: u32,
 
-    /// Memory the guest begins with.
-    #[arg(long, value_name = "SIZE", default_value = "256Mi", value_parser = bytes)]
-    pub(crate) memory: u64,
+    /// Memory the guest begins with; by default what a pod without limits has (320Mi, unless the configuration says otherwise), and
+    /// at most 1Gi: larger ones grow.
+    #[arg(long, value_name = "SIZE", value_parser = bytes)]
+    pub(crate) memory: Option<u64>,
 
     /// Memory it can grow to.
     #[arg(long, value_name = "SIZE", default_value = "4Gi", value_parser = bytes)]
@@ -362,6 +363,20 @@ pub(crate) struct Bake {
     /// Bake even if the store has a μVM of the same inputs.
     #[arg(long)]
     pub(crate) again: bool,
+
+    /// The μVM that this one is stored as the difference to, or `none`.
+    ///
+    /// That makes it a tenth as large or less, and keeps the other one in the store as long as it is there. By default
+    /// it is the newest of the same kernel release that is pinned or of another size, and has no parent itself.
+    #[arg(long, value_name = "UVM|none")]
+    pub(crate) parent: Option<String>,
+
+    /// Store also the pages that a resumed guest touches first as differences.
+    ///
+    /// That makes it a third as large as it would be, but it can't be resumed from its own file before its parent's is
+    /// read. For a μVM that is never the first one on its node to be resumed.
+    #[arg(long)]
+    pub(crate) lean: bool,
 }
 
 /// What `kiln gc` may do.

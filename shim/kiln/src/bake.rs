@@ -6,15 +6,19 @@ use std::process::ExitCode;
 use anyhow::{Context, bail};
 use kiln_bake::{Baked, Order, Progress};
 use kiln_node::config::Config;
-use kiln_store::{Class, Store};
+use kiln_store::{Basis, Class, Storage, Store};
+use kiln_uvm::size::BLOCK;
 
 use crate::args::Bake;
 use crate::failure::Failure;
 use crate::output::{Output, size};
 
 pub(crate) fn run(config: &Config, options: &Bake, output: &Output) -> Result<ExitCode, Failure> {
-    let order = order(config, options)?;
+    let mut order = order(config, options)?;
     let store = Store::open_or_create(&config.store)?;
+    if let Some(name) = &options.parent {
+        order.storage.basis = basis(&store, name)?;
+    }
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -49,7 +53,11 @@ pub(crate) fn run(config: &Config, options: &Bake, output: &Output) -> Result<Ex
 }
 
 fn order(config: &Config, options: &Bake) -> anyhow::Result<Order> {
-    let (memory_mib, max_memory_mib) = (mib(options.memory)?, mib(options.max_memory)?);
+    let max_memory_mib = mib(options.max_memory)?;
+    let memory_mib = match options.memory {
+        Some(memory) => mib(memory)?,
+        None => mib(memory_of_most(config))?.min(max_memory_mib),
+    };
     if options.max_cpus < options.cpus {
         bail!(
             "--max-cpus {} is less than --cpus {}",
@@ -74,7 +82,27 @@ fn order(config: &Config, options: &Bake) -> anyhow::Result<Order> {
         vmm: vmm(options.vmm.as_deref(), config)?,
         vmm_ids: config.vmm_ids,
         again: options.again,
+        storage: Storage {
+            starts_alone: !options.lean,
+            ..Storage::default()
+        },
     })
+}
+
+/// The parent that is meant by a name.
+fn basis(store: &Store, name: &str) -> Result<Basis, kiln_store::Error> {
+    match name {
+        "none" => Ok(Basis::None),
+        name => store.resolve(name).map(Basis::Of),
+    }
+}
+
+/// What a pod without limits has, so that its start need not wait for a guest that grows. A pod that has less keeps the whole of
+/// it, of which the guest's kernel takes a sixtieth to keep account of it.
+fn memory_of_most(config: &Config) -> u64 {
+    const MOST: u64 = 1 << 30;
+    let memory = config.memory_without_limit();
+    memory.min(MOST).next_multiple_of(BLOCK)
 }
 
 /// A whole number of MiB.
@@ -144,10 +172,14 @@ mod tests {
     use clap::Parser;
 
     fn ordered(arguments: &[&str]) -> anyhow::Result<Order> {
+        ordered_with(&Config::default(), arguments)
+    }
+
+    fn ordered_with(config: &Config, arguments: &[&str]) -> anyhow::Result<Order> {
         let line = ["kiln", "bake", "--agent", "/a", "--vmm", "/v"];
         let args = Args::try_parse_from(line.iter().chain(arguments)).unwrap();
         match &args.command {
-            Command::Bake(options) => order(&Config::default(), options),
+            Command::Bake(options) => order(config, options),
             other => panic!("{other:?}"),
         }
     }
@@ -166,6 +198,38 @@ mod tests {
             .unwrap()
             .class;
         assert_eq!((class.memory_mib, class.slots, class.cpus), (512, 3, 1));
+    }
+
+    #[test]
+    fn bake_starts_alone_unless_it_is_to_be_lean() {
+        assert_eq!(ordered(&[]).unwrap().storage, Storage::default());
+        assert!(ordered(&[]).unwrap().storage.starts_alone);
+        assert!(!ordered(&["--lean"]).unwrap().storage.starts_alone);
+    }
+
+    #[test]
+    fn parent_is_a_uvm_of_the_store_or_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open_or_create(dir.path().join("s")).unwrap();
+        let id = crate::store::tests::bake(&store, "one");
+        assert_eq!(basis(&store, "none").unwrap(), Basis::None);
+        assert_eq!(basis(&store, "latest").unwrap(), Basis::Of(id));
+        assert_eq!(basis(&store, &id.short()).unwrap(), Basis::Of(id));
+        assert!(basis(&store, "ffff0000").is_err());
+    }
+
+    #[test]
+    fn default_is_the_size_of_a_pod_without_limits() {
+        let mut config = Config::default();
+        let of = |config: &Config, arguments: &[&str]| {
+            ordered_with(config, arguments).unwrap().class.memory_mib
+        };
+        assert_eq!(of(&config, &[]), 320);
+        assert_eq!(of(&config, &["--max-memory", "256Mi"]), 256);
+        config.default_memory = 511 << 20;
+        assert_eq!(of(&config, &[]), 576);
+        config.default_memory = 8 << 30;
+        assert_eq!(of(&config, &[]), 1024);
     }
 
     #[test]

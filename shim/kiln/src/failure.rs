@@ -42,7 +42,11 @@ impl Failure {
             .find_map(|cause| cause.downcast_ref::<kiln_store::Error>());
         match store {
             Some(kiln_store::Error::NotFound(_) | kiln_store::Error::NoStore(_)) => 3,
-            Some(kiln_store::Error::InUse { .. } | kiln_store::Error::Pinned(_)) => 4,
+            Some(
+                kiln_store::Error::InUse { .. }
+                | kiln_store::Error::Pinned(_)
+                | kiln_store::Error::HasChildren { .. },
+            ) => 4,
             Some(
                 kiln_store::Error::OverBudget { .. }
                 | kiln_store::Error::NoSpace { .. }
@@ -66,6 +70,12 @@ mod tests {
         assert_eq!(number(Error::NoStore("/x".into())), 3);
         assert_eq!(number(Error::InUse { kind: "μVM", id }), 4);
         assert_eq!(number(Error::Pinned(id)), 4);
+        let parent = Error::HasChildren {
+            id,
+            child: id,
+            count: 1,
+        };
+        assert_eq!(number(parent), 4);
         assert_eq!(
             number(Error::OverBudget {
                 used: 1,

@@ -259,6 +259,11 @@ impl Default for Config {
 }
 
 impl Config {
+    /// Memory of the μVM of a pod without a limit, before it is rounded up.
+    pub fn memory_without_limit(&self) -> u64 {
+        self.default_memory.saturating_add(self.guest_overhead)
+    }
+
     /// Reads the file at `path`, or the default one if there is no path.
     pub fn load(path: Option<&Path>) -> Result<Self, ConfigError> {
         let (path, required) = match path {

@@ -98,7 +98,12 @@ fn fill(root: &Path, count: u32) -> Result<()> {
     for number in 1..count {
         let about = description(number);
         let objects = objects.clone();
-        let bytes = Manifest { about, objects }.encode()?;
+        let manifest = Manifest {
+            about,
+            parents: Vec::new(),
+            objects,
+        };
+        let bytes = manifest.encode()?;
         let name = Digest::of_bytes(&bytes).to_string();
         fs::write(root.join("uvms").join(name), bytes)?;
     }

@@ -48,6 +48,11 @@ impl<'a> Kiln<'a> {
         Ok(Kiln { test, image })
     }
 
+    /// Where the image is.
+    pub(crate) fn archive(&self) -> &str {
+        self.image.to_str().unwrap_or_default()
+    }
+
     /// `kiln run`, ready to be started; the name of the μVM goes with it.
     pub(crate) fn command(&self, options: &[&str], command: &[&str]) -> (Command, String) {
         let name = self.test.unique("run");

@@ -4,14 +4,14 @@ use std::path::{Path, PathBuf};
 use std::process::{Output, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use futures_util::future::try_join;
 use kiln_e2e::harness::Case;
 use kiln_e2e::{Test, cases};
 use tokio::io::{AsyncBufReadExt, BufReader, Lines};
 use tokio::process::{Child, ChildStderr, Command};
 
-use super::same;
+use super::{kiln_run, same};
 
 pub(crate) fn cases() -> Vec<Case> {
     let all = cases![
@@ -19,6 +19,7 @@ pub(crate) fn cases() -> Vec<Case> {
         store_is_clean_after_fifty_kills_of_a_bake.limit(1800),
         full_disk_in_the_middle_of_a_bake_leaves_nothing.limit(300),
         interrupted_bake_cleans_up_and_says_so,
+        second_bake_is_stored_as_what_differs_from_the_first.limit(300),
     ];
     let named = |case: Case| case.only_with("kiln", "run");
     all.into_iter().map(named).collect()
@@ -253,7 +254,7 @@ async fn interrupted_bake_cleans_up_and_says_so(test: Test) -> Result<()> {
         told = line;
         if told.starts_with("boot") {
             tokio::time::sleep(Duration::from_secs(1)).await;
-            super::kiln_run::send(&bake, libc::SIGINT)?;
+            kiln_run::send(&bake, libc::SIGINT)?;
         }
     }
     same!(bake.wait().await?.code(), Some(1), "{told}");
@@ -261,4 +262,79 @@ async fn interrupted_bake_cleans_up_and_says_so(test: Test) -> Result<()> {
     nothing_in(&store.0.join("tmp"))?;
     nothing_in(&store.0.join("packs"))?;
     nothing_in(&store.0.join("objects"))
+}
+
+/// A μVM of `kiln list`.
+struct Listed {
+    id: String,
+    parents: usize,
+    /// Bytes on disk that nobody else needs, for each byte of data.
+    alone: f64,
+}
+
+impl Store {
+    /// The newest first.
+    async fn list(&self) -> Result<Vec<Listed>> {
+        let output = self.done(&["--json", "list"]).await?;
+        let listed: Vec<serde_json::Value> = serde_json::from_slice(&output.stdout)?;
+        let uvms = listed.iter().filter(|entry| entry["kind"] == "uvm");
+        uvms.map(|entry| {
+            let objects = entry["objects"].as_array().context("no objects")?;
+            let data: u64 = objects.iter().filter_map(|o| o["data"].as_u64()).sum();
+            let alone = entry["stored"]["alone"].as_u64().context("not stored")?;
+            Ok(Listed {
+                id: entry["id"].as_str().context("no id")?.to_owned(),
+                parents: entry["parents"].as_array().map_or(0, Vec::len),
+                alone: alone as f64 / data as f64,
+            })
+        })
+        .collect()
+    }
+}
+
+async fn second_bake_is_stored_as_what_differs_from_the_first(test: Test) -> Result<()> {
+    let store = Store::new(&test);
+    store.done(&["bake"]).await?;
+    store.done(&["bake", "--memory", "512Mi"]).await?;
+    store.done(&["bake", "--memory", "768Mi", "--lean"]).await?;
+    let listed = store.list().await?;
+    let [lean, second, first] = listed.as_slice() else {
+        bail!("{} μVMs", listed.len());
+    };
+    println!(
+        "stored alone, for each byte of data: {:.3}, then {:.3}, and {:.3} lean",
+        first.alone, second.alone, lean.alone
+    );
+    same!([first.parents, second.parents, lean.parents], [0, 1, 1]);
+    ensure!(second.alone < 0.4 * first.alone, "{}", second.alone);
+    ensure!(lean.alone < 0.2 * first.alone, "{}", lean.alone);
+
+    let refused = store.kiln(&["rm", &first.id]).output().await?;
+    let errors = String::from_utf8_lossy(&refused.stderr).into_owned();
+    ensure!(!refused.status.success(), "a parent was removed");
+    ensure!(
+        [lean, second]
+            .iter()
+            .any(|child| errors.contains(&child.id[..12])),
+        "names no child: {errors}"
+    );
+
+    // As after a start of the machine: parent and child are rebuilt for whoever comes first.
+    let image = kiln_run::Kiln::new(&test)?;
+    for memory in ["400Mi", "600Mi", "800Mi"] {
+        std::fs::remove_dir_all(store.0.join("flat"))?;
+        let run = [
+            "run",
+            "-m",
+            memory,
+            image.archive(),
+            "--",
+            "echo",
+            "it runs",
+        ];
+        let output = store.done(&run).await?;
+        same!(String::from_utf8_lossy(&output.stdout), "it runs\n");
+    }
+    store.done(&["verify"]).await?;
+    Ok(())
 }

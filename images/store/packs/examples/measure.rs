@@ -9,8 +9,8 @@ use std::time::Instant;
 
 use anyhow::{Context, bail, ensure};
 use kiln_packs::{
-    Content, Copies, Image, ImageIndex, Options, PAGE, Pack, Parent, Writer, rebuild_flat,
-    rebuild_patch,
+    Content, Copies, Image, ImageIndex, Options, PAGE, Pack, Parent, Writer, first_difference,
+    rebuild_flat, rebuild_patch,
 };
 
 #[derive(Default)]
@@ -85,6 +85,10 @@ fn main() -> anyhow::Result<()> {
     let start = Instant::now();
     let pack = Pack::open(&packed)?;
     timed("open", start);
+    let start = Instant::now();
+    let difference = first_difference(&pack, &packed, &parents, &images, &memory)?;
+    timed("compare", start);
+    ensure!(difference.is_none(), "page {difference:?} differs");
     let start = Instant::now();
     let flat = tempfile::tempfile()?;
     rebuild_flat(&pack, &packed, &parents, &images, &flat)?;

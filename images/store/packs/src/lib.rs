@@ -7,7 +7,8 @@
 //! - [`Writer`] makes a pack of a memory, its parents and its images. An [`ImageIndex`] finds image blocks by content.
 //! - [`Pack`] is a pack's page map and frame table; a [`FrameReader`] decodes frames. Both need descriptors only, and
 //!   after [`Pack::open`] no system call but `pread`, so a jailed VMM can serve page faults with them.
-//! - [`rebuild_flat`] and [`rebuild_patch`] make files that can be mapped.
+//! - [`rebuild_flat`] and [`rebuild_patch`] make files that can be mapped; [`first_difference`] compares with the memory
+//!   that was packed.
 //!
 //! Trust: a pack may be damaged or made by an enemy. Whatever its bytes are, reading ends in the pages that were
 //! packed or in an error, with bounded memory. A frame's stored bytes are verified before they are decompressed, the
@@ -20,6 +21,7 @@
 #![forbid(unsafe_code)]
 
 mod blocks;
+mod compare;
 mod content;
 mod error;
 mod frame;
@@ -35,6 +37,7 @@ mod testing;
 mod tests;
 mod write;
 
+pub use compare::first_difference;
 pub use content::Content;
 pub use error::{Error, IndexError, RunFault, TableFault, WriteError};
 pub use frame::FrameReader;

@@ -47,7 +47,7 @@ pub fn rebuild_patch(
 ) -> Result<Vec<Range<u32>>, Error> {
     let base = pack.parents().first().ok_or(Error::NoParent)?;
     let mut copier = Copier::new(pack, parents, images, out)?;
-    let ranges = changed_ranges(pack, copier.parents[0], pages_of(base.length))?;
+    let ranges = changed_ranges(pack, copier.origins.parents[0], pages_of(base.length))?;
     for run in pack.runs() {
         let first = ranges.partition_point(|range| range.end <= run.page);
         let overlapping = ranges[first..]
@@ -107,8 +107,7 @@ fn changed_ranges(
 /// Copies pages into the file that is made.
 struct Copier<'a> {
     pack: &'a Pack,
-    parents: &'a [&'a dyn Content],
-    images: &'a [&'a dyn Content],
+    origins: Origins<'a>,
     out: &'a File,
     buffer: Vec<u8>,
 }
@@ -120,24 +119,14 @@ impl<'a> Copier<'a> {
         images: &'a [&'a dyn Content],
         out: &'a File,
     ) -> Result<Self, Error> {
-        if parents.len() < pack.parents().len() {
-            let parent = parents.len() as u16;
-            return Err(Error::ParentMissing { parent });
-        }
-        if images.len() < pack.images().len() {
-            let image = images.len() as u16;
-            return Err(Error::ImageMissing { image });
-        }
-        check_lengths("parent", pack.parents(), parents)?;
-        check_lengths("image", pack.images(), images)?;
+        let origins = Origins::check(pack, parents, images)?;
         // Cut first: what the file had before would show where no page is written.
         out.set_len(0)
             .and_then(|()| out.set_len(pack.length()))
             .map_err(write_failed)?;
         Ok(Copier {
             pack,
-            parents,
-            images,
+            origins,
             out,
             buffer: vec![0; WALK_PAGES * PAGE],
         })
@@ -149,23 +138,9 @@ impl<'a> Copier<'a> {
         while done < run.pages {
             let pages = (run.pages - done).min(WALK_PAGES as u32);
             let bytes = &mut self.buffer[..pages as usize * PAGE];
-            match run.source.after(done) {
-                // Holes, and pages of frames.
-                Source::Zero | Source::Literal(_) => return Ok(()),
-                Source::Parent { parent, page } => self.parents[usize::from(parent)]
-                    .read_into(bytes, offset_of(page))
-                    .map_err(|source| Error::ReadParent {
-                        parent,
-                        page,
-                        source,
-                    })?,
-                Source::Image { image, block } => self.images[usize::from(image)]
-                    .read_into(bytes, offset_of(block))
-                    .map_err(|source| Error::ReadImage {
-                        image,
-                        block,
-                        source,
-                    })?,
+            // The others are holes, and pages of frames.
+            if !self.origins.read(run.source.after(done), bytes)? {
+                return Ok(());
             }
             write_data(self.out, bytes, run.page + done)?;
             done += pages;
@@ -175,18 +150,80 @@ impl<'a> Copier<'a> {
 
     /// Writes all pages of the frames.
     fn write_literals(&mut self, file: &dyn Content) -> Result<(), Error> {
-        let placements = self.pack.placements();
-        let mut reader = FrameReader::new()?;
-        for (frame, _) in (0u32..).zip(self.pack.frames()) {
-            let raw = reader.read(self.pack, file, frame, self.parents)?;
-            for place in placements.of_frame(frame) {
-                let pages = &raw[place.offset..][..place.pages as usize * PAGE];
-                self.out
-                    .write_all_at(pages, offset_of(place.page))
-                    .map_err(write_failed)?;
-            }
+        for_each_literal(self.pack, file, self.origins.parents, |page, bytes| {
+            self.out
+                .write_all_at(bytes, offset_of(page))
+                .map_err(write_failed)
+        })
+    }
+}
+
+/// Decodes all frames, and gives the pages at each place where they belong.
+pub(crate) fn for_each_literal(
+    pack: &Pack,
+    file: &dyn Content,
+    parents: &[&dyn Content],
+    mut give: impl FnMut(u32, &[u8]) -> Result<(), Error>,
+) -> Result<(), Error> {
+    let placements = pack.placements();
+    let mut reader = FrameReader::new()?;
+    for (frame, _) in (0u32..).zip(pack.frames()) {
+        let raw = reader.read(pack, file, frame, parents)?;
+        for place in placements.of_frame(frame) {
+            give(
+                place.page,
+                &raw[place.offset..][..place.pages as usize * PAGE],
+            )?;
         }
-        Ok(())
+    }
+    Ok(())
+}
+
+/// Parents and images of a pack, as long as they should be.
+pub(crate) struct Origins<'a> {
+    parents: &'a [&'a dyn Content],
+    images: &'a [&'a dyn Content],
+}
+
+impl<'a> Origins<'a> {
+    pub(crate) fn check(
+        pack: &Pack,
+        parents: &'a [&'a dyn Content],
+        images: &'a [&'a dyn Content],
+    ) -> Result<Self, Error> {
+        if parents.len() < pack.parents().len() {
+            let parent = parents.len() as u16;
+            return Err(Error::ParentMissing { parent });
+        }
+        if images.len() < pack.images().len() {
+            let image = images.len() as u16;
+            return Err(Error::ImageMissing { image });
+        }
+        check_lengths("parent", pack.parents(), parents)?;
+        check_lengths("image", pack.images(), images)?;
+        Ok(Origins { parents, images })
+    }
+
+    /// Reads pages from a parent or an image; says whether it is one of these that they come from.
+    pub(crate) fn read(&self, source: Source, bytes: &mut [u8]) -> Result<bool, Error> {
+        match source {
+            Source::Zero | Source::Literal(_) => return Ok(false),
+            Source::Parent { parent, page } => self.parents[usize::from(parent)]
+                .read_into(bytes, offset_of(page))
+                .map_err(|source| Error::ReadParent {
+                    parent,
+                    page,
+                    source,
+                })?,
+            Source::Image { image, block } => self.images[usize::from(image)]
+                .read_into(bytes, offset_of(block))
+                .map_err(|source| Error::ReadImage {
+                    image,
+                    block,
+                    source,
+                })?,
+        }
+        Ok(true)
     }
 }
 

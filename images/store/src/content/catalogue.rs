@@ -33,6 +33,9 @@ pub(crate) trait Catalogue: Debug {
     /// Whether somebody asked for this entry to stay.
     fn is_pinned(&self, id: &Digest) -> bool;
 
+    /// Entries that can't be used without this one.
+    fn children(&self, id: &Digest) -> Result<Vec<Digest>, Error>;
+
     /// Locks an entry for removal; none if it is in use.
     fn doom(&self, id: Digest) -> Result<Option<Doomed>, Error>;
 
@@ -67,6 +70,8 @@ pub(crate) struct Candidate {
     pub(crate) used_at: u64,
     /// Objects that it needs, perhaps together with other entries.
     pub(crate) objects: Vec<Digest>,
+    /// Entries of its catalogue without which it can't be used: they stay as long as it does.
+    pub(crate) parents: Vec<Digest>,
     /// Bytes on disk of its own files.
     pub(crate) bytes: u64,
 }

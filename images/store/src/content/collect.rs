@@ -60,6 +60,8 @@ pub struct Collected {
     pub removed: Vec<Removed>,
     /// Entries that had to stay because they are in use.
     pub in_use: Vec<Named>,
+    /// Entries that had to stay because others, which stay, are stored as what differs from them.
+    pub parents: Vec<Named>,
     /// Entries that had to stay because they can't be read: their objects are unknown.
     pub damaged: Vec<Named>,
     /// Objects that are gone.
@@ -81,6 +83,15 @@ pub(crate) fn remove(content: &Content, catalogues: &Catalogues, id: Digest) -> 
         }
         if catalogue.is_pinned(&id) {
             return Err(Error::Pinned(id));
+        }
+        // Only a writer makes children.
+        let children = catalogue.children(&id)?;
+        if let Some(child) = children.first() {
+            return Err(Error::HasChildren {
+                id,
+                child: *child,
+                count: children.len(),
+            });
         }
         let kind = catalogue.noun();
         let doomed = catalogue.doom(id)?.ok_or(Error::InUse { kind, id })?;
@@ -129,6 +140,9 @@ pub(crate) fn collect(
     }
     let mut collection = Collection {
         shares: Shares::of(content, surveyed.iter().map(|(_, entry)| entry))?,
+        children: children(surveyed.iter().map(|(_, entry)| entry)),
+        waiting: BTreeMap::new(),
+        used: usage.used,
         dry_run: policy.dry_run,
         lock: &lock,
         report,
@@ -140,16 +154,14 @@ pub(crate) fn collect(
 
     // μVMs of older kilns go first: their objects are unknown, and no object is removed as long as one of them is there.
     wanted.sort_by_key(|(_, entry)| (entry.why, entry.used_at));
-    let mut used = usage.used;
     for (catalogue, entry) in wanted {
-        let why = entry.why.unwrap_or(Why::All);
-        used = used.saturating_sub(collection.remove(catalogue, &entry, why)?);
+        collection.remove(catalogue, entry, None)?;
     }
     if !policy.dry_run {
         collection.report.interrupted = content.sweep_staging(&lock)?;
         content.sweep_stale_flat(&lock)?;
         collection.report.objects = sweep(content, catalogues, &lock)?;
-        used = content.usage()?.used;
+        collection.used = content.usage()?.used;
     }
 
     let limit = match (policy.target, usage.budget) {
@@ -159,11 +171,13 @@ pub(crate) fn collect(
     // μVMs go last: somebody would have to bake them again.
     rest.sort_by_key(|(catalogue, entry)| (!catalogue.is_remade(), entry.used_at));
     for (catalogue, entry) in rest {
-        if limit.is_none_or(|limit| used <= limit) {
+        if limit.is_none_or(|limit| collection.used <= limit) {
             break;
         }
-        used = used.saturating_sub(collection.remove(catalogue, &entry, Why::Room)?);
+        collection.remove(catalogue, entry, limit)?;
     }
+    let used = collection.used;
+    collection.name_parents(limit);
     let mut report = collection.report;
     if policy.dry_run {
         report.used = used;
@@ -178,35 +192,91 @@ pub(crate) fn collect(
     Ok(report)
 }
 
+/// How many children each entry has.
+fn children<'a>(entries: impl Iterator<Item = &'a Candidate>) -> BTreeMap<Digest, u32> {
+    let mut children = BTreeMap::new();
+    for parent in entries.flat_map(|entry| &entry.parents) {
+        *children.entry(*parent).or_default() += 1;
+    }
+    children
+}
+
 /// A collection on its way.
 struct Collection<'a> {
     shares: Shares,
+    /// How many children of each entry are there.
+    children: BTreeMap<Digest, u32>,
+    /// Entries that are to go, but have children.
+    waiting: BTreeMap<Digest, (&'a dyn Catalogue, Candidate)>,
+    /// Bytes that the store takes, when the objects are gone that nobody needs any more.
+    used: u64,
     dry_run: bool,
     lock: &'a WriteLock,
     report: Collected,
 }
 
-impl Collection<'_> {
-    /// Removes an entry unless it is in use. Returns how many bytes that gives back, if not now, then with its objects.
+impl<'a> Collection<'a> {
+    /// Removes an entry unless it is in use. One that has children is removed after the last of them. If there is a limit,
+    /// an entry goes only as long as the store is larger than that, unless there is a reason for it to go in any case.
     fn remove(
         &mut self,
-        catalogue: &dyn Catalogue,
-        entry: &Candidate,
-        why: Why,
-    ) -> Result<u64, Error> {
+        catalogue: &'a dyn Catalogue,
+        entry: Candidate,
+        limit: Option<u64>,
+    ) -> Result<(), Error> {
+        let mut next = vec![(catalogue, entry)];
+        while let Some((catalogue, entry)) = next.pop() {
+            if self.children.get(&entry.id).is_some_and(|count| *count > 0) {
+                self.waiting.insert(entry.id, (catalogue, entry));
+                continue;
+            }
+            let enough = limit.is_some_and(|limit| self.used <= limit);
+            if enough && entry.why.is_none() {
+                continue;
+            }
+            if !self.remove_one(catalogue, &entry)? {
+                continue;
+            }
+            for parent in &entry.parents {
+                if let Some(count) = self.children.get_mut(parent) {
+                    *count -= 1;
+                }
+                next.extend(self.waiting.remove(parent));
+            }
+        }
+        Ok(())
+    }
+
+    fn remove_one(&mut self, catalogue: &dyn Catalogue, entry: &Candidate) -> Result<bool, Error> {
         let what = Named {
             kind: catalogue.noun(),
             id: entry.id,
         };
         let Some(doomed) = catalogue.doom(entry.id)? else {
             self.report.in_use.push(what);
-            return Ok(0);
+            return Ok(false);
         };
+        let why = entry.why.unwrap_or(Why::Room);
         self.report.removed.push(Removed { what, why });
         if !self.dry_run {
             catalogue.remove(doomed, self.lock)?;
         }
-        Ok(entry.bytes + self.shares.release(entry))
+        // If not now, then with its objects.
+        let freed = entry.bytes + self.shares.release(entry);
+        self.used = self.used.saturating_sub(freed);
+        Ok(true)
+    }
+
+    /// Notes who was to go, and is needed by a child that stays.
+    fn name_parents(&mut self, limit: Option<u64>) {
+        let too_large = limit.is_some_and(|limit| self.used > limit);
+        let mut waiting = std::mem::take(&mut self.waiting);
+        waiting.retain(|_, (_, entry)| too_large || entry.why.is_some());
+        let parents = waiting.into_iter().map(|(id, (catalogue, _))| Named {
+            kind: catalogue.noun(),
+            id,
+        });
+        self.report.parents.extend(parents);
     }
 }
 

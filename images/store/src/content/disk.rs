@@ -119,6 +119,18 @@ pub(crate) mod tests {
         fatal: bool,
         pub(crate) struck: AtomicBool,
         pub(crate) log: Mutex<Vec<(&'static str, PathBuf)>>,
+        hook: Mutex<Option<Hook>>,
+    }
+
+    /// What else happens at a step.
+    struct Hook(Box<Happens>);
+
+    type Happens = dyn FnMut(&'static str, &Path) + Send;
+
+    impl Debug for Hook {
+        fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            f.debug_struct("Hook").finish_non_exhaustive()
+        }
     }
 
     impl FaultyDisk {
@@ -128,7 +140,17 @@ pub(crate) mod tests {
                 fatal,
                 struck: AtomicBool::new(false),
                 log: Mutex::new(Vec::new()),
+                hook: Mutex::new(None),
             })
+        }
+
+        /// A good disk. Before each change, `happens` is told of it.
+        pub(crate) fn watched(
+            happens: impl FnMut(&'static str, &Path) + Send + 'static,
+        ) -> Arc<FaultyDisk> {
+            let disk = FaultyDisk::new(0, false);
+            *disk.hook.lock().unwrap() = Some(Hook(Box::new(happens)));
+            disk
         }
 
         fn step(&self, name: &'static str, path: &Path) -> io::Result<()> {
@@ -142,6 +164,9 @@ pub(crate) mod tests {
             self.countdown
                 .store(left.saturating_sub(1), Ordering::Relaxed);
             self.log.lock().unwrap().push((name, path.to_owned()));
+            if let Some(Hook(happens)) = &mut *self.hook.lock().unwrap() {
+                happens(name, path);
+            }
             Ok(())
         }
     }

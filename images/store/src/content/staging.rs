@@ -100,16 +100,16 @@ impl StagingDir {
     }
 
     /// Digests a file of it and sees that it is on the disk; none if there is no such file. Zero pages become holes.
-    pub(crate) fn finish_object(&self, name: &str) -> Result<Option<Scan>, Error> {
-        let Some((_, scan)) = self.finish_content(name)? else {
-            return Ok(None);
-        };
-        let path = self.path.join(name);
-        self.disk().sync_file(&path).context("syncing", &path)?;
-        Ok(Some(scan))
+    pub(crate) fn finish_object(&self, name: &str) -> Result<Option<(File, Scan)>, Error> {
+        let finished = self.finish_content(name)?;
+        if finished.is_some() {
+            let path = self.path.join(name);
+            self.disk().sync_file(&path).context("syncing", &path)?;
+        }
+        Ok(finished)
     }
 
-    /// The same for a file that need not be on the disk. Returns it, too.
+    /// The same for a file that need not be on the disk.
     pub(crate) fn finish_content(&self, name: &str) -> Result<Option<(File, Scan)>, Error> {
         let disk = self.disk();
         let path = self.path.join(name);
@@ -125,14 +125,19 @@ impl StagingDir {
         Ok(Some((file, scan)))
     }
 
+    pub(crate) fn content(&self) -> &Content {
+        &self.content
+    }
+
     pub(crate) fn disk(&self) -> &dyn Disk {
         self.content.disk.as_ref()
     }
 
-    /// Writes a small file that is to enter the store, and sees that it is on the disk.
+    /// Writes a small file that is to enter the store, and sees that it is on the disk. It takes the place of an earlier one.
     pub(crate) fn finish_file(&self, name: &str, bytes: &[u8]) -> Result<PathBuf, Error> {
         let disk = &self.content.disk;
         let path = self.path.join(name);
+        self.content.remove_if_there(&path)?;
         disk.write_new(&path, bytes).context("writing", &path)?;
         disk.sync_file(&path).context("syncing", &path)?;
         disk.seal(&path).context("sealing", &path)?;

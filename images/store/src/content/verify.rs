@@ -7,6 +7,7 @@ use std::io;
 use super::Content;
 use super::catalogue::Catalogues;
 use super::digest::{self, Scan};
+use super::packed::Memory;
 use crate::error::Context;
 use crate::{Digest, Error, Named};
 
@@ -49,6 +50,14 @@ pub enum Damage {
         found: u64,
         /// The length it had.
         wanted: u64,
+    },
+    /// What a μVM is stored as the difference to is not there.
+    #[error("{} {}: its parent, μVM {}, is missing", of.kind, of.id.short(), parent.short())]
+    Parent {
+        /// The μVM.
+        of: Named,
+        /// The one that is missing.
+        parent: Digest,
     },
     /// An object's content has changed.
     #[error("{} {}: the content of its {part} object {} has changed", of.kind, of.id.short(), object.short())]
@@ -109,6 +118,7 @@ impl Damage {
             Damage::Entry { of, .. }
             | Damage::Missing { of, .. }
             | Damage::Length { of, .. }
+            | Damage::Parent { of, .. }
             | Damage::Content { of, .. }
             | Damage::Flat { of, .. }
             | Damage::Pack { of, .. }
@@ -133,10 +143,12 @@ pub struct Verified {
     /// Objects that nothing needs, left by an interrupted bake. Harmless: `collect` removes them.
     pub orphans: u32,
     seen: BTreeMap<Digest, Found>,
+    /// Memories that others were compared with, rebuilt in files without names.
+    parents: BTreeMap<Digest, File>,
 }
 
 /// State of an object that was read.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Found {
     Good,
     Missing,
@@ -144,16 +156,20 @@ enum Found {
     Content,
 }
 
-/// Name and length that an object should have.
+/// What an object should be.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Expected {
+pub(crate) struct Expected<'a> {
     pub(crate) of: Named,
     pub(crate) part: &'static str,
-    pub(crate) object: Digest,
-    pub(crate) length: u64,
+    pub(crate) memory: Memory,
     /// Whether it is kept packed.
     pub(crate) packed: bool,
+    /// What its pack may refer to.
+    pub(crate) parents: &'a [Memory],
 }
+
+/// What a μVM's messages call the memory of its parent.
+const PARENTS: &str = "parent's memory";
 
 pub(crate) fn verify(
     content: &Content,
@@ -188,14 +204,34 @@ pub(crate) fn verify(
 
 impl Verified {
     /// Reads an object of the store, unless it was read already.
-    pub(crate) fn object(&mut self, content: &Content, expected: Expected) {
+    pub(crate) fn object(&mut self, content: &Content, expected: Expected<'_>) {
+        if !expected.packed {
+            self.read_once(content, expected);
+            return;
+        }
+        let mut readable = true;
+        for memory in expected.parents {
+            let parent = Expected {
+                part: PARENTS,
+                memory: *memory,
+                parents: &[],
+                ..expected
+            };
+            readable &=
+                self.read_once(content, parent) == Some(Found::Good) && self.keep(content, parent);
+        }
+        // What depends on something that is damaged can't be told from something that is damaged itself.
+        if readable {
+            self.read_once(content, expected);
+        }
+    }
+
+    /// Notes what is wrong with an object. None if it cannot be read.
+    fn read_once(&mut self, content: &Content, expected: Expected<'_>) -> Option<Found> {
         let Expected {
-            of,
-            part,
-            object,
-            length,
-            ..
+            of, part, memory, ..
         } = expected;
+        let object = memory.object;
         let found = match self.seen.get(&object) {
             Some(found) => *found,
             None => match self.read(content, expected) {
@@ -205,7 +241,7 @@ impl Verified {
                 }
                 Err(error) => {
                     self.damage.push(unreadable(expected, error));
-                    return;
+                    return None;
                 }
             },
         };
@@ -218,21 +254,53 @@ impl Verified {
                 part,
                 object,
                 found,
-                wanted: length,
+                wanted: memory.length,
             }),
         });
+        Some(found)
     }
 
-    fn read(&mut self, content: &Content, expected: Expected) -> Result<Found, Error> {
+    /// Sees that a parent's memory that is good can be read. Says whether it can.
+    fn keep(&mut self, content: &Content, expected: Expected<'_>) -> bool {
+        let object = expected.memory.object;
+        if self.parents.contains_key(&object) {
+            return true;
+        }
+        // It was read before it was known to be one.
+        match content.open_once(expected.memory) {
+            Ok(file) => {
+                self.parents.insert(object, file);
+                true
+            }
+            Err(error) => {
+                self.damage.push(unreadable(expected, error));
+                false
+            }
+        }
+    }
+
+    fn read(&mut self, content: &Content, expected: Expected<'_>) -> Result<Found, Error> {
         let Expected {
-            of, part, object, ..
+            of, part, memory, ..
         } = expected;
+        let object = memory.object;
         if expected.packed {
             if content.drop_wrong_flat(&object)? {
                 self.damage.push(Damage::Flat { of, part, object });
             }
-            if let Some(scan) = content.scan_pack(&object)? {
-                return Ok(self.judge(scan, expected));
+            let kept = &self.parents;
+            let mut open = |parent: Memory| match kept.get(&parent.object) {
+                Some(file) => file
+                    .try_clone()
+                    .context("opening", &content.pack_path(&parent.object)),
+                None => content.open_once(parent),
+            };
+            if let Some((scan, file)) = content.scan_pack(&object, expected.parents, &mut open)? {
+                let found = self.judge(scan, object);
+                if part == PARENTS {
+                    self.parents.insert(object, file);
+                }
+                return Ok(found);
             }
         }
         let path = content.object_path(&object);
@@ -241,17 +309,17 @@ impl Verified {
             other => other.context("opening", &path)?,
         };
         let length = file.metadata().context("reading", &path)?.len();
-        if length != expected.length {
+        if length != memory.length {
             return Ok(Found::Length(length));
         }
         let scan = digest::of_file(&file).context("reading", &path)?;
-        Ok(self.judge(scan, expected))
+        Ok(self.judge(scan, object))
     }
 
-    fn judge(&mut self, scan: Scan, expected: Expected) -> Found {
+    fn judge(&mut self, scan: Scan, object: Digest) -> Found {
         self.objects += 1;
         self.data += scan.data;
-        if scan.digest == expected.object {
+        if scan.digest == object {
             Found::Good
         } else {
             Found::Content
@@ -259,10 +327,11 @@ impl Verified {
     }
 }
 
-fn unreadable(expected: Expected, error: Error) -> Damage {
+fn unreadable(expected: Expected<'_>, error: Error) -> Damage {
     let Expected {
-        of, part, object, ..
+        of, part, memory, ..
     } = expected;
+    let object = memory.object;
     match error {
         Error::Pack { source, .. } => Damage::Pack {
             of,

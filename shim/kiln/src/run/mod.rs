@@ -208,7 +208,10 @@ async fn resume(start: &Start<'_>, name: &str, place: &Place, timeline: &Timelin
     let options = start.options;
     let size = Size {
         cpus: options.cpus,
-        memory: options.memory.unwrap_or(0).next_multiple_of(BLOCK),
+        memory: options
+            .memory
+            .unwrap_or(start.config.memory_without_limit())
+            .next_multiple_of(BLOCK),
     };
     let limits = ScratchLimits {
         ram: options.overlay_ram.unwrap_or(start.config.overlay.ram),

@@ -88,6 +88,28 @@ proptest! {
     }
 
     #[test]
+    fn first_page_that_differs_is_found(guest in guest(), changes in prop::collection::vec(any::<u32>(), 1..4)) {
+        let files = Files::of(&guest);
+        let (bytes, _) = packed(&files.writer(&guest));
+        let pack = Pack::open(&bytes).unwrap();
+        let mut memory = guest.memory.concat();
+        let difference = |memory: &Vec<u8>| {
+            first_difference(&pack, &bytes, &files.parents(), &[&files.image], memory).unwrap()
+        };
+        prop_assert_eq!(difference(&memory), None);
+        if !memory.is_empty() {
+            let changed = changes.iter().map(|at| *at as usize % memory.len());
+            let changed: std::collections::BTreeSet<usize> = changed.collect();
+            changed.iter().for_each(|at| memory[*at] ^= 0x10);
+            let first = changed.first().map(|at| (at / PAGE) as u32);
+            prop_assert_eq!(difference(&memory), first);
+            changed.iter().for_each(|at| memory[*at] ^= 0x10);
+        }
+        memory.extend(noise(1));
+        prop_assert_eq!(difference(&memory), Some(pack.pages()));
+    }
+
+    #[test]
     fn frames_of_the_working_set_come_first_and_need_no_other_file(guest in guest()) {
         let files = Files::of(&guest);
         let (bytes, _) = packed(&files.writer(&guest));

@@ -244,6 +244,7 @@ impl Catalogue for Images {
             stays: false,
             used_at: entry.used_at,
             objects: Vec::new(),
+            parents: Vec::new(),
             bytes: entry.bytes,
         });
         Ok(Survey {
@@ -259,6 +260,11 @@ impl Catalogue for Images {
 
     fn is_pinned(&self, _id: &Digest) -> bool {
         false
+    }
+
+    /// An image is whole by itself.
+    fn children(&self, _id: &Digest) -> Result<Vec<Digest>, Error> {
+        Ok(Vec::new())
     }
 
     fn doom(&self, id: Digest) -> Result<Option<Doomed>, Error> {

@@ -12,14 +12,16 @@
 //!       40  how many                                     4
 //!       44  zeros                                        4
 //!       48  first half of the BLAKE3 digest of all that, and of the records
-//! …   records, the newest first                         44 each
+//! …   records, in the order of preference               56 each
 //!       0   vCPUs, MiB of memory it can grow to          4 each
-//!       8   1 if it has a scratch disk                   4
-//!       12  the μVM                                     32
+//!       8   vCPUs, MiB of memory it begins with          4 each
+//!       16  1 if it has a scratch disk                   4
+//!       20  edition                                      4
+//!       24  the μVM                                     32
 //! ```
 //!
 //! A group holds the μVMs that resume on the same hosts. Its key gives the slot in which the search begins; the search
-//! ends at an empty slot. A μVM is left out if a newer one of its group meets every requirement that it meets: it is never
+//! ends at an empty slot. A μVM is left out if one that is preferred to it meets every requirement that it meets: it is never
 //! picked. So a group is short, however many μVMs there are, and a pick reads three places of one file.
 //!
 //! The index can't disagree with the manifests unnoticed. A writer removes it before it changes `uvms/`, and writes it anew
@@ -33,17 +35,18 @@ use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::PathBuf;
 
-use super::{Host, Kind, Manifest, Uvms, Wanted};
+use super::pick::{Extent, Traits, in_order};
+use super::{Host, Manifest, Uvms, Wanted};
 use crate::content::WriteLock;
 use crate::content::catalogue::Catalogue;
 use crate::error::Context;
 use crate::{Digest, Error};
 
-const MAGIC: [u8; 8] = *b"KILNIDX\x01";
+const MAGIC: [u8; 8] = *b"KILNIDX\x02";
 const KEY_CONTEXT: &str = "kiln 2026-11-30 store index: protocol, CPU";
 const HEADER: usize = 64;
 const SLOT: usize = 64;
-const RECORD: usize = 44;
+const RECORD: usize = 56;
 /// Slots that are read at once: a table is half full at most.
 const PROBE: usize = 4;
 
@@ -58,7 +61,7 @@ pub(super) struct Stamp {
 /// Answer of the index.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Said {
-    /// The newest μVM that fits.
+    /// The μVM that is picked.
     This(Digest),
     /// No μVM fits.
     None,
@@ -66,49 +69,40 @@ pub(super) enum Said {
     Nothing,
 }
 
-/// The properties of a μVM by which it is picked.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Record {
-    cpus: u32,
-    memory_mib: u32,
-    scratch: bool,
-    id: Digest,
+impl Traits {
+    /// Whether this one, which comes first, is picked wherever the other one would be.
+    fn hides(&self, other: &Traits) -> bool {
+        self.most.cpus >= other.most.cpus
+            && self.most.memory_mib >= other.most.memory_mib
+            && self.scratch >= other.scratch
+            && (self.edition != other.edition || self.first == other.first)
+    }
 }
 
-impl Record {
-    fn of(id: Digest, manifest: &Manifest) -> Record {
-        Record {
-            cpus: manifest.about.class.max_cpus,
-            memory_mib: manifest.about.class.max_memory_mib,
-            scratch: manifest.object(Kind::Scratch).is_some(),
-            id,
-        }
+fn encode_record((id, traits): &(Digest, Traits), to: &mut Vec<u8>) {
+    for Extent { cpus, memory_mib } in [traits.most, traits.first] {
+        to.extend(cpus.to_le_bytes());
+        to.extend(memory_mib.to_le_bytes());
     }
+    to.extend(u32::from(traits.scratch).to_le_bytes());
+    to.extend(traits.edition.to_le_bytes());
+    to.extend(id.as_bytes());
+}
 
-    /// Whether it meets every requirement that the other one meets.
-    fn covers(&self, other: &Record) -> bool {
-        self.cpus >= other.cpus
-            && self.memory_mib >= other.memory_mib
-            && self.scratch >= other.scratch
-    }
-
-    fn encode(&self, to: &mut Vec<u8>) {
-        to.extend(self.cpus.to_le_bytes());
-        to.extend(self.memory_mib.to_le_bytes());
-        to.extend(u32::from(self.scratch).to_le_bytes());
-        to.extend(self.id.as_bytes());
-    }
-
-    fn decode(bytes: &[u8; RECORD]) -> Record {
-        let mut id = [0; 32];
-        id.copy_from_slice(&bytes[12..]);
-        Record {
-            cpus: word(bytes, 0),
-            memory_mib: word(bytes, 4),
-            scratch: word(bytes, 8) != 0,
-            id: id.into(),
-        }
-    }
+fn decode_record(bytes: &[u8; RECORD]) -> (Digest, Traits) {
+    let extent = |at| Extent {
+        cpus: word(bytes, at),
+        memory_mib: word(bytes, at + 4),
+    };
+    let mut id = [0; 32];
+    id.copy_from_slice(&bytes[24..]);
+    let traits = Traits {
+        most: extent(0),
+        first: extent(8),
+        scratch: word(bytes, 16) != 0,
+        edition: word(bytes, 20),
+    };
+    (id.into(), traits)
 }
 
 fn word(bytes: &[u8], at: usize) -> u32 {
@@ -151,19 +145,24 @@ pub(super) fn encode<'a>(
     stamp: Stamp,
     uvms: impl Iterator<Item = (Digest, &'a Manifest)>,
 ) -> Vec<u8> {
-    let mut groups: BTreeMap<[u8; 32], Vec<Record>> = BTreeMap::new();
+    let mut groups: BTreeMap<[u8; 32], Vec<(Digest, Traits)>> = BTreeMap::new();
     for (id, manifest) in uvms {
         let host = Host {
             cpu: manifest.about.cpu.features,
             protocol: manifest.about.protocol,
         };
-        let (group, record) = (
-            groups.entry(key_of(&host)).or_default(),
-            Record::of(id, manifest),
-        );
-        if !group.iter().any(|newer| newer.covers(&record)) {
-            group.push(record);
+        let group = groups.entry(key_of(&host)).or_default();
+        group.push((id, Traits::of(manifest)));
+    }
+    for group in groups.values_mut() {
+        in_order(group);
+        let mut kept: Vec<(Digest, Traits)> = Vec::new();
+        for (id, traits) in group.drain(..) {
+            if !kept.iter().any(|(_, first)| first.hides(&traits)) {
+                kept.push((id, traits));
+            }
         }
+        *group = kept;
     }
     let slots = u32::try_from(groups.len() * 2).unwrap_or(u32::MAX).max(2);
     let mut table: Vec<Option<&[u8; 32]>> = vec![None; slots as usize];
@@ -185,7 +184,9 @@ pub(super) fn encode<'a>(
     for (key, group) in &groups {
         let (offset, count) = (bytes.len() as u64, group.len() as u32);
         let mut records = Vec::with_capacity(group.len() * RECORD);
-        group.iter().for_each(|record| record.encode(&mut records));
+        group
+            .iter()
+            .for_each(|one| encode_record(one, &mut records));
         let mut slot = Vec::with_capacity(SLOT);
         slot.extend(key);
         slot.extend(offset.to_le_bytes());
@@ -228,7 +229,7 @@ fn open(file: &File, now: Stamp) -> io::Result<(u32, u32)> {
     Ok((word(&header, 8), word(&header, 12)))
 }
 
-/// The newest μVM that fits, by an open index.
+/// The μVM that is picked, by an open index.
 fn ask(file: &File, now: Stamp, host: &Host, wanted: &Wanted) -> io::Result<Option<Digest>> {
     let (slots, records) = open(file, now)?;
     let key = key_of(host);
@@ -247,11 +248,8 @@ fn ask(file: &File, now: Stamp, host: &Host, wanted: &Wanted) -> io::Result<Opti
                 if check(&[&slot[..48], &group]) != slot[48..] {
                     return Err(wrong());
                 }
-                let mut group = group.as_chunks::<RECORD>().0.iter().map(Record::decode);
-                let fits = |r: &Record| {
-                    wanted.fits_into(r.cpus, r.memory_mib) && wanted.scratch <= r.scratch
-                };
-                return Ok(group.find(fits).map(|record| record.id));
+                let group = group.as_chunks::<RECORD>().0.iter();
+                return Ok(wanted.nearest(group.map(decode_record)));
             }
             if *slot == [0; SLOT] {
                 return Ok(None);

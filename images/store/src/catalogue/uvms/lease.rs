@@ -3,25 +3,33 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use kiln_vmm_saved::PageRun;
 
-use super::{Kind, Manifest, Object, Uvms, WorkingSet};
+use super::{Kind, Manifest, Object, Parent, Uvms, WorkingSet};
+use crate::content::packed::Memory;
 use crate::content::{Content, lease};
 use crate::error::Context;
 use crate::{Digest, Error, Store};
 
-/// The right to use a μVM: a shared lock on its manifest. While it lives, the μVM is not removed.
+/// Longest wait for those who have locked manifests to remove them. They are done at once, or a dry run was all it was.
+const LEASE_WAIT: Duration = Duration::from_secs(2);
+
+/// The right to use a μVM: a shared lock on its manifest, and on those of its parents. While it lives, none of them is
+/// removed.
 ///
 /// The kernel drops it with its last file descriptor, so a holder that is killed holds nothing. It
-/// may be handed to another process (the VMM) by passing the descriptor on.
+/// may be handed to another process (the VMM) by passing the descriptor on: that holds the parents, too, since nobody
+/// removes a μVM that has children.
 #[derive(Debug)]
 pub struct Lease {
     id: Digest,
     manifest: Manifest,
     file: File,
+    _parents: Vec<File>,
     content: Content,
 }
 
@@ -40,14 +48,36 @@ impl Store {
 impl Uvms {
     /// Takes a lease that does not count as use.
     pub(super) fn hold(&self, id: Digest) -> Result<Lease, Error> {
-        // Only a removal takes this lock for itself.
-        let held = lease::hold(&self.path(&id), Duration::ZERO)?;
-        let (mut file, _) = held.ok_or_else(|| Error::NotFound(id.to_string()))?;
+        let end = Instant::now() + LEASE_WAIT;
+        let gone = || Error::NotFound(id.to_string());
+        let mut file = lease::open(&self.path(&id))?.ok_or_else(gone)?;
+        // Read before it is locked, for it tells what else is to be. Its content never changes.
         let manifest = self.read_manifest(id, &mut file)?;
+        // A parent is removed after its children only: if it is gone, this one may be gone as well.
+        let lost = |parent| match file.metadata() {
+            Ok(meta) if meta.nlink() > 0 => Error::NoParent { id, parent },
+            _ => gone(),
+        };
+        let mut parents = Vec::with_capacity(manifest.parents.len());
+        for Parent { uvm, .. } in &manifest.parents {
+            let opened = lease::open(&self.path(uvm))?;
+            parents.push((*uvm, opened.ok_or_else(|| lost(*uvm))?));
+        }
+        // All who take several locks take them in one order.
+        let mut held = vec![(id, &file)];
+        held.extend(parents.iter().map(|(parent, file)| (*parent, file)));
+        held.sort_by_key(|(locked, _)| *locked);
+        for (locked, file) in held {
+            let left = end.saturating_duration_since(Instant::now());
+            if lease::hold_open(file, &self.path(&locked), left)?.is_none() {
+                return Err(if locked == id { gone() } else { lost(locked) });
+            }
+        }
         Ok(Lease {
             id,
             manifest,
             file,
+            _parents: parents.into_iter().map(|(_, file)| file).collect(),
             content: self.content.clone(),
         })
     }
@@ -76,8 +106,8 @@ impl Lease {
     }
 
     /// An object of it, open for reading. Its length is checked, its content is not: that would
-    /// read all of it. Memory that is packed is rebuilt first, if it was not since the machine was started, and then its
-    /// content is checked, too.
+    /// read all of it. Memory that is packed is rebuilt first, if it was not since the machine was started, and so are the
+    /// parents' that it refers to; then its content is checked, too.
     pub fn open(&self, kind: Kind) -> Result<File, Error> {
         let object = self.object(kind)?;
         if let Some(file) = self.open_packed(object)? {
@@ -108,7 +138,9 @@ impl Lease {
         if !object.is_packed() {
             return Ok(None);
         }
-        self.content.open_packed(&object.digest, object.length)
+        let parents = self.manifest.parents.iter();
+        let parents: Vec<Memory> = parents.map(Parent::memory).collect();
+        self.content.open_packed(object.memory(), &parents)
     }
 }
 

@@ -10,9 +10,10 @@ use kiln_vmm_saved::cpu::Fingerprint;
 use serde::{Deserialize, Serialize};
 
 use crate::Digest;
+use crate::content::packed::Memory;
 
 /// The manifest format this code writes.
-pub const VERSION: u32 = 3;
+pub const VERSION: u32 = 4;
 
 const MAGIC: [u8; 8] = *b"kilnuvm\n";
 const HEADER: usize = 16;
@@ -126,6 +127,35 @@ impl Object {
     pub(crate) fn is_packed(&self) -> bool {
         is_packed(self.kind, self.length)
     }
+
+    /// As a memory, which it is.
+    pub(crate) fn memory(&self) -> Memory {
+        Memory {
+            object: self.digest,
+            length: self.length,
+        }
+    }
+}
+
+/// A μVM whose memory another one's is stored as the difference to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Parent {
+    /// The μVM.
+    pub uvm: Digest,
+    /// Digest of its memory.
+    pub memory: Digest,
+    /// Length of its memory, holes included.
+    pub length: u64,
+}
+
+impl Parent {
+    /// Its memory.
+    pub(crate) fn memory(&self) -> Memory {
+        Memory {
+            object: self.memory,
+            length: self.length,
+        }
+    }
 }
 
 /// Whether the store keeps an object of this kind and length packed: memory, unless a pack can't hold it.
@@ -166,6 +196,8 @@ pub struct Manifest {
     /// What the baker said of it.
     #[serde(flatten)]
     pub about: Description,
+    /// What its memory's pack refers to. Without these it cannot be rebuilt.
+    pub parents: Vec<Parent>,
     /// What it consists of.
     pub objects: Vec<Object>,
 }
@@ -174,6 +206,7 @@ pub struct Manifest {
 #[derive(Serialize, Deserialize)]
 struct Stored {
     about: Description,
+    parents: Vec<Parent>,
     objects: Vec<Object>,
 }
 
@@ -209,6 +242,7 @@ impl Manifest {
     pub fn encode(&self) -> Result<Vec<u8>, ManifestError> {
         let stored = Stored {
             about: self.about.clone(),
+            parents: self.parents.clone(),
             objects: self.objects.clone(),
         };
         let body =
@@ -254,6 +288,7 @@ impl Manifest {
         }
         Ok(Manifest {
             about: stored.about,
+            parents: stored.parents,
             objects: stored.objects,
         })
     }
@@ -274,6 +309,11 @@ mod tests {
         };
         Manifest {
             about: description("recipe"),
+            parents: vec![Parent {
+                uvm: Digest::of_bytes(b"u"),
+                memory: Digest::of_bytes(b"p"),
+                length: 8192,
+            }],
             objects: vec![object(Kind::State, b"s"), object(Kind::Memory, b"m")],
         }
     }
@@ -295,7 +335,7 @@ mod tests {
         let bytes = manifest().encode().unwrap();
         assert_eq!(Digest::of_bytes(&bytes).to_string(), PINNED);
     }
-    const PINNED: &str = "d1bb767d5868651f82b0a4c4d77239afce998a575a81de37b0f97e516ac07572";
+    const PINNED: &str = "3b9f938445bb2fa020089a2c9d6c0ffcfd702368a7082a6da7d874cb8754e11a";
 
     #[test]
     fn foreign_newer_cut_and_padded_files_are_told_apart() {
@@ -305,8 +345,8 @@ mod tests {
         assert_eq!(Manifest::decode(&foreign), Err(ManifestError::Magic));
         assert_eq!(Manifest::decode(&good[..10]), Err(ManifestError::Magic));
         let mut newer = good.clone();
-        newer[8] = 4;
-        assert_eq!(Manifest::decode(&newer), Err(ManifestError::Version(4)));
+        newer[8] = 5;
+        assert_eq!(Manifest::decode(&newer), Err(ManifestError::Version(5)));
         let cut = Manifest::decode(&good[..good.len() - 1]);
         assert!(matches!(cut, Err(ManifestError::Length { .. })));
         let mut padded = good.clone();

@@ -1,9 +1,11 @@
 //! Baked μVMs: a manifest each, which names the objects that it consists of, and an index to pick one by.
 
+mod family;
 mod index;
 mod lease;
 pub(crate) mod manifest;
 mod pick;
+mod sibling;
 mod staging;
 mod working_set;
 
@@ -15,15 +17,18 @@ use std::path::PathBuf;
 
 use kiln_vmm_saved::cpu::Fingerprint;
 
+pub use family::Holding;
 pub use lease::Lease;
 pub use manifest::{
-    Class, Cpu, Description, Kernel, Kind, Manifest, ManifestError, Object, VERSION,
+    Class, Cpu, Description, Kernel, Kind, Manifest, ManifestError, Object, Parent, VERSION,
 };
 pub use pick::{Host, Mismatch, Miss, Wanted};
+pub use sibling::{Basis, Storage};
 pub use staging::Staging;
 pub use working_set::WorkingSet;
 
 use crate::content::catalogue::{Candidate, Catalogue, Doomed, Survey};
+use crate::content::packed::Memory;
 use crate::content::verify::{Damage, Expected, Verified};
 use crate::content::{Content, WRITER_WAIT, WriteLock, lease as content_lease};
 use crate::error::Context;
@@ -166,14 +171,20 @@ impl Uvms {
         })
     }
 
-    /// Whether all objects of a μVM are there, and as long as they should be.
+    /// Whether all objects of a μVM are there, and as long as they should be, and its parents with their memory.
     fn is_whole(&self, manifest: &Manifest) -> bool {
-        manifest.objects.iter().all(|object| {
+        let is_there = |packed: bool, digest: &Digest, length: u64| {
             // A pack has a length of its own, which is checked when it is read.
-            (object.is_packed() && self.content.pack_path(&object.digest).exists())
-                || fs::metadata(self.content.object_path(&object.digest))
-                    .is_ok_and(|meta| meta.len() == object.length)
-        })
+            (packed && self.content.pack_path(digest).exists())
+                || fs::metadata(self.content.object_path(digest))
+                    .is_ok_and(|meta| meta.len() == length)
+        };
+        let mut objects = manifest.objects.iter();
+        let mut parents = manifest.parents.iter();
+        objects.all(|object| is_there(object.is_packed(), &object.digest, object.length))
+            && parents.all(|parent| {
+                is_there(true, &parent.memory, parent.length) && self.path(&parent.uvm).exists()
+            })
     }
 }
 
@@ -211,9 +222,13 @@ impl Catalogue for Uvms {
                 Err(_) => None,
             };
             let stays = entry.pinned;
-            let objects = match entry.manifest {
-                Ok(manifest) => manifest.objects.iter().map(|o| o.digest).collect(),
-                Err(_) if why.is_some() && !stays => Vec::new(),
+            let bytes = fs::metadata(self.path(&entry.id)).map_or(0, |meta| meta.blocks() * 512);
+            let (objects, parents) = match entry.manifest {
+                Ok(manifest) => (
+                    manifest.objects.iter().map(|o| o.digest).collect(),
+                    manifest.parents.iter().map(|p| p.uvm).collect(),
+                ),
+                Err(_) if why.is_some() && !stays => (Vec::new(), Vec::new()),
                 Err(_) => {
                     survey.unreadable.push(entry.id);
                     continue;
@@ -225,7 +240,8 @@ impl Catalogue for Uvms {
                 stays,
                 used_at: entry.used_at,
                 objects,
-                bytes: 0,
+                parents,
+                bytes,
             });
         }
         Ok(survey)
@@ -244,6 +260,10 @@ impl Catalogue for Uvms {
 
     fn is_pinned(&self, id: &Digest) -> bool {
         self.pin_path(id).exists()
+    }
+
+    fn children(&self, id: &Digest) -> Result<Vec<Digest>, Error> {
+        self.children_of(id)
     }
 
     fn doom(&self, id: Digest) -> Result<Option<Doomed>, Error> {
@@ -284,18 +304,10 @@ impl Catalogue for Uvms {
                 // Held, so that it is not removed meanwhile and taken for damaged.
                 Ok(_) => match self.hold(entry.id) {
                     Err(Error::NotFound(_)) => continue,
-                    lease => {
-                        for object in &lease?.manifest().objects {
-                            let expected = Expected {
-                                of,
-                                part: object.kind.name(),
-                                object: object.digest,
-                                length: object.length,
-                                packed: object.is_packed(),
-                            };
-                            report.object(&self.content, expected);
-                        }
+                    Err(Error::NoParent { parent, .. }) => {
+                        report.damage.push(Damage::Parent { of, parent });
                     }
+                    lease => verify_objects(&self.content, of, lease?.manifest(), report),
                 },
                 // As it was written.
                 Err(Error::Older { .. }) => {}
@@ -307,18 +319,39 @@ impl Catalogue for Uvms {
     }
 }
 
-/// The newest ones of each class, kernel release and CPU. Entries come newest first.
+fn verify_objects(content: &Content, of: Named, manifest: &Manifest, report: &mut Verified) {
+    let parents: Vec<Memory> = manifest.parents.iter().map(Parent::memory).collect();
+    for object in &manifest.objects {
+        let expected = Expected {
+            of,
+            part: object.kind.name(),
+            memory: object.memory(),
+            packed: object.is_packed(),
+            parents: &parents,
+        };
+        report.object(content, expected);
+    }
+}
+
+/// The newest ones of those that serve one purpose. Entries come newest first.
 fn newest_of_each(entries: &[Entry]) -> BTreeSet<Digest> {
-    let mut newest: BTreeMap<(&Class, &str, &Fingerprint), Digest> = BTreeMap::new();
+    let mut newest: BTreeMap<_, Digest> = BTreeMap::new();
     for entry in entries {
         if let Ok(manifest) = &entry.manifest {
-            let about = &manifest.about;
-            newest
-                .entry((&about.class, &about.kernel.release, &about.cpu.features))
-                .or_insert(entry.id);
+            newest.entry(purpose(&manifest.about)).or_insert(entry.id);
         }
     }
     newest.into_values().collect()
+}
+
+/// Whether a new μVM takes the place of an older one.
+fn supersedes(new: &Description, old: &Description) -> bool {
+    purpose(new) == purpose(old)
+}
+
+/// Class, kernel release and CPU.
+fn purpose(about: &Description) -> (&Class, &str, &Fingerprint) {
+    (&about.class, &about.kernel.release, &about.cpu.features)
 }
 
 #[cfg(test)]

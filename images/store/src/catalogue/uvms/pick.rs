@@ -1,6 +1,7 @@
 //! Whether a μVM can be resumed on this host by this kiln, and the choice of one that can: the rule that the shim,
 //! `kiln run` and `kiln bake` share.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 
 use kiln_vmm_saved::cpu::Fingerprint;
@@ -91,23 +92,98 @@ pub struct Wanted {
 }
 
 impl Wanted {
-    /// Whether a μVM that grows to so many vCPUs and so many MiB meets them.
-    pub(super) fn fits_into(&self, cpus: u32, memory_mib: u32) -> bool {
-        let memory = u64::from(memory_mib) << 20;
-        self.cpus <= cpus && self.memory.is_none_or(|wanted| wanted <= memory)
-    }
-
     /// Whether a μVM meets them, leaving aside the host.
     pub fn fits(&self, manifest: &Manifest) -> bool {
-        let class = &manifest.about.class;
-        self.fits_into(class.max_cpus, class.max_memory_mib)
-            && (!self.scratch || manifest.object(Kind::Scratch).is_some())
+        self.are_met_by(&Traits::of(manifest))
+    }
+
+    pub(super) fn are_met_by(&self, traits: &Traits) -> bool {
+        let memory = u64::from(traits.most.memory_mib) << 20;
+        self.cpus <= traits.most.cpus
+            && self.memory.is_none_or(|wanted| wanted <= memory)
+            && self.scratch <= traits.scratch
+    }
+
+    /// How far from this a μVM begins; less is better. One that begins smaller has to grow, which takes time, and one that
+    /// begins larger stays larger.
+    fn distance(&self, first: &Extent) -> impl Ord + use<> {
+        let from = |wanted: u64, first: u64| (first > wanted, first.abs_diff(wanted));
+        let memory = u64::from(first.memory_mib) << 20;
+        (
+            self.memory.map(|wanted| from(wanted, memory)),
+            from(self.cpus.into(), first.cpus.into()),
+        )
+    }
+
+    /// The one that is picked of those that resume on the host, in the order of [`in_order`].
+    pub(super) fn nearest(&self, all: impl Iterator<Item = (Digest, Traits)>) -> Option<Digest> {
+        let mut fitting = all.filter(|(_, traits)| self.are_met_by(traits)).peekable();
+        let edition = fitting.peek()?.1.edition;
+        fitting
+            .take_while(|(_, traits)| traits.edition == edition)
+            .min_by_key(|(_, traits)| self.distance(&traits.first))
+            .map(|(id, _)| id)
     }
 }
 
+/// How large a μVM is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Extent {
+    pub(super) cpus: u32,
+    pub(super) memory_mib: u32,
+}
+
+/// What a μVM is picked by, beside the host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Traits {
+    /// How it begins.
+    pub(super) first: Extent,
+    /// What it can grow to.
+    pub(super) most: Extent,
+    /// Whether it has a scratch disk.
+    pub(super) scratch: bool,
+    /// Equal if the same kernel and agent are in it.
+    pub(super) edition: u32,
+}
+
+impl Traits {
+    pub(super) fn of(manifest: &Manifest) -> Traits {
+        let (class, kernel) = (&manifest.about.class, &manifest.about.kernel);
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(kernel.digest.as_bytes());
+        hasher.update(manifest.about.initramfs.as_bytes());
+        hasher.update(kernel.release.as_bytes());
+        hasher.update(kernel.command_line.as_bytes());
+        let [a, b, c, d, ..] = *hasher.finalize().as_bytes();
+        Traits {
+            first: Extent {
+                cpus: class.cpus,
+                memory_mib: class.memory_mib,
+            },
+            most: Extent {
+                cpus: class.max_cpus,
+                memory_mib: class.max_memory_mib,
+            },
+            scratch: manifest.object(Kind::Scratch).is_some(),
+            edition: u32::from_le_bytes([a, b, c, d]),
+        }
+    }
+}
+
+/// Puts μVMs, the newest of which comes first, into the order in which they are preferred: those of the newest edition come
+/// first, so that a node whose kernel was mended does not go on with the old one because that was baked in a better size.
+pub(super) fn in_order(uvms: &mut [(Digest, Traits)]) {
+    let mut ranks = BTreeMap::new();
+    for (age, (_, traits)) in uvms.iter().enumerate() {
+        ranks.entry(traits.edition).or_insert(age);
+    }
+    uvms.sort_by_key(|(_, traits)| ranks.get(&traits.edition).copied());
+}
+
 impl Store {
-    /// The newest μVM that meets `wanted`, that can be resumed on `host`, and whose objects are all there. Others
-    /// never hide it; if there is none, the inner error says why for the one that comes nearest.
+    /// The μVM that meets `wanted`, that can be resumed on `host`, and whose objects are all there. Of several, those with
+    /// the newest kernel and agent count, then the one that begins nearest to what is wanted, then the newest. Others
+    /// never hide it; if there is none, the inner error says why for the newest one that comes near.
     pub fn pick(&self, host: &Host, wanted: &Wanted) -> Result<Result<Digest, Miss>, Error> {
         let uvms = self.uvms();
         let said = uvms.ask_index(host, wanted)?;
@@ -143,16 +219,17 @@ impl Uvms {
         let ids = all.iter().map(|entry| entry.id).collect();
         let (mut mismatch, mut older) = (None, None);
         let mut readable = Vec::new();
-        let mut found = None;
+        let mut here = Vec::new();
         for entry in all {
             match entry.manifest {
                 Ok(manifest) => {
-                    if found.is_none() && wanted.fits(&manifest) && self.is_whole(&manifest) {
+                    if self.is_whole(&manifest) {
                         match manifest.resumes_here(host) {
-                            Ok(()) => found = Some(entry.id),
-                            Err(why) => {
+                            Ok(()) => here.push((entry.id, Traits::of(&manifest))),
+                            Err(why) if wanted.fits(&manifest) => {
                                 mismatch.get_or_insert(Miss::Mismatch { id: entry.id, why });
                             }
+                            Err(_) => {}
                         }
                     }
                     readable.push((entry.id, manifest));
@@ -166,6 +243,8 @@ impl Uvms {
         if mend {
             self.mend_index(stamp, &readable, &ids);
         }
+        in_order(&mut here);
+        let found = wanted.nearest(here.into_iter());
         Ok(found.ok_or_else(|| mismatch.or(older).unwrap_or(Miss::Size)))
     }
 

@@ -6,9 +6,11 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use super::manifest::is_packed;
-use super::{Description, Kind, Manifest, Object, WorkingSet};
+use super::sibling::Sibling;
+use super::{Basis, Description, Kind, Manifest, Object, Storage, WorkingSet};
 use crate::content::collect::sweep;
 use crate::content::digest::Scan;
+use crate::content::packed::Packing;
 use crate::content::staging::StagingDir;
 use crate::content::{WRITER_WAIT, WriteLock};
 use crate::error::Context;
@@ -58,20 +60,85 @@ impl Staging {
     ///
     /// Zero pages of the files become holes. On failure nothing is entered.
     pub fn commit(self, about: Description) -> Result<Digest, Error> {
+        self.commit_as(about, Storage::default())
+    }
+
+    /// The same, stored in this way.
+    pub fn commit_as(self, about: Description, storage: Storage) -> Result<Digest, Error> {
         let mut objects = Vec::new();
+        let mut memory = None;
         for kind in Kind::ALL {
             match self.finish(kind)? {
-                Some(scan) => objects.push(Object {
-                    kind,
-                    digest: scan.digest,
-                    length: scan.length,
-                    data: scan.data,
-                }),
+                Some((file, scan)) => {
+                    let object = Object {
+                        kind,
+                        digest: scan.digest,
+                        length: scan.length,
+                        data: scan.data,
+                    };
+                    if object.is_packed() {
+                        memory = Some((file, scan));
+                    }
+                    objects.push(object);
+                }
                 None if matches!(kind, Kind::WorkingSet | Kind::Scratch | Kind::Modules) => {}
                 None => return Err(Error::Incomplete(kind)),
             }
         }
-        let manifest = Manifest { about, objects };
+        let mut manifest = Manifest {
+            about,
+            parents: Vec::new(),
+            objects,
+        };
+        let uvms = self.store.uvms();
+        let mut basis = storage.basis;
+        loop {
+            let mut sibling = None;
+            if let Some(memory) = &memory {
+                if uvms.is_known(&memory.1.digest)? {
+                    basis = Basis::None;
+                }
+                sibling = uvms.parent_for(&manifest.about, basis)?;
+                self.pack(memory, sibling.as_ref(), storage.starts_alone)?;
+            }
+            manifest.parents = sibling.iter().map(|sibling| sibling.parent).collect();
+            if let Some(id) = self.try_enter(&manifest)? {
+                return Ok(id);
+            }
+            basis = Basis::None;
+        }
+    }
+
+    /// Finishes the file of a kind; none if there is none.
+    fn finish(&self, kind: Kind) -> Result<Option<(File, Scan)>, Error> {
+        let length = match fs::metadata(self.path(kind)) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            other => other.context("reading", &self.path(kind))?.len(),
+        };
+        match is_packed(kind, length) {
+            true => self.dir.finish_content(kind.name()),
+            false => self.dir.finish_object(kind.name()),
+        }
+    }
+
+    fn pack(
+        &self,
+        memory: &(File, Scan),
+        sibling: Option<&Sibling>,
+        starts_alone: bool,
+    ) -> Result<(), Error> {
+        let parents = sibling.map(|sibling| (sibling.parent.memory(), &sibling.file));
+        let packing = Packing {
+            first: &self.touched_first()?,
+            parents: parents.as_slice(),
+            starts_alone,
+        };
+        self.dir.pack(Kind::Memory.name(), memory, &packing)
+    }
+
+    /// Enters the μVM as it is packed now. None if the store has its memory already, so that it must be packed without
+    /// parents.
+    fn try_enter(&self, manifest: &Manifest) -> Result<Option<Digest>, Error> {
         let bytes = manifest.encode().map_err(|source| Error::Manifest {
             id: manifest.about.recipe,
             source,
@@ -81,27 +148,21 @@ impl Staging {
 
         let (content, catalogues) = (&self.store.content, self.store.catalogues());
         let lock = content.write_lock(WRITER_WAIT)?;
-        let entered = self.enter(&manifest, &fresh, &id, &lock);
-        self.store.uvms().renew_index(&lock);
+        let uvms = self.store.uvms();
+        for object in manifest.objects.iter().filter(|o| o.is_packed()) {
+            // One was entered meanwhile. Its pack is to be replaced, and its manifest does not name this one's parents.
+            if !manifest.parents.is_empty() && uvms.is_known(&object.digest)? {
+                return Ok(None);
+            }
+        }
+        let entered = self.enter(manifest, &fresh, &id, &lock);
+        uvms.renew_index(&lock);
         if let Err(error) = entered {
             // Objects that made it in belong to nobody now.
             let _ = sweep(content, &catalogues, &lock);
             return Err(error);
         }
-        Ok(id)
-    }
-
-    /// Finishes the file of a kind; none if there is none.
-    fn finish(&self, kind: Kind) -> Result<Option<Scan>, Error> {
-        let length = match fs::metadata(self.path(kind)) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            other => other.context("reading", &self.path(kind))?.len(),
-        };
-        if is_packed(kind, length) {
-            self.dir.finish_packed(kind.name(), &self.touched_first()?)
-        } else {
-            self.dir.finish_object(kind.name())
-        }
+        Ok(Some(id))
     }
 
     /// Pages of the working set, in its order.

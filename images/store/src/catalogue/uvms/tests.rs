@@ -1,3 +1,5 @@
+mod faults;
+
 use std::collections::BTreeSet;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
@@ -11,6 +13,14 @@ use crate::{CHUNK, Removed};
 
 /// A bake: `name` decides the recipe and the content.
 fn bake(store: &Store, name: &str) -> Result<Digest, Error> {
+    let storage = Storage {
+        basis: Basis::None,
+        starts_alone: true,
+    };
+    bake_as(store, name, storage)
+}
+
+fn bake_as(store: &Store, name: &str, storage: Storage) -> Result<Digest, Error> {
     let staging = store.begin(0)?;
     let memory = staging.create(Kind::Memory)?;
     memory.set_len(4 * CHUNK).unwrap();
@@ -22,7 +32,7 @@ fn bake(store: &Store, name: &str) -> Result<Digest, Error> {
         .unwrap();
     let mut about = description(name);
     about.class.slots = name.len() as u32;
-    staging.commit(about)
+    staging.commit_as(about, storage)
 }
 
 fn store() -> (tempfile::TempDir, Store) {
@@ -398,124 +408,4 @@ fn ambiguous_and_short_names_are_refused() {
     assert!(store.resolve("aaaa1").is_ok());
     assert!(matches!(store.resolve("aaa"), Err(Error::NotFound(_))));
     assert!(matches!(store.resolve("latest"), Err(Error::NotFound(_))));
-}
-
-/// Every change to the disk fails once, and each time the store must be as before, or as after.
-fn with_every_fault(fatal: bool, operation: impl Fn(&Store) -> Result<(), Error>) {
-    let mut faults = 0;
-    for fail_at in 1.. {
-        let (dir, clean) = store();
-        bake(&clean, "zzz").unwrap();
-        let removed = bake(&clean, "yyyy").unwrap();
-        let pinned = bake(&clean, "xxxxx").unwrap();
-        clean.pin(pinned).unwrap();
-        let before = ids(&clean);
-
-        let disk = FaultyDisk::new(fail_at, fatal);
-        let faulty = faulty_store(dir.path(), &disk);
-        let result = operation(&faulty);
-        let struck = disk.struck.load(Ordering::Relaxed);
-
-        assert_clean(&clean);
-        assert_picks_as_if_all_were_read(&clean);
-        let after = ids(&clean);
-        let change: Vec<Digest> = before.symmetric_difference(&after).copied().collect();
-        assert!(change.len() <= 1, "fault {fail_at}: {change:?}");
-        assert!(after.contains(&pinned));
-        if !struck {
-            result.unwrap();
-            break;
-        }
-        faults += 1;
-        // Whatever was left behind, the next writer goes on and nothing stays.
-        let fresh = bake(&clean, "next one").unwrap();
-        assert_picks_as_if_all_were_read(&clean);
-        clean.collect(Policy::default()).unwrap();
-        assert_picks_as_if_all_were_read(&clean);
-        assert_clean(&clean);
-        assert_eq!(clean.verify(&[]).unwrap().orphans, 0, "fault {fail_at}");
-        assert_eq!(
-            fs::read_dir(clean.root().join("tmp")).unwrap().count(),
-            0,
-            "fault {fail_at}"
-        );
-        assert!(ids(&clean).contains(&fresh));
-        match clean.remove(removed) {
-            Ok(()) | Err(Error::NotFound(_)) => {}
-            Err(error) => panic!("fault {fail_at}: {error}"),
-        }
-    }
-    assert!(faults >= 3, "only {faults} faults were injected");
-}
-
-#[test]
-fn full_disk_at_any_step_of_a_bake_leaves_the_store_whole() {
-    with_every_fault(false, |store| bake(store, "new").map(drop));
-}
-
-#[test]
-fn death_at_any_step_of_a_bake_leaves_the_store_whole() {
-    with_every_fault(true, |store| bake(store, "new").map(drop));
-}
-
-#[test]
-fn full_disk_at_any_step_of_a_removal_leaves_the_store_whole() {
-    with_every_fault(false, |store| {
-        store.remove(store.find(|m| m.about.class.slots == 4)?.unwrap())
-    });
-}
-
-#[test]
-fn death_at_any_step_of_a_removal_leaves_the_store_whole() {
-    with_every_fault(true, |store| {
-        store.remove(store.find(|m| m.about.class.slots == 4)?.unwrap())
-    });
-}
-
-#[test]
-fn death_at_any_step_of_making_a_store_does_not_stop_the_next_one() {
-    for fail_at in 1.. {
-        let dir = tempfile::tempdir().unwrap();
-        let root = dir.path().join("store");
-        let disk = FaultyDisk::new(fail_at, true);
-        let result = Store::create_with(root.clone(), disk.clone());
-        let store = Store::open_or_create(&root).unwrap();
-        bake(&store, "one").unwrap();
-        if !disk.struck.load(Ordering::Relaxed) {
-            result.unwrap();
-            assert!(fail_at > 5);
-            break;
-        }
-    }
-}
-
-/// What a power cut would show: a name that is on the disk before its content.
-#[test]
-fn everything_renamed_into_place_was_synced_before_and_its_directory_after() {
-    let (dir, _clean) = store();
-    let disk = FaultyDisk::new(0, false);
-    let store = faulty_store(dir.path(), &disk);
-    bake(&store, "one").unwrap();
-    let log = disk.log.lock().unwrap();
-    let mut renames = 0;
-    // What is half an index is none.
-    let is_index = |path: &Path| path.ends_with("index") || path.ends_with("index.new");
-    // Nor does a flat file outlive a power cut.
-    let flat = store.root().join("flat");
-    let is_flat = |path: &Path| path.ends_with("memory") || path.starts_with(&flat);
-    let renamed = |path: &Path| !is_index(path) && !is_flat(path);
-    let steps = log.iter().enumerate();
-    for (i, (name, path)) in steps.filter(|(_, (_, path))| renamed(path)) {
-        if *name == "rename from" {
-            assert!(log[..i].contains(&("sync_file", path.clone())), "{path:?}");
-            renames += 1;
-        }
-        if *name == "rename to" {
-            let dir = path.parent().unwrap().to_owned();
-            let next_rename = log[i..].iter().position(|(name, _)| *name == "rename from");
-            let until = next_rename.map_or(log.len(), |n| i + n);
-            assert!(log[i..until].contains(&("sync_dir", dir)), "{path:?}");
-        }
-    }
-    assert_eq!(renames, 3, "state, pack and manifest");
 }

@@ -1,12 +1,21 @@
+mod family;
+mod faults;
+mod parents;
+mod room;
+
 use std::collections::BTreeSet;
 use std::fs::Permissions;
+use std::fs::{self, FileTimes};
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::SystemTime;
 
+use super::flat::{FlatFile, flat_files};
 use super::*;
 use crate::content::disk::tests::FaultyDisk;
 use crate::testing::description;
-use crate::{Damage, Kind, Policy, Store, WorkingSet};
+use crate::{Basis, Damage, Kind, Policy, Storage, Store, WorkingSet};
 
 const PAGES: usize = 300;
 
@@ -27,7 +36,17 @@ fn content(seed: u8) -> Vec<u8> {
     bytes
 }
 
+/// Stored as if it were the only one.
+const ALONE: Storage = Storage {
+    basis: Basis::None,
+    starts_alone: true,
+};
+
 fn enter_bytes(store: &Store, name: &str, memory: &[u8]) -> Result<Digest, Error> {
+    enter_as(store, name, memory, ALONE)
+}
+
+fn enter_as(store: &Store, name: &str, memory: &[u8], storage: Storage) -> Result<Digest, Error> {
     let staging = store.begin(0)?;
     let write = |kind, bytes: &[u8]| -> Result<(), Error> {
         staging.create(kind)?.write_all_at(bytes, 0).unwrap();
@@ -42,7 +61,7 @@ fn enter_bytes(store: &Store, name: &str, memory: &[u8]) -> Result<Digest, Error
     write(Kind::WorkingSet, &set.encode())?;
     let mut about = description(name);
     about.class.slots = name.len() as u32;
-    staging.commit(about)
+    staging.commit_as(about, storage)
 }
 
 fn enter(store: &Store, seed: u8) -> Digest {
@@ -227,9 +246,12 @@ fn who_gives_up_waiting_says_what_the_holder_does() {
     go_cold(&store);
     let leader = File::open(pack(&store, id)).unwrap();
     lock::exclusive(&leader, REBUILD_WAIT).unwrap();
-    let (object, length) = (object(&store, id), content(1).len() as u64);
-    let soon = Duration::from_millis(10);
-    let waited = store.content.open_packed_within(&object, length, soon);
+    let object = object(&store, id);
+    let length = content(1).len() as u64;
+    let soon = Instant::now() + Duration::from_millis(10);
+    let waited = store
+        .content
+        .open_packed_until(Memory { object, length }, &[], soon);
     let error = waited.unwrap_err();
     let text = error.to_string();
     assert!(
@@ -299,126 +321,6 @@ fn good_pack_of_another_memory_is_refused() {
 }
 
 #[test]
-fn flat_files_of_other_boots_go_at_first_use() {
-    let (_dir, store) = store();
-    let id = enter(&store, 1);
-    let other = store.content.flat_root().join("of-another-boot");
-    // What is no file of the store's is nobody's concern.
-    fs::create_dir(store.content.boot_dir().unwrap().join("stray")).unwrap();
-    let leave = || {
-        fs::create_dir_all(&other).unwrap();
-        fs::write(other.join(object(&store, id).to_string()), "zeros").unwrap();
-    };
-    leave();
-    drop(store.begin(0).unwrap());
-    assert!(!other.exists(), "a writer");
-    leave();
-    open(&store, id).unwrap();
-    assert!(other.exists(), "a hot start does not look");
-    fs::remove_file(flat(&store, id)).unwrap();
-    open(&store, id).unwrap();
-    assert!(!other.exists(), "a rebuild");
-    leave();
-    let dry_run = Policy {
-        dry_run: true,
-        ..Policy::default()
-    };
-    store.collect(dry_run).unwrap();
-    assert!(other.exists());
-    store.collect(Policy::default()).unwrap();
-    assert!(!other.exists(), "a collection");
-}
-
-#[test]
-fn least_recently_used_flat_file_makes_way_and_stays_with_who_has_it() {
-    let (_dir, store) = store();
-    let ids = [1, 2, 3].map(|seed| enter(&store, seed));
-    let bytes = |id: Digest| fs::metadata(flat(&store, id)).unwrap().blocks() * 512;
-    let all: u64 = ids.map(bytes).iter().sum();
-    assert_eq!(store.usage().unwrap().flat, all);
-    // Room for two, and what the file system needs to find their parts.
-    store
-        .set_flat_budget(Some(all - bytes(ids[0]) + 65536))
-        .unwrap();
-    let used_long_ago = |id: Digest, seconds| {
-        let time = SystemTime::UNIX_EPOCH + Duration::from_secs(seconds);
-        let file = File::open(flat(&store, id)).unwrap();
-        file.set_times(FileTimes::new().set_modified(time)).unwrap();
-    };
-    used_long_ago(ids[1], 1000);
-    used_long_ago(ids[2], 2000);
-    fs::remove_file(flat(&store, ids[0])).unwrap();
-    open(&store, ids[0]).unwrap();
-    let there = ids.map(|id| flat(&store, id).exists());
-    assert_eq!(there, [true, false, true]);
-    // Opening is use: now 2 is older than 1.
-    go_cold(&store);
-    let kept = open(&store, ids[1]).unwrap();
-    open(&store, ids[2]).unwrap();
-    used_long_ago(ids[1], 1000);
-    used_long_ago(ids[2], 2000);
-    open(&store, ids[1]).unwrap();
-    open(&store, ids[0]).unwrap();
-    assert!(flat(&store, ids[1]).exists() && !flat(&store, ids[2]).exists());
-    // One that is larger than the budget is rebuilt all the same, for a pod waits for it.
-    store.set_flat_budget(Some(1)).unwrap();
-    open(&store, ids[2]).unwrap();
-    assert_eq!(flats(&store), [object(&store, ids[2]).to_string()].into());
-    assert_eq!(read(&kept), content(2));
-    let new = enter(&store, 4);
-    assert_eq!(flats(&store), [object(&store, new).to_string()].into());
-}
-
-#[test]
-fn collection_and_removal_take_pack_and_flat_file() {
-    let (_dir, store) = store();
-    let (one, two) = (enter(&store, 1), enter(&store, 2));
-    let paths = [pack(&store, one), flat(&store, one)];
-    let stays = [pack(&store, two), flat(&store, two)];
-    let orphan = store.content.pack_path(&Digest::of_bytes(b"orphan"));
-    fs::create_dir_all(orphan.parent().unwrap()).unwrap();
-    fs::write(&orphan, "x").unwrap();
-    assert_eq!(store.verify(&[]).unwrap().orphans, 1);
-    store.remove(one).unwrap();
-    assert!(paths.iter().all(|path| !path.exists()));
-    assert!(!orphan.exists());
-    assert!(stays.iter().all(|path| path.exists()));
-    let bytes = fs::metadata(&stays[0]).unwrap().blocks() * 512;
-    let manifest = store.entry(two).unwrap().manifest.unwrap();
-    let memory = manifest.object(Kind::Memory).unwrap();
-    assert_eq!(store.stored_bytes(memory).unwrap(), bytes);
-    let all = Policy {
-        all: true,
-        ..Policy::default()
-    };
-    assert!(store.collect(all).unwrap().freed >= bytes);
-    assert!(stays.iter().all(|path| !path.exists()));
-    assert_eq!(store.usage().unwrap().flat, 0);
-}
-
-#[test]
-fn usage_and_budget_count_packs_and_no_flat_files() {
-    let (_dir, store) = store();
-    let id = enter(&store, 1);
-    let usage = store.usage().unwrap();
-    let bytes = |path| fs::metadata(path).unwrap().blocks() * 512;
-    assert_eq!(usage.flat, bytes(flat(&store, id)));
-    go_cold(&store);
-    let cold = store.usage().unwrap();
-    assert_eq!((cold.used, cold.flat), (usage.used, 0));
-    fs::remove_file(pack(&store, id)).unwrap();
-    // A budget that the staged memory, which is larger than its pack, would exceed.
-    let without = store.usage().unwrap().used;
-    store.set_budget(Some(usage.used + 16384)).unwrap();
-    assert!(usage.used - without < usage.flat);
-    enter(&store, 1);
-    store.set_budget(Some(without)).unwrap();
-    let refused = enter_bytes(&store, "four", &content(7));
-    assert!(matches!(refused, Err(Error::OverBudget { .. })));
-    assert_eq!(flats(&store).len(), 1, "what was refused left no flat file");
-}
-
-#[test]
 fn verify_finds_damage_in_a_flat_file_and_removes_that() {
     let (_dir, store) = store();
     let id = enter(&store, 1);
@@ -437,47 +339,6 @@ fn verify_finds_damage_in_a_flat_file_and_removes_that() {
     assert!(!path.exists());
     assert!(store.verify(&[]).unwrap().damage.is_empty());
     assert_eq!(read(&open(&store, id).unwrap()), content(1));
-}
-
-/// Every change to the disk fails once while a cold memory is opened.
-fn with_every_fault(fatal: bool) {
-    let mut full = 0;
-    for fail_at in 1.. {
-        let (_dir, store) = store();
-        let id = enter(&store, 1);
-        go_cold(&store);
-        let disk = FaultyDisk::new(fail_at, fatal);
-        let opened = open(&with_disk(&store, &disk), id);
-        if !disk.struck.load(Ordering::Relaxed) {
-            opened.unwrap();
-            break;
-        }
-        match opened {
-            Ok(file) => assert_eq!(read(&file), content(1)),
-            Err(Error::NoRoomToRebuild { object: found, .. }) => {
-                assert_eq!(found, object(&store, id));
-                full += 1;
-            }
-            Err(error) => panic!("fault {fail_at}: {error:?}"),
-        }
-        let left = flats(&store);
-        let whole = [object(&store, id).to_string()].into();
-        assert!(fatal || left.is_empty() || left == whole, "{left:?}");
-        assert_eq!(read(&open(&store, id).unwrap()), content(1));
-        assert_eq!(flats(&store), whole, "fault {fail_at}");
-        assert!(store.verify(&[]).unwrap().damage.is_empty());
-    }
-    assert!(full >= 5, "only {full} faults were injected");
-}
-
-#[test]
-fn full_disk_at_any_step_of_a_rebuild_is_an_error_that_says_so_and_leaves_nothing() {
-    with_every_fault(false);
-}
-
-#[test]
-fn death_at_any_step_of_a_rebuild_does_not_stop_the_next_one() {
-    with_every_fault(true);
 }
 
 #[test]

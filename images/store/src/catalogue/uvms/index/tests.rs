@@ -4,7 +4,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::testing::description;
-use crate::{Description, Object, Store};
+use crate::{Description, Kind, Object, Store};
 
 const NOW: Stamp = Stamp {
     inode: 7,
@@ -57,6 +57,7 @@ fn uvm(
 ) -> (Digest, Manifest) {
     let mut about = description("x");
     about.protocol = protocol;
+    about.class.memory_mib = 1;
     about.class.max_cpus = cpus;
     about.class.max_memory_mib = memory_mib;
     let object = Object {
@@ -67,7 +68,13 @@ fn uvm(
     };
     let objects = if scratch { vec![object] } else { vec![] };
     let id = Digest::of_bytes(&number.to_le_bytes());
-    (id, Manifest { about, objects })
+    let parents = Vec::new();
+    let manifest = Manifest {
+        about,
+        parents,
+        objects,
+    };
+    (id, manifest)
 }
 
 fn index_of(uvms: &[(Digest, Manifest)]) -> Vec<u8> {
@@ -77,22 +84,47 @@ fn index_of(uvms: &[(Digest, Manifest)]) -> Vec<u8> {
 proptest! {
     #[test]
     fn index_names_what_reading_all_would_find(
-        uvms in prop::collection::vec((0u32..40, 1u32..9, 1u32..9, any::<bool>()), 0..120),
+        uvms in prop::collection::vec(
+            (0u32..12, 1u32..9, 1u32..9, any::<bool>(), 1u32..4, 1u32..9, 0u32..3),
+            0..120,
+        ),
         asked in prop::collection::vec((0u32..41, 0u32..10, prop::option::of(0u64..10), any::<bool>()), 1..20),
     ) {
         let uvms: Vec<_> = (0u32..)
             .zip(uvms)
-            .map(|(i, (protocol, cpus, memory, scratch))| uvm(i, protocol, cpus, memory, scratch))
+            .map(|(i, (protocol, cpus, memory, scratch, first_cpus, first, kernel))| {
+                let (id, mut manifest) = uvm(i, protocol, cpus, memory, scratch);
+                manifest.about.class.cpus = first_cpus;
+                manifest.about.class.memory_mib = first;
+                manifest.about.kernel.release = kernel.to_string();
+                (id, manifest)
+            })
             .collect();
         let file = file_of(&index_of(&uvms));
         for (protocol, cpus, memory, scratch) in asked {
             let wanted = Wanted { cpus, memory: memory.map(|mib| mib << 20), scratch };
             let host = host(protocol);
-            let newest = uvms
-                .iter()
-                .find(|(_, m)| m.resumes_here(&host).is_ok() && wanted.fits(m))
-                .map(|(id, _)| *id);
-            prop_assert_eq!(ask(&file, NOW, &host, &wanted).unwrap(), newest);
+            let here = || uvms.iter().filter(|(_, m)| m.resumes_here(&host).is_ok());
+            // Kernels, that of the newest μVM first.
+            let mut kernels = Vec::new();
+            for (_, m) in here() {
+                if !kernels.contains(&&m.about.kernel) {
+                    kernels.push(&m.about.kernel);
+                }
+            }
+            let best = kernels.into_iter().find_map(|kernel| {
+                let fitting = here().filter(|(_, m)| m.about.kernel == *kernel && wanted.fits(m));
+                fitting.min_by_key(|(_, m)| {
+                    let class = &m.about.class;
+                    let mib = memory.map(|wanted| {
+                        let first = u64::from(class.memory_mib);
+                        (first > wanted, first.abs_diff(wanted))
+                    });
+                    (mib, class.cpus > cpus, class.cpus.abs_diff(cpus))
+                })
+            });
+            let picked = best.map(|(id, _)| *id);
+            prop_assert_eq!(ask(&file, NOW, &host, &wanted).unwrap(), picked);
         }
     }
 }
@@ -137,7 +169,7 @@ fn disk_form_is_pinned() {
     let digest = Digest::of_bytes(&index_of(&uvms));
     assert_eq!(digest.to_string(), PINNED);
 }
-const PINNED: &str = "2dd1e8f1617347ad845115df76197810bad2a4974cecfb0c90b71aed4fe0f7bc";
+const PINNED: &str = "9bacec1137e89a138854ee0368510acfec5037a79b1d55d63135e5da5daf4d03";
 
 #[test]
 fn ten_thousand_kinds_take_as_many_reads_and_hardly_more_bytes_than_one() {

@@ -60,7 +60,16 @@ fn size_fits_a_class_that_can_grow_to_it() {
             memory,
             scratch: false,
         };
-        wanted.fits_into(4, 1024)
+        let most = Extent {
+            cpus: 4,
+            memory_mib: 1024,
+        };
+        wanted.are_met_by(&Traits {
+            first: most,
+            most,
+            scratch: false,
+            edition: 0,
+        })
     };
     assert!(fits(4, Some(1024 << 20)) && fits(1, None));
     assert!(!fits(5, None) && !fits(1, Some((1024 << 20) + 1)));
@@ -85,6 +94,35 @@ fn newer_ones_that_do_not_fit_never_hide_an_older_one_that_does() {
     foreign(&store, 1);
     foreign(&store, 9);
     assert_eq!(pick(&store), Ok(good));
+}
+
+#[test]
+fn one_that_begins_nearest_is_picked_of_the_newest_kernel() {
+    let (_dir, store) = store();
+    let sized = |name: &str, age: u64, mib: u32, kernel: &str| {
+        bake(&store, name, |about| {
+            about.baked_at -= age;
+            about.class.memory_mib = mib;
+            about.kernel.release = kernel.to_owned();
+        })
+    };
+    let default = sized("default", 1, 320, "new");
+    let large = sized("large", 0, 2048, "new");
+    sized("just right", 9, 1024, "old");
+    let pick = |mib: u64| {
+        let wanted = Wanted {
+            memory: Some(mib << 20),
+            ..Wanted::default()
+        };
+        store.pick(&host(), &wanted).unwrap().unwrap()
+    };
+    assert_eq!(pick(320), default);
+    assert_eq!(pick(128), default, "the smallest, if none is small enough");
+    assert_eq!(pick(1024), default, "which can grow, and no older kernel");
+    assert_eq!(pick(2048), large);
+    assert_eq!(pick(4096), large);
+    let again = sized("default again", 0, 320, "new");
+    assert_eq!(pick(320), again);
 }
 
 #[test]
