@@ -20,7 +20,7 @@ use crate::service::gate_state;
 use crate::spans::Spans;
 use crate::stdio::{Connection, answer};
 use crate::uevent::{self, Uevents};
-use crate::{network, resources, scratch, storage, sys};
+use crate::{clearing, network, resources, scratch, storage, sys};
 
 type Result<T> = std::result::Result<T, AgentError>;
 
@@ -88,8 +88,7 @@ impl Agent {
             if compact {
                 fs::write("/proc/sys/vm/compact_memory", "1").action("compact memory")?;
             }
-            // Pages that were in use once would be part of every snapshot otherwise.
-            resources::zero_free_memory().action("clear free memory")?;
+            clearing::clear_free_memory().action("clear free memory")?;
             // After the caches are gone.
             scratch::rehearse().action("rehearse a container's writable layer")?;
             Ok(())

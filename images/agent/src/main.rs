@@ -12,6 +12,7 @@
 mod agent;
 mod beneath;
 mod boot;
+mod clearing;
 mod container;
 mod disk;
 mod error;
@@ -75,21 +76,18 @@ fn main() {
     } else {
         std::env::args().skip(1).collect()
     };
-    if arguments
-        .first()
-        .is_some_and(|argument| argument == helper::HELPER_ARGUMENT)
-    {
-        if let Err(error) = helper::serve() {
-            eprintln!("kiln-agent helper: {error:#}");
-            std::process::exit(1);
+    match arguments.first().map(String::as_str) {
+        Some(helper::HELPER_ARGUMENT) => return ended("helper", helper::serve()),
+        Some(clearing::ARGUMENT) => {
+            return ended(
+                "taker of free memory",
+                clearing::serve().map_err(Into::into),
+            );
         }
-        return;
-    }
-    if arguments
-        .first()
-        .is_some_and(|one| one == modprobe::QUIETLY)
-    {
-        std::process::exit(i32::from(!modprobe::serve(&arguments)));
+        Some(modprobe::QUIETLY) => {
+            std::process::exit(i32::from(!modprobe::serve(&arguments)));
+        }
+        _ => {}
     }
     // PID 1 of a namespace, in tests, is not PID 1 of a guest: it is told where to listen.
     let arguments = if first { listen_arguments() } else { arguments };
@@ -98,6 +96,14 @@ fn main() {
         if first && arguments.is_empty() {
             power_off();
         }
+        std::process::exit(1);
+    }
+}
+
+/// The end of a process that the agent has beside itself.
+fn ended(what: &str, how: anyhow::Result<()>) {
+    if let Err(error) = how {
+        eprintln!("kiln-agent {what}: {error:#}");
         std::process::exit(1);
     }
 }

@@ -12,7 +12,7 @@ use std::time::Duration;
 use kiln_agent_api::proto;
 use thiserror::Error;
 
-use crate::{sys, uevent};
+use crate::uevent;
 
 const CPUS: &str = "/sys/devices/system/cpu";
 const MEMINFO: &str = "/proc/meminfo";
@@ -128,50 +128,16 @@ fn shrink_slabs() -> io::Result<()> {
     Ok(())
 }
 
-fn free_memory() -> io::Result<u64> {
+/// Bytes of memory that are nobody's.
+pub(crate) fn free_memory() -> io::Result<u64> {
     let meminfo = fs::read_to_string(MEMINFO)?;
     Ok(meminfo_bytes(&meminfo, "MemFree"))
 }
 
-/// What the kernel keeps free for itself.
-const MIN_FREE: &str = "/proc/sys/vm/min_free_kbytes";
-/// And what it keeps while free memory is cleared, when nothing else goes on.
-const MIN_FREE_MEANWHILE: &str = "512";
-/// What is left alone when free memory is cleared: whoever needs memory meanwhile must find some.
-const LEFT_ALONE: u64 = 3 << 20;
-/// The most and the least that is cleared before looking again at how much is left.
-const STRIDE: (u64, u64) = (128 << 10, 8 << 20);
-
-/// Fills free memory with zeros, by taking it (the kernel hands out cleared pages) and giving it back.
-pub(crate) fn zero_free_memory() -> io::Result<()> {
-    let before = fs::read_to_string(MIN_FREE)?;
-    fs::write(MIN_FREE, MIN_FREE_MEANWHILE)?;
-    let cleared = take_free_memory();
-    fs::write(MIN_FREE, before.trim())?;
-    // Given back here, when the kernel keeps as much as ever.
-    cleared.map(drop)
-}
-
-fn take_free_memory() -> io::Result<Vec<sys::Pages>> {
-    let mut taken = Vec::new();
-    loop {
-        let more = free_memory()?.saturating_sub(LEFT_ALONE) / 2;
-        if more < STRIDE.0 {
-            break;
-        }
-        let pages = usize::try_from(more.min(STRIDE.1) >> 12).unwrap_or(0);
-        taken.push(sys::Pages::take(pages << 12)?);
-    }
-    // What was left alone lies about in small pieces, which the kernel hands out before it breaks a large one up. So
-    // with a large one given back there is enough for everyone, and what is taken now is what was left.
-    if taken.len() > 1 {
-        taken.swap_remove(0);
-        // Piece by piece: taken at once it would be a huge page, and of the large one.
-        for _ in 0..LEFT_ALONE / STRIDE.0 {
-            taken.push(sys::Pages::take(usize::try_from(STRIDE.0).unwrap_or(0))?);
-        }
-    }
-    Ok(taken)
+/// Bytes of memory that the kernel hands out.
+pub(crate) fn total_memory() -> io::Result<u64> {
+    let meminfo = fs::read_to_string(MEMINFO)?;
+    Ok(meminfo_bytes(&meminfo, "MemTotal"))
 }
 
 /// Makes the first `wanted` CPUs the online ones. `folder` is the kernel's on CPUs.

@@ -6,6 +6,7 @@
 use std::ffi::CString;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
+use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
@@ -35,7 +36,7 @@ pub(crate) fn c_path(path: &Path) -> io::Result<CString> {
         .map_err(|_| io::Error::new(io::ErrorKind::InvalidInput, "a path contains a NUL byte"))
 }
 
-/// Pages of memory of this process's own, all of them there. Dropping it gives them back.
+/// Memory of this process's own. Dropping it gives the pages back.
 #[derive(Debug)]
 pub(crate) struct Pages {
     start: *mut libc::c_void,
@@ -43,8 +44,8 @@ pub(crate) struct Pages {
 }
 
 impl Pages {
-    /// Takes pages from the kernel, which clears them.
-    pub(crate) fn take(length: usize) -> io::Result<Self> {
+    /// Room for that many bytes; no page is taken.
+    pub(crate) fn room_for(length: usize) -> io::Result<Self> {
         // SAFETY: a new anonymous mapping at an address that the kernel chooses touches nothing that is
         // there.
         let start = unsafe {
@@ -52,7 +53,7 @@ impl Pages {
                 std::ptr::null_mut(),
                 length,
                 libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
                 -1,
                 0,
             )
@@ -60,10 +61,33 @@ impl Pages {
         if start == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }
-        let pages = Self { start, length };
-        // SAFETY: the mapping is this value's; populating it writes nothing but the zeros it reads as.
-        check(unsafe { libc::madvise(start, length, libc::MADV_POPULATE_WRITE) }.into())?;
-        Ok(pages)
+        Ok(Self { start, length })
+    }
+
+    /// Has the kernel give each page by itself, and no huge one.
+    pub(crate) fn one_by_one(&self) -> io::Result<()> {
+        self.advise(0..self.length, libc::MADV_NOHUGEPAGE)
+    }
+
+    /// Takes pages from the kernel, which clears them.
+    pub(crate) fn take(&self, bytes: Range<usize>) -> io::Result<()> {
+        self.advise(bytes, libc::MADV_POPULATE_WRITE)
+    }
+
+    /// Gives pages back.
+    pub(crate) fn give_back(&self, bytes: Range<usize>) -> io::Result<()> {
+        self.advise(bytes, libc::MADV_DONTNEED)
+    }
+
+    fn advise(&self, bytes: Range<usize>, advice: libc::c_int) -> io::Result<()> {
+        if bytes.end > self.length || bytes.start > bytes.end {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        // SAFETY: the range is within the mapping, which is this value's and which nobody reads or has a reference into.
+        let result =
+            unsafe { libc::madvise(self.start.byte_add(bytes.start), bytes.len(), advice) };
+        check(result.into())?;
+        Ok(())
     }
 }
 

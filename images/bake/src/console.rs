@@ -10,8 +10,8 @@ use tokio::sync::watch;
 
 /// How much of it is kept, for the case that it says why the guest failed.
 const KEPT: usize = 64 << 10;
-/// How many lines of it a message shows.
-const LINES: usize = 12;
+/// How many lines of it a message shows: a panic has its cause at its top.
+const LINES: usize = 80;
 
 /// The end of what a guest wrote.
 #[derive(Debug)]
@@ -77,14 +77,14 @@ mod tests {
     async fn readiness_is_heard_and_the_last_lines_are_kept() {
         let (console, mut file) = Console::open().unwrap();
         assert_eq!(console.end(), "");
-        for line in 0..20 {
+        for line in 0..100 {
             writeln!(file, "line {line}\r").unwrap();
         }
         file.write_all(READY_LINE).unwrap();
         console.ready().await;
         let end = console.end();
         assert!(
-            end.contains("line 19\n") && !end.contains("line 5\n"),
+            end.contains("line 99\n") && !end.contains("line 5\n"),
             "{end}"
         );
     }
