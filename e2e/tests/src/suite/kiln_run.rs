@@ -113,7 +113,8 @@ pub(crate) fn send(child: &Child, signal: i32) -> Result<()> {
 async fn size_asked_for_is_what_the_guest_sees(test: Test) -> Result<()> {
     let kiln = Kiln::new(&test)?;
     let script = "nproc; grep -E '^(MemTotal|MemAvailable):' /proc/meminfo";
-    for (cpus, mib) in [("1", 256), ("1", 1024), ("2", 512)] {
+    // Not less than was baked.
+    for (cpus, mib) in [("1", 320), ("1", 1024), ("2", 512)] {
         let memory = format!("{mib}Mi");
         let text = kiln
             .shell(&["--cpus", cpus, "--memory", &memory], script)

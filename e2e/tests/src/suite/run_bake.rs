@@ -61,7 +61,7 @@ impl Store {
 }
 
 /// The size on disk that a settled μVM of the default class may have with Debian's cloud kernel.
-const MOST: u64 = 64 << 20;
+const MOST: u64 = 66 << 20;
 
 /// Bakes; what that takes on the disk.
 async fn bake_and_measure(store: &Store) -> Result<u64> {
@@ -77,7 +77,7 @@ async fn bake_and_measure(store: &Store) -> Result<u64> {
         about["kernel"]["release"].to_string().contains("cloud"),
         "{about}"
     );
-    same!(about["class"]["memory_mib"], 256);
+    same!(about["class"]["memory_mib"], 320);
     let used = about["guest_used_kib"].as_u64().context("no use")?;
     let objects = uvm["objects"].as_array().context("no objects")?;
     let memory = objects
@@ -295,6 +295,10 @@ impl Store {
 async fn second_bake_is_stored_as_what_differs_from_the_first(test: Test) -> Result<()> {
     let store = Store::new(&test);
     store.done(&["bake"]).await?;
+    // Later it shares what it has with its children.
+    let [Listed { alone, .. }] = store.list().await?[..] else {
+        bail!("not one μVM");
+    };
     store.done(&["bake", "--memory", "512Mi"]).await?;
     store.done(&["bake", "--memory", "768Mi", "--lean"]).await?;
     let listed = store.list().await?;
@@ -303,11 +307,11 @@ async fn second_bake_is_stored_as_what_differs_from_the_first(test: Test) -> Res
     };
     println!(
         "stored alone, for each byte of data: {:.3}, then {:.3}, and {:.3} lean",
-        first.alone, second.alone, lean.alone
+        alone, second.alone, lean.alone
     );
     same!([first.parents, second.parents, lean.parents], [0, 1, 1]);
-    ensure!(second.alone < 0.4 * first.alone, "{}", second.alone);
-    ensure!(lean.alone < 0.2 * first.alone, "{}", lean.alone);
+    ensure!(second.alone < 0.4 * alone, "{}", second.alone);
+    ensure!(lean.alone < 0.2 * alone, "{}", lean.alone);
 
     let refused = store.kiln(&["rm", &first.id]).output().await?;
     let errors = String::from_utf8_lossy(&refused.stderr).into_owned();
