@@ -18,7 +18,7 @@ use crate::gate::Gate;
 use crate::listen::Connections;
 use crate::service::gate_state;
 use crate::spans::Spans;
-use crate::stdio::{Connection, answer};
+use crate::stdio::{self, Connection, answer};
 use crate::uevent::{self, Uevents};
 use crate::{clearing, network, resources, scratch, storage, sys};
 
@@ -201,8 +201,13 @@ impl Agent {
         if self.gate.check().is_err() {
             return answer(&mut connection, Status::GateShut).await;
         }
+        let identities = self.gate.identities();
         if let Kind::Tcp(port) = header.kind {
-            return forward(connection, port).await;
+            let gone = stdio::replaced(identities);
+            return tokio::select! {
+                () = forward(connection, port) => {}
+                () = gone => {}
+            };
         }
         let Ok(process) = self
             .containers
@@ -213,7 +218,8 @@ impl Agent {
         if !process.stdio.admits(&header.token) {
             return answer(&mut connection, Status::BadToken).await;
         }
-        process.stdio.carry(header.kind, connection).await;
+        let gone = stdio::replaced(identities);
+        process.stdio.carry(header.kind, connection, gone).await;
     }
 
     /// Listens for new VM generations for ever.

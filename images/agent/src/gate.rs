@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use kiln_agent_api::{GUEST_STATE_DIR, MIN_ENTROPY, proto};
-use nix::mount::{MsFlags, mount};
+use tokio::sync::watch;
 
 use crate::error::{Action, AgentError};
 use crate::spans::Spans;
@@ -47,9 +47,8 @@ struct State {
     given: u64,
     /// New VM generations that the kernel told of.
     told: u64,
-    /// The kernel's boot id is in use by an earlier identity.
-    boot_id_used: bool,
-    /// A file that takes the place of the kernel's boot id.
+    /// What containers see in place of the kernel's boot id, which lasts as long as the kernel. It is the same file for
+    /// every identity, so that those that run already see a new one too.
     boot_id_file: Option<PathBuf>,
 }
 
@@ -58,6 +57,8 @@ struct State {
 pub(crate) struct Gate {
     scope: Scope,
     state: Mutex<State>,
+    /// How many identities were given.
+    identities: watch::Sender<u64>,
 }
 
 impl Gate {
@@ -66,6 +67,7 @@ impl Gate {
         Self {
             scope,
             state: Mutex::default(),
+            identities: watch::Sender::new(0),
         }
     }
 
@@ -82,6 +84,12 @@ impl Gate {
     pub(crate) fn state(&self) -> (bool, String) {
         let state = self.lock();
         (state.open, state.generation.clone())
+    }
+
+    /// Tells when there is a new identity: whoever was connected before is connected to nobody, which the kernel does not
+    /// tell those that wait to read.
+    pub(crate) fn identities(&self) -> watch::Receiver<u64> {
+        self.identities.subscribe()
     }
 
     /// What containers shall see in place of the kernel's boot id.
@@ -129,6 +137,7 @@ impl Gate {
         state.given += 1;
         state.generation.clone_from(&request.generation);
         state.open = true;
+        self.identities.send_replace(state.given);
         response(&state)
     }
 
@@ -188,10 +197,8 @@ fn is_uuid(text: &str) -> bool {
 }
 
 fn response(state: &State) -> Result<proto::SetIdentityResponse> {
-    let boot_id = match &state.boot_id_file {
-        Some(file) => fs::read_to_string(file),
-        None => fs::read_to_string(BOOT_ID),
-    };
+    let file = state.boot_id_file.as_deref();
+    let boot_id = fs::read_to_string(file.unwrap_or(Path::new(BOOT_ID)));
     Ok(proto::SetIdentityResponse {
         generation: state.generation.clone(),
         boot_id: boot_id.action("read the boot id")?.trim().to_owned(),
@@ -203,27 +210,19 @@ fn response(state: &State) -> Result<proto::SetIdentityResponse> {
     })
 }
 
-/// The first identity gets the kernel's own boot id, made at its first reading from the generator
-/// that has just been reseeded. A later one gets a file over it.
+/// The first identity gets the kernel's own boot id, made at its first reading from the generator that has just been
+/// reseeded. A later one gets another.
 fn set_boot_id(wanted: &str, state: &mut State) -> Result<()> {
-    if wanted.is_empty() && !state.boot_id_used {
-        state.boot_id_used = true;
-        return Ok(());
-    }
-    state.boot_id_used = true;
-    let boot_id = if wanted.is_empty() {
-        fs::read_to_string("/proc/sys/kernel/random/uuid").action("make a boot id")?
-    } else {
-        format!("{wanted}\n")
+    let boot_id = match (wanted, &state.boot_id_file) {
+        ("", None) => fs::read_to_string(BOOT_ID).action("read the boot id")?,
+        ("", Some(_)) => {
+            fs::read_to_string("/proc/sys/kernel/random/uuid").action("make a boot id")?
+        }
+        (wanted, _) => format!("{wanted}\n"),
     };
     let file = Path::new(GUEST_STATE_DIR).join("boot_id");
     fs::write(&file, boot_id).action("write the boot id")?;
-    if state.boot_id_file.is_none() {
-        let nothing = None::<&str>;
-        mount(Some(&file), BOOT_ID, nothing, MsFlags::MS_BIND, nothing)
-            .action("put a new boot id in place of the kernel's")?;
-        state.boot_id_file = Some(file);
-    }
+    state.boot_id_file = Some(file);
     Ok(())
 }
 

@@ -8,6 +8,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::pin::Pin;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -16,7 +17,7 @@ use nix::fcntl::OFlag;
 use nix::unistd::pipe2;
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 
 use crate::gathering::Gathering;
 use crate::sys;
@@ -229,8 +230,13 @@ impl Stdio {
         }
     }
 
-    /// Carries one stream over `connection` until either ends. Answers the header first.
-    pub(crate) async fn carry(&self, kind: Kind, mut connection: Box<dyn Connection>) {
+    /// Carries one stream over `connection` until either ends, or the connection is `gone`. Answers the header first.
+    pub(crate) async fn carry(
+        &self,
+        kind: Kind,
+        mut connection: Box<dyn Connection>,
+        gone: impl Future<Output = ()>,
+    ) {
         let slot = match kind {
             Kind::Stdin => &self.stdin,
             Kind::Stdout => &self.stdout,
@@ -248,9 +254,13 @@ impl Stdio {
         {
             return slot.put_back(Some(channel));
         }
+        let gone = std::pin::pin!(gone);
         let stop = match kind {
-            Kind::Stdin => deliver_input(&mut channel, &mut connection, &self.close_stdin).await,
-            _ => deliver_output(&mut channel, &mut connection).await,
+            Kind::Stdin => {
+                let close = &self.close_stdin;
+                deliver_input(&mut channel, &mut connection, close, gone).await
+            }
+            _ => deliver_output(&mut channel, &mut connection, gone).await,
         };
         let keep = stop == Stop::Disconnected || (self.terminal && kind == Kind::Stdin);
         slot.put_back(keep.then_some(channel));
@@ -269,7 +279,19 @@ pub(crate) async fn answer(connection: &mut Box<dyn Connection>, status: Status)
     }
 }
 
-async fn deliver_output(channel: &mut Channel, connection: &mut Box<dyn Connection>) -> Stop {
+/// Comes back when the guest has another identity than now.
+pub(crate) async fn replaced(mut identities: watch::Receiver<u64>) {
+    if identities.changed().await.is_err() {
+        // Nobody gives identities any more.
+        std::future::pending().await
+    }
+}
+
+async fn deliver_output(
+    channel: &mut Channel,
+    connection: &mut Box<dyn Connection>,
+    mut gone: Pin<&mut impl Future<Output = ()>>,
+) -> Stop {
     let Channel { fd, pending } = channel;
     let (mut from_host, mut to_host) = tokio::io::split(connection);
     let mut buffer = vec![0; BUFFER];
@@ -305,6 +327,7 @@ async fn deliver_output(channel: &mut Channel, connection: &mut Box<dyn Connecti
                 Ok(0) | Err(_) => return Stop::Disconnected,
                 Ok(_) => continue,
             },
+            () = gone.as_mut() => return Stop::Disconnected,
         };
         match length {
             Ok(0) => return Stop::Ended,
@@ -321,6 +344,7 @@ async fn deliver_input(
     channel: &mut Channel,
     connection: &mut Box<dyn Connection>,
     close: &Notify,
+    mut gone: Pin<&mut impl Future<Output = ()>>,
 ) -> Stop {
     let fd = match sys::watch_lent(channel.fd.as_fd()) {
         Ok(fd) => fd,
@@ -346,6 +370,7 @@ async fn deliver_input(
                     closing = true;
                     continue;
                 }
+                () = gone.as_mut() => return Stop::Disconnected,
             }
         };
         let mut bytes = match read {
@@ -423,7 +448,10 @@ mod tests {
     async fn connect(stdio: &Arc<Stdio>, kind: Kind) -> (UnixStream, Status) {
         let (ours, theirs) = UnixStream::pair().expect("pair");
         let stdio = stdio.clone();
-        tokio::spawn(async move { stdio.carry(kind, Box::new(theirs)).await });
+        tokio::spawn(async move {
+            let gone = std::future::pending();
+            stdio.carry(kind, Box::new(theirs), gone).await;
+        });
         let mut ours = ours;
         let status = ours.read_u8().await.expect("status");
         (ours, Status::from_byte(status))
