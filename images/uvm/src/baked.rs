@@ -28,6 +28,8 @@ pub struct Baked {
     /// The writable layers' disk as it was baked.
     pub(crate) scratch: File,
     pub(crate) scratch_bytes: u64,
+    /// Images that are disks of the guest already, by their slots.
+    pub(crate) disks: Vec<(u8, File)>,
     pub(crate) lease: Option<Lease>,
     /// The kernel's modules that the guest may load later.
     modules: Option<PathBuf>,
@@ -54,6 +56,7 @@ impl Baked {
             reading: Reading::Ahead(touched),
             scratch_bytes: length(&scratch)?,
             scratch,
+            disks: Vec::new(),
             modules: lease.path(Kind::Modules).ok(),
             lease: Some(lease),
         })
@@ -74,9 +77,15 @@ impl Baked {
             reading: Reading::OneByOne,
             scratch_bytes: length(&scratch)?,
             scratch,
+            disks: Vec::new(),
             lease: None,
             modules: None,
         })
+    }
+
+    /// With the images that were disks of a guest when it was saved. They are to have the content that they had then.
+    pub fn with_disks(self, disks: Vec<(u8, File)>) -> Baked {
+        Baked { disks, ..self }
     }
 
     /// The library of its kernel's modules, for the guest to see ([`crate::share::Share::offer_modules`]).

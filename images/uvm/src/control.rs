@@ -164,9 +164,49 @@ impl Control {
         })
     }
 
+    /// Where guest memory lies in the VMM's process, as addresses and lengths, in the order of a memory file.
+    pub(crate) fn memory(&self) -> Result<Vec<(u64, u64)>, Error> {
+        let action = "find the guest's memory";
+        self.ask(
+            action,
+            &Request::Memory,
+            &Descriptors::default(),
+            |reply| match reply {
+                Reply::Memory(places) => Some(places),
+                _ => None,
+            },
+        )
+    }
+
+    /// Saves all but the memory of a paused machine into an empty file. `digest` is kept in its header; `holes` are whole
+    /// huge pages of the memory file that hold no data.
+    pub(crate) fn save_state(
+        &self,
+        state: &File,
+        digest: [u8; 32],
+        holes: Vec<(u64, u64)>,
+    ) -> Result<(), Error> {
+        let mut fds = Descriptors::default();
+        let request = Request::SaveState {
+            state: fds.add(state),
+            digest,
+            holes,
+        };
+        self.order("save the guest", &request, &fds)
+    }
+
     /// Stops vCPUs and devices.
     pub fn pause(&self) -> Result<(), Error> {
         self.order("pause the guest", &Request::Pause, &Descriptors::default())
+    }
+
+    /// Lets them run.
+    pub fn unpause(&self) -> Result<(), Error> {
+        self.order(
+            "let the guest go on",
+            &Request::Unpause,
+            &Descriptors::default(),
+        )
     }
 
     /// Ends the machine and its VMM.

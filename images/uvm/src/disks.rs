@@ -24,13 +24,15 @@ pub(crate) struct DiskSlots {
 }
 
 impl DiskSlots {
-    pub(crate) fn new(count: u32) -> Self {
+    /// So many were baked, of which some are in use.
+    pub(crate) fn new(count: u32, used: impl IntoIterator<Item = u8>) -> Self {
         let count = u8::try_from(count).unwrap_or(u8::MAX).min(slots::MAX_DISKS);
         let end = slots::FIRST_DISK + count;
-        Self {
-            free: (slots::FIRST_DISK..end).collect(),
-            end,
+        let mut free: BTreeSet<u8> = (slots::FIRST_DISK..end).collect();
+        for slot in used {
+            free.remove(&slot);
         }
+        Self { free, end }
     }
 
     pub(crate) fn take(&mut self) -> Option<u8> {
@@ -59,7 +61,7 @@ mod tests {
 
     #[test]
     fn disk_slots_are_used_lowest_first_and_again() {
-        let mut disks = DiskSlots::new(2);
+        let mut disks = DiskSlots::new(2, []);
         let (a, b) = (disks.take().unwrap(), disks.take().unwrap());
         assert_eq!((a, b), (slots::FIRST_DISK, slots::FIRST_DISK + 1));
         assert_eq!(disks.take(), None);
@@ -70,7 +72,16 @@ mod tests {
         assert_eq!(disks.take(), None);
         assert_eq!(disks.path(plugged), slots::plugged_disk_path(plugged));
         assert_eq!(disks.path(a), slots::disk_name(a).unwrap());
-        let most = DiskSlots::new(1000).free.len();
+        let most = DiskSlots::new(1000, []).free.len();
         assert_eq!(most, usize::from(slots::MAX_DISKS));
+    }
+
+    #[test]
+    fn slots_that_a_saved_guest_uses_are_not_free() {
+        let plugged = slots::FIRST_DISK + 3;
+        let mut disks = DiskSlots::new(3, [slots::FIRST_DISK, plugged]);
+        assert_eq!(disks.take(), Some(slots::FIRST_DISK + 1));
+        assert_eq!(disks.take(), Some(slots::FIRST_DISK + 2));
+        assert_eq!(disks.take(), None);
     }
 }

@@ -52,6 +52,9 @@ pub enum GuestError {
     /// The process whose stream is asked for is not there.
     #[error("the guest has no such stream")]
     NoStream,
+    /// Somebody else has the stream.
+    #[error("the stream is connected already")]
+    StreamTaken,
     /// It took another identity than the one it was given.
     #[error("the guest acknowledged another identity than it was given")]
     OtherIdentity,
@@ -183,6 +186,7 @@ fn cut(text: &str) -> String {
 fn not_connected(error: ConnectError) -> GuestError {
     match error {
         ConnectError::Stream(Status::NotFound) => GuestError::NoStream,
+        ConnectError::Stream(Status::Busy) => GuestError::StreamTaken,
         error => GuestError::Unreachable(error),
     }
 }

@@ -122,6 +122,9 @@ fn resume(vmm: &Control, baked: &Baked, host: &HostSide, timeline: &Timeline) ->
     ends.disks_later(DISKS);
     ends.listener(slots::VSOCK, &host.vsock.1);
     host.scratch.end(&mut ends, baked);
+    for (slot, image) in &baked.disks {
+        ends.disk(*slot, image, true);
+    }
     if let Some(share) = &host.share {
         ends.directory(slots::FS, share);
     }

@@ -6,6 +6,7 @@
 //! - [`pick`]: which μVM of the store is resumed; [`baked`]: its files; [`size`]: how big it is to be
 //! - [`launch`]: all that is done until the guest is one of its own; [`timeline`]: where the time of it goes
 //! - [`uvm`]: one that runs; [`disks`] and [`root`]: what its containers' roots are made of
+//! - [`save`]: a running one becomes files
 //! - [`guest`]: what its agent can be asked
 //! - [`scratch`]: what its writable layers lie on; [`share`]: the folder of volumes that the guest sees
 //! - [`machine`]: the VMM's process; [`jail`]: whom it becomes; [`words`]: what it says; [`end`]: how it ended
@@ -31,6 +32,7 @@ mod mounts;
 pub mod pick;
 pub mod random;
 pub mod root;
+pub mod save;
 pub mod scratch;
 pub mod share;
 pub mod size;

@@ -47,10 +47,17 @@ impl Uvm {
             machine,
             agent,
             grown,
-            disks: tokio::sync::Mutex::new(DiskSlots::new(baked.class.slots)),
+            disks: tokio::sync::Mutex::new(DiskSlots::new(
+                baked.class.slots,
+                baked.disks.iter().map(|(slot, _)| *slot),
+            )),
             class: baked.class,
             lease: baked.lease,
         }
+    }
+
+    pub(crate) fn machine(&self) -> &Machine {
+        &self.machine
     }
 
     /// The VMM's process id.

@@ -193,6 +193,17 @@ pub enum Request {
         /// Whether the machine goes on afterwards.
         go_on: bool,
     },
+    /// Asks where guest memory lies in the VMM's process, for a client that copies it from there. Answered by `Memory`.
+    Memory,
+    /// Writes all but the memory of a paused machine, which the client has copied, into an empty file.
+    SaveState {
+        /// The file.
+        state: FdIndex,
+        /// Kept in the header.
+        digest: [u8; 32],
+        /// Whole huge pages of base RAM that hold no data, as ranges from start to end.
+        holes: Vec<(u64, u64)>,
+    },
     /// Stops vCPUs and devices.
     Pause,
     /// Lets them run.
@@ -350,6 +361,8 @@ pub enum Reply {
         /// Pages left out.
         zero_pages: u64,
     },
+    /// Where guest memory lies: addresses and lengths, in the order of a memory file.
+    Memory(Vec<(u64, u64)>),
     /// The overlay's content is written.
     SavedOverlay {
         /// Bytes of data in the file; the rest are holes.

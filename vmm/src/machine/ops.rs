@@ -151,6 +151,11 @@ impl Machine {
         self.with_mem(|_, m| m.status()).unwrap_or_default()
     }
 
+    /// Where guest memory lies in this process, as addresses and lengths, in the order of a memory file.
+    pub fn memory_places(&self) -> Vec<(u64, u64)> {
+        self.memory.places()
+    }
+
     /// Devices on the bus.
     pub fn device_specs(&self) -> Vec<DeviceSpec> {
         lock(&self.config).devices.clone()

@@ -123,6 +123,16 @@ impl Memory {
         all
     }
 
+    /// Where in this process the memory lies, as addresses and lengths, in the order of a memory file.
+    pub fn places(&self) -> Vec<(u64, u64)> {
+        let usable = self.shape().usable;
+        let mut all = vec![(self.base.address(0), self.shape.ram)];
+        if let (Some(window), 1..) = (&self.window, usable) {
+            all.push((window.address(0), usable));
+        }
+        all
+    }
+
     pub(super) fn slots(&self) -> MutexGuard<'_, Slots> {
         self.slots.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -329,6 +329,15 @@ fn answer<'s>(
             }
             return reply;
         }
+        Request::Memory => return Ok(Reply::Memory(machine.memory_places())),
+        Request::SaveState {
+            state,
+            digest,
+            holes,
+        } => {
+            let still = paused.as_ref().ok_or(RequestError::NotPaused)?;
+            save_state(still, &server.kernel, &mut fds.file(state)?, digest, holes)?;
+        }
         Request::Pause => {
             pause(machine, paused)?;
         }
@@ -399,22 +408,33 @@ fn save(
     memory: &File,
     digest: [u8; 32],
 ) -> Result<Reply> {
+    let written = snapshot::write_memory(memory, &still.memory())?;
+    // Last, so that a state file is only ever whole when its memory is.
+    let state_bytes = save_state(still, kernel, state, digest, written.holes)?;
+    Ok(Reply::Saved {
+        state_bytes,
+        data_pages: written.data_pages,
+        zero_pages: written.zero_pages,
+    })
+}
+
+/// Tells how long the file is.
+fn save_state(
+    still: &Paused<'_>,
+    kernel: &str,
+    into: &mut File,
+    digest: [u8; 32],
+    holes: Vec<(u64, u64)>,
+) -> Result<u64> {
     let labels = Labels {
         kernel: kernel.to_owned(),
         digest,
     };
     let mut saved = still.save()?;
-    let parts = still.memory();
-    let written = snapshot::write_memory(memory, &parts)?;
-    saved.holes = written.holes;
+    saved.holes = holes;
     let bytes = snapshot::encode(&saved, &labels)?;
-    // Last, so that a state file is only ever whole when its memory is.
-    snapshot::write_file(state, &bytes)?;
-    Ok(Reply::Saved {
-        state_bytes: bytes.len() as u64,
-        data_pages: written.data_pages,
-        zero_pages: written.zero_pages,
-    })
+    snapshot::write_file(into, &bytes)?;
+    Ok(bytes.len() as u64)
 }
 
 fn stats(server: &Server) -> Reply {

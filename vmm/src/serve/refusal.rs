@@ -25,7 +25,7 @@ pub(crate) enum RequestError {
     #[error("there is a machine already")]
     SecondMachine,
     /// The machine runs and may not.
-    #[error("the machine has to be paused for an overlay to be saved")]
+    #[error("the machine has to be paused for that to be saved")]
     NotPaused,
     /// None, or more than can be.
     #[error("a plugged network card wants a tap for each of its queue pairs")]
