@@ -245,6 +245,7 @@ pub async fn bake(
         protocol: facts.protocol,
         cpu: recipe.cpu,
         guest_used_kib: facts.used >> 10,
+        saved: None,
     };
     Ok(Baked::New(staging.commit_as(about, order.storage)?))
 }

@@ -51,6 +51,14 @@ pub enum Error {
         /// What it may mean.
         matches: Vec<Digest>,
     },
+    /// A saved μVM has that name.
+    #[error("μVM {} was saved as '{name}': choose another name, or remove that one (`kiln rm {name}`)", id.short())]
+    NameTaken {
+        /// The name.
+        name: String,
+        /// Which one has it.
+        id: Digest,
+    },
     /// A running μVM was resumed from it, or runs on it.
     #[error("{kind} {} is in use: stop the pods that run on it, then try again", id.short())]
     InUse {

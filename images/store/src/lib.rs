@@ -26,7 +26,8 @@ use std::sync::Arc;
 pub use catalogue::images::{Image, ImageEntry, ImageKey, Images, Making, SegmentDigest, Turn};
 pub use catalogue::uvms::{
     Basis, Class, Cpu, Description, Entry, Holding, Host, Kernel, Kind, Lease, Manifest,
-    ManifestError, Mismatch, Miss, Object, Parent, Staging, Storage, VERSION, Wanted, WorkingSet,
+    ManifestError, Mismatch, Miss, Object, Parent, Saved, SavedDisk, Staging, Storage, VERSION,
+    Wanted, WorkingSet,
 };
 pub use content::collect::{Collected, Named, Policy, Removed, Why};
 pub use content::digest::{CHUNK, Digest, NotADigest, Scan, of_file};
@@ -129,20 +130,19 @@ impl Store {
         content::collect::remove(&self.content, &self.catalogues(), id)
     }
 
-    /// The entry that a person means: by its digest, or by the first digits of it (4 at least), or
-    /// `latest` for the newest μVM.
+    /// The entry that a person means: by the name it was saved by, by its digest, or by the first digits of it (4 at
+    /// least), or `latest` for the newest μVM.
     pub fn resolve(&self, name: &str) -> Result<Digest, Error> {
         let not_found = || Error::NotFound(name.to_owned());
         if name == "latest" {
             return self.uvms().latest()?.ok_or_else(not_found);
         }
-        if name.len() < 4 {
-            return Err(not_found());
-        }
-        let mut matches = Vec::new();
-        for catalogue in self.catalogues() {
-            let ids = catalogue.ids()?.into_iter();
-            matches.extend(ids.filter(|id| id.to_string().starts_with(name)));
+        let mut matches = self.uvms().called(name)?;
+        if matches.is_empty() && name.len() >= 4 {
+            for catalogue in self.catalogues() {
+                let ids = catalogue.ids()?.into_iter();
+                matches.extend(ids.filter(|id| id.to_string().starts_with(name)));
+            }
         }
         match matches.as_slice() {
             [] => Err(not_found()),

@@ -31,5 +31,6 @@ pub fn description(recipe: &str) -> Description {
             features: Fingerprint(std::array::from_fn(|word| word as u32 * 0x0101_0101)),
         },
         guest_used_kib: 20_000,
+        saved: None,
     }
 }

@@ -175,6 +175,8 @@ impl Making {
         Ok(Image {
             path: dir.join(IMAGE),
             file,
+            key: self.key.clone(),
+            content: digest.into(),
             made: true,
         })
     }

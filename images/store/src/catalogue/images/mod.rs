@@ -75,6 +75,10 @@ pub struct Image {
     pub path: PathBuf,
     /// The image, open for reading.
     pub file: File,
+    /// Its name.
+    pub key: ImageKey,
+    /// The digest of its content.
+    pub content: Digest,
     /// Whether it had to be made.
     pub made: bool,
 }
@@ -183,6 +187,8 @@ impl Images {
         let image = Image {
             path,
             file,
+            key: key.clone(),
+            content: record.digest.into(),
             made: false,
         };
         Ok(Some((image, record)))

@@ -146,7 +146,7 @@ pub(super) fn encode<'a>(
     uvms: impl Iterator<Item = (Digest, &'a Manifest)>,
 ) -> Vec<u8> {
     let mut groups: BTreeMap<[u8; 32], Vec<(Digest, Traits)>> = BTreeMap::new();
-    for (id, manifest) in uvms {
+    for (id, manifest) in uvms.filter(|(_, manifest)| !manifest.is_saved()) {
         let host = Host {
             cpu: manifest.about.cpu.features,
             protocol: manifest.about.protocol,

@@ -13,7 +13,7 @@ use crate::Digest;
 use crate::content::packed::Memory;
 
 /// The manifest format this code writes.
-pub const VERSION: u32 = 4;
+pub const VERSION: u32 = 5;
 
 const MAGIC: [u8; 8] = *b"kilnuvm\n";
 const HEADER: usize = 16;
@@ -188,6 +188,32 @@ pub struct Description {
     pub cpu: Cpu,
     /// KiB of memory the guest had in use when it was baked.
     pub guest_used_kib: u64,
+    /// What was saved with a container in it; none of what was baked.
+    pub saved: Option<Saved>,
+}
+
+/// What is known of a μVM that was saved while a container ran in it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Saved {
+    /// What people call it.
+    pub name: String,
+    /// The baked μVM that it was resumed from.
+    pub bake: Digest,
+    /// Images that are disks of the guest, in the order of their slots. It can't be resumed without them.
+    pub disks: Vec<SavedDisk>,
+    /// What whoever saved it has to know to go on with it: JSON of its own.
+    pub container: String,
+}
+
+/// An image that is a disk of a saved guest.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SavedDisk {
+    /// The VMM's number for it.
+    pub slot: u8,
+    /// The image's name among the images of the store.
+    pub image: String,
+    /// The digest of its content. Another content under that name is another disk.
+    pub content: Digest,
 }
 
 /// A baked μVM.
@@ -236,6 +262,12 @@ impl Manifest {
     /// The object of a kind, if the μVM has one.
     pub fn object(&self, kind: Kind) -> Option<&Object> {
         self.objects.iter().find(|object| object.kind == kind)
+    }
+
+    /// Whether it was saved with a container in it: then it is resumed by its name only, and no collection removes it
+    /// that does not remove everything.
+    pub fn is_saved(&self) -> bool {
+        self.about.saved.is_some()
     }
 
     /// The manifest as the store keeps it.
@@ -335,7 +367,7 @@ mod tests {
         let bytes = manifest().encode().unwrap();
         assert_eq!(Digest::of_bytes(&bytes).to_string(), PINNED);
     }
-    const PINNED: &str = "3b9f938445bb2fa020089a2c9d6c0ffcfd702368a7082a6da7d874cb8754e11a";
+    const PINNED: &str = "10dc7c82c28979b7ad8d61274b58014ed36cc4545c05a9a95d0658b48e612991";
 
     #[test]
     fn foreign_newer_cut_and_padded_files_are_told_apart() {
@@ -345,8 +377,8 @@ mod tests {
         assert_eq!(Manifest::decode(&foreign), Err(ManifestError::Magic));
         assert_eq!(Manifest::decode(&good[..10]), Err(ManifestError::Magic));
         let mut newer = good.clone();
-        newer[8] = 5;
-        assert_eq!(Manifest::decode(&newer), Err(ManifestError::Version(5)));
+        newer[8] = 6;
+        assert_eq!(Manifest::decode(&newer), Err(ManifestError::Version(6)));
         let cut = Manifest::decode(&good[..good.len() - 1]);
         assert!(matches!(cut, Err(ManifestError::Length { .. })));
         let mut padded = good.clone();

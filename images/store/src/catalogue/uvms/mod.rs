@@ -20,7 +20,8 @@ use kiln_vmm_saved::cpu::Fingerprint;
 pub use family::Holding;
 pub use lease::Lease;
 pub use manifest::{
-    Class, Cpu, Description, Kernel, Kind, Manifest, ManifestError, Object, Parent, VERSION,
+    Class, Cpu, Description, Kernel, Kind, Manifest, ManifestError, Object, Parent, Saved,
+    SavedDisk, VERSION,
 };
 pub use pick::{Host, Mismatch, Miss, Wanted};
 pub use sibling::{Basis, Storage};
@@ -59,6 +60,11 @@ impl Store {
     /// All μVMs, the newest first. One with a damaged manifest is listed as such.
     pub fn list(&self) -> Result<Vec<Entry>, Error> {
         self.uvms().list()
+    }
+
+    /// Whether a μVM can be saved by this name. What saves one asks early, since it stands still meanwhile.
+    pub fn check_name(&self, name: &str) -> Result<(), Error> {
+        self.uvms().check_name(name)
     }
 
     /// One μVM.
@@ -129,6 +135,30 @@ impl Uvms {
         let age = |entry: &Entry| entry.manifest.as_ref().map_or(0, |m| m.about.baked_at);
         entries.sort_by(|a, b| age(b).cmp(&age(a)).then(a.id.cmp(&b.id)));
         Ok(entries)
+    }
+
+    /// The saved μVMs that people call so.
+    pub(crate) fn called(&self, name: &str) -> Result<Vec<Digest>, Error> {
+        let all = self.readable()?.into_iter();
+        let is_called = |manifest: &Manifest| {
+            let saved = manifest.about.saved.as_ref();
+            saved.is_some_and(|saved| saved.name == name)
+        };
+        Ok(all
+            .filter(|(_, manifest)| is_called(manifest))
+            .map(|(id, _)| id)
+            .collect())
+    }
+
+    /// Whether a μVM can be saved by this name: there is none of that name.
+    fn check_name(&self, name: &str) -> Result<(), Error> {
+        match self.called(name)?.first() {
+            None => Ok(()),
+            Some(id) => Err(Error::NameTaken {
+                name: name.to_owned(),
+                id: *id,
+            }),
+        }
     }
 
     pub(crate) fn latest(&self) -> Result<Option<Digest>, Error> {
@@ -217,11 +247,14 @@ impl Catalogue for Uvms {
             let why = match &entry.manifest {
                 Ok(_) if policy.all => Some(Why::All),
                 _ if policy.keep_superseded && !policy.all => None,
+                // Nobody bakes it again.
+                Ok(manifest) if manifest.is_saved() => None,
                 Ok(_) => (!kept.contains(&entry.id)).then_some(Why::Superseded),
                 Err(Error::Older { .. }) => Some(Why::Older),
                 Err(_) => None,
             };
-            let stays = entry.pinned;
+            let saved = entry.manifest.as_ref().is_ok_and(Manifest::is_saved);
+            let stays = entry.pinned || (saved && !policy.all);
             let bytes = fs::metadata(self.path(&entry.id)).map_or(0, |meta| meta.blocks() * 512);
             let (objects, parents) = match entry.manifest {
                 Ok(manifest) => (
@@ -337,7 +370,9 @@ fn verify_objects(content: &Content, of: Named, manifest: &Manifest, report: &mu
 fn newest_of_each(entries: &[Entry]) -> BTreeSet<Digest> {
     let mut newest: BTreeMap<_, Digest> = BTreeMap::new();
     for entry in entries {
-        if let Ok(manifest) = &entry.manifest {
+        if let Ok(manifest) = &entry.manifest
+            && !manifest.is_saved()
+        {
             newest.entry(purpose(&manifest.about)).or_insert(entry.id);
         }
     }
@@ -346,7 +381,7 @@ fn newest_of_each(entries: &[Entry]) -> BTreeSet<Digest> {
 
 /// Whether a new μVM takes the place of an older one.
 fn supersedes(new: &Description, old: &Description) -> bool {
-    purpose(new) == purpose(old)
+    new.saved.is_none() && old.saved.is_none() && purpose(new) == purpose(old)
 }
 
 /// Class, kernel release and CPU.

@@ -223,7 +223,7 @@ impl Uvms {
         for entry in all {
             match entry.manifest {
                 Ok(manifest) => {
-                    if self.is_whole(&manifest) {
+                    if !manifest.is_saved() && self.is_whole(&manifest) {
                         match manifest.resumes_here(host) {
                             Ok(()) => here.push((entry.id, Traits::of(&manifest))),
                             Err(why) if wanted.fits(&manifest) => {

@@ -89,6 +89,7 @@ impl Uvms {
     fn siblings(&self, about: &Description) -> Result<Vec<Digest>, Error> {
         let is_sibling = |manifest: &Manifest, pinned: bool| {
             manifest.about.kernel.release == about.kernel.release
+                && !manifest.is_saved()
                 && manifest.parents.is_empty()
                 && packed_memory(manifest).is_some()
                 && (pinned || !supersedes(about, &manifest.about))
@@ -138,10 +139,17 @@ fn as_parent(lease: &Lease) -> Result<Parent, Error> {
         let why = format!("it is itself stored as what differs from μVM {of}; name that");
         return Err(Error::NotAParent { id, why });
     }
-    let memory = packed_memory(manifest).ok_or_else(|| Error::NotAParent {
+    let refused = |why: &str| Error::NotAParent {
         id,
-        why: "its memory is not stored as a pack; name another".into(),
-    })?;
+        why: why.to_owned(),
+    };
+    if manifest.is_saved() {
+        return Err(refused(
+            "it was saved with a container in it; name one that was baked",
+        ));
+    }
+    let memory = packed_memory(manifest)
+        .ok_or_else(|| refused("its memory is not stored as a pack; name another"))?;
     Ok(Parent {
         uvm: id,
         memory: memory.digest,

@@ -149,6 +149,9 @@ impl Staging {
         let (content, catalogues) = (&self.store.content, self.store.catalogues());
         let lock = content.write_lock(WRITER_WAIT)?;
         let uvms = self.store.uvms();
+        if let Some(saved) = &manifest.about.saved {
+            uvms.check_name(&saved.name)?;
+        }
         for object in manifest.objects.iter().filter(|o| o.is_packed()) {
             // One was entered meanwhile. Its pack is to be replaced, and its manifest does not name this one's parents.
             if !manifest.parents.is_empty() && uvms.is_known(&object.digest)? {

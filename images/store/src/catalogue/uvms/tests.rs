@@ -1,4 +1,5 @@
 mod faults;
+mod saved;
 
 use std::collections::BTreeSet;
 use std::os::unix::fs::FileExt;
