@@ -92,6 +92,14 @@ pub(crate) enum Command {
     /// Run another command in a container that `kiln run` started.
     Exec(Exec),
 
+    /// Save a container that `kiln run` runs, with all that is in its memory, and end it.
+    ///
+    /// It becomes a μVM of the store, which takes the room of what differs from the baked one that it was resumed from.
+    /// `kiln run --from NAME` goes on with it, as often as wanted and as many at once as wanted: each has an identity of
+    /// its own, and its processes do not know that they were copied. It stays until it is removed (`kiln rm`). A container
+    /// with files of this machine (`-v`) or with a network can't be saved.
+    Save(Save),
+
     /// List what `kiln run` runs.
     Ps,
 
@@ -262,9 +270,17 @@ pub(crate) struct Run {
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub(crate) vmm: Option<PathBuf>,
 
+    /// Go on with a container that was saved (`kiln save`): its name, its digest or the first digits of that (4 at least).
+    /// Its command, its output and its input, if that is wanted again (`-i`), are what they were.
+    #[arg(long, value_name = "NAME|UVM", conflicts_with_all = [
+        "tty", "env", "workdir", "user", "entrypoint", "volumes", "net", "ip", "gateway", "dns", "seccomp", "image",
+        "command",
+    ])]
+    pub(crate) from: Option<String>,
+
     /// The image archive.
-    #[arg(value_name = "IMAGE.tar", value_hint = ValueHint::FilePath)]
-    pub(crate) image: PathBuf,
+    #[arg(value_name = "IMAGE.tar", value_hint = ValueHint::FilePath, required_unless_present = "from")]
+    pub(crate) image: Option<PathBuf>,
 
     /// The command and its arguments; by default the image's.
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
@@ -300,6 +316,21 @@ pub(crate) struct Exec {
     /// The command and its arguments.
     #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
     pub(crate) command: Vec<String>,
+}
+
+/// What `kiln save` saves.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Save {
+    /// What it is called in the store; by default what it is called now.
+    #[arg(long = "as", value_name = "NAME")]
+    pub(crate) name_in_store: Option<String>,
+
+    /// Let it go on. It stands still while its memory is written.
+    #[arg(long)]
+    pub(crate) leave_running: bool,
+
+    /// The name that `kiln ps` shows.
+    pub(crate) name: String,
 }
 
 /// Whose console `kiln console` shows.

@@ -24,7 +24,7 @@ impl Failure {
         ExitCode::from(self.number())
     }
 
-    fn number(&self) -> u8 {
+    pub(crate) fn number(&self) -> u8 {
         let full = self.0.chain().any(|cause| {
             cause.downcast_ref::<io::Error>().is_some_and(|error| {
                 matches!(

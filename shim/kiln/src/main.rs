@@ -58,6 +58,7 @@ fn run(args: &Args, output: &Output) -> Result<ExitCode, Failure> {
         Command::Bake(options) => bake::run(&config, options, output),
         Command::Run(options) => Ok(run::run(&config, options)),
         Command::Exec(options) => Ok(run::exec(options)),
+        Command::Save(options) => run::save(options, output),
         Command::Ps => run::ps(output),
         Command::Console(options) => run::console(options),
         Command::Trace(options) => trace::run(&config, options, output),

@@ -25,6 +25,7 @@ mod resources;
 mod run_bake;
 mod run_load;
 mod run_net;
+mod run_save;
 mod run_seccomp;
 mod run_terminal;
 mod shared_files;
@@ -70,6 +71,7 @@ pub(crate) fn all() -> Vec<Case> {
         run_bake::cases(),
         run_load::cases(),
         run_net::cases(),
+        run_save::cases(),
         run_seccomp::cases(),
         statistics::cases(),
         namespaces::cases(),

@@ -1,5 +1,7 @@
 //! What `kiln run` and `kiln exec` ask of the guest's agent, and how its refusals are told to a person.
 
+use std::time::{Duration, Instant};
+
 use anyhow::Result;
 use kiln_agent_api::stream::{Header, Kind, TOKEN_LEN};
 use kiln_agent_api::{GUEST_FILES, RefusalKind, proto};
@@ -111,7 +113,10 @@ pub(crate) async fn exec(
     guest.exec(request).await.map_err(not_started)
 }
 
-/// Connects a stream of a process.
+/// How long a guest may take to notice that whoever had a stream before is gone, and how often it is asked.
+const TAKEN: (Duration, Duration) = (Duration::from_secs(10), Duration::from_millis(20));
+
+/// Connects a stream of a process. A guest that has just been resumed may not know yet that nobody has it.
 pub(crate) async fn stream(guest: &dyn Guest, process: &Process, kind: Kind) -> Result<UnixStream> {
     let header = Header {
         kind,
@@ -119,7 +124,15 @@ pub(crate) async fn stream(guest: &dyn Guest, process: &Process, kind: Kind) -> 
         container_id: CONTAINER.to_owned(),
         exec_id: process.exec.clone(),
     };
-    Ok(guest.stream(&header).await?)
+    let begun = Instant::now();
+    loop {
+        match guest.stream(&header).await {
+            Err(GuestError::StreamTaken) if begun.elapsed() < TAKEN.0 => {
+                tokio::time::sleep(TAKEN.1).await;
+            }
+            result => return Ok(result?),
+        }
+    }
 }
 
 impl Process {

@@ -1,51 +1,54 @@
-//! `kiln run`, and what one does with what it started: `exec`, `ps`, `console`.
+//! `kiln run`, and what one does with what it started: `exec`, `save`, `ps`, `console`.
 //!
 //! The process that runs a μVM owns it: the VMM ends with it, whatever ends it. There is no daemon.
 
+mod fresh;
+mod from;
 mod guest;
 pub(crate) mod net;
 mod place;
+mod saving;
 mod seccomp;
 mod session;
 mod spec;
 mod terminal;
 mod volumes;
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use kiln_agent_api::client::Vsock;
+use kiln_agent_api::proto;
 use kiln_agent_api::stream::TOKEN_LEN;
 use kiln_node::config::Config;
-use kiln_oci::Image;
 use kiln_overlay::Budget;
 use kiln_store::private;
-use kiln_uvm::baked::Baked;
-use kiln_uvm::guest::{Agent, Guest, Identity};
+use kiln_uvm::guest::{Agent, Guest};
 use kiln_uvm::jail::Jail;
-use kiln_uvm::launch::{HostSide, Order, launch};
+use kiln_uvm::launch::{HostSide, Tap};
 use kiln_uvm::machine::{Machine, Start as StartVmm, in_time};
 use kiln_uvm::scratch::{Scratch, ScratchLimits, join_budget, spill_file};
-use kiln_uvm::size::{BLOCK, Size};
-use kiln_uvm::timeline::{Timeline, Trace, step};
+use kiln_uvm::timeline::{Timeline, Trace};
 use kiln_uvm::uvm::Uvm;
-use kiln_uvm::{Flush, jail, pick, random, share, words};
+use kiln_uvm::{Flush, jail, random, words};
 
 use crate::args;
 use crate::failure::Failure;
 use crate::output::{Output, size};
 use crate::trace;
+use fresh::Fresh;
+use from::Earlier;
 use guest::{CONTAINER, NotStarted, Process};
-use net::Net;
 use place::{Facts, PLACES, Place};
+pub(crate) use saving::save;
+use saving::{Door, Running};
 use session::{Session, Signals};
 use spec::Wanted;
-use volumes::{Volume, Volumes};
 
 /// Exit code of `kiln run` and `kiln exec` when it is kiln that failed, not the command.
 const OWN_FAILURE: u8 = 125;
@@ -96,36 +99,12 @@ pub(crate) fn run(config: &Config, options: &args::Run) -> ExitCode {
 
 fn start(config: &Config, options: &args::Run) -> Result<u8> {
     check_terminal(options.tty)?;
-    let image = Image::open(&options.image)?;
-    let user = options.user.as_deref().unwrap_or(&image.defaults().user);
-    let wanted = Wanted {
-        command: &options.command,
-        entrypoint: options.entrypoint.as_deref(),
-        environment: &options.env,
-        directory: options.workdir.as_deref(),
-        owner: image.user(user)?,
-        terminal: options.tty,
+    let what = match (&options.from, &options.image) {
+        (Some(name), _) => What::Saved(Box::new(Earlier::open(config, options, name)?)),
+        (None, Some(archive)) => What::Image(Box::new(Fresh::open(config, options, archive)?)),
+        (None, None) => bail!("give an image archive, or what was saved (--from)"),
     };
-    let process = spec::process(&wanted, image.defaults())?;
-    let volumes = options
-        .volumes
-        .iter()
-        .map(|text| Volume::parse(text))
-        .collect::<Result<Vec<_>>>()?;
-    let volumes = Volumes::make(&volumes)?;
-    let net = Net::open(&options.net, &options.ip, &options.gateway, &options.dns)?;
-    let seccomp = seccomp::profile(options.seccomp.as_deref())?;
-    let vmm = crate::bake::vmm(options.vmm.as_deref(), config)?;
-    finish(resume_and_run(Start {
-        config,
-        options,
-        image,
-        process,
-        volumes,
-        net,
-        seccomp,
-        vmm,
-    }))
+    finish(resume_and_attend(config, options, what))
 }
 
 /// A terminal that is asked for has to be one.
@@ -137,52 +116,62 @@ fn check_terminal(wanted: bool) -> Result<()> {
     Ok(())
 }
 
-/// All that is known before anything is resumed.
-struct Start<'a> {
-    config: &'a Config,
-    options: &'a args::Run,
-    image: Image,
-    process: serde_json::Value,
-    volumes: Option<Volumes>,
-    net: Net,
-    seccomp: Option<serde_json::Value>,
-    vmm: PathBuf,
+/// What is started.
+enum What<'a> {
+    Image(Box<Fresh<'a>>),
+    Saved(Box<Earlier<'a>>),
 }
 
-async fn resume_and_run(start: Start<'_>) -> Result<u8> {
+async fn resume_and_attend(config: &Config, options: &args::Run, what: What<'_>) -> Result<u8> {
     let mut signals = Signals::listen()?;
     let timeline = Timeline::default();
-    let options = start.options;
     let name = match &options.name {
         Some(name) => name.clone(),
         None => random::hex::<4>().context("making a name")?,
     };
     let place = Place::make_here(&name)?;
-    let process = Process {
-        exec: String::new(),
-        token: token()?,
-        stdin: options.interactive,
-        terminal: options.tty,
+    let door = Door::open(&place)?;
+    let started = async {
+        Ok(match what {
+            What::Image(fresh) => fresh.run(&name, &place, &timeline).await,
+            What::Saved(earlier) => earlier.resume(&name, &place, &timeline).await,
+        })
     };
-    let started = in_time("start the command", START_LIMIT, async {
-        Ok(async {
-            let resumed = resume(&start, &name, &place, &timeline);
-            let uvm = timeline.of(step::LAUNCH, resumed).await?;
-            let begun = begin(&start, &name, &place, &process, &uvm, &timeline);
-            unless_it_ends(&uvm, begun).await?;
-            anyhow::Ok(uvm)
-        }
-        .await)
-    });
-    let uvm = tokio::select! {
-        uvm = started => uvm??,
+    let started = in_time("start the command", START_LIMIT, started);
+    let running = tokio::select! {
+        running = started => running??,
         number = signals.end() => return Ok(128 + number.unsigned_abs() as u8),
     };
     if options.timings {
         eprint!("{}", trace::drawn(&timeline.steps(), str::to_owned));
     }
-    let session = Session::attach(uvm.agent(), &process).await;
-    unless_it_ends(&uvm, async { session?.run(&mut signals).await }).await
+    attend(config, options, &running, &door, &mut signals).await
+}
+
+/// Stays with what runs until it ends, or is saved and ended.
+async fn attend(
+    config: &Config,
+    options: &args::Run,
+    running: &Running,
+    door: &Door,
+    signals: &mut Signals,
+) -> Result<u8> {
+    let uvm = &running.uvm;
+    let mut process = running.container.process();
+    // What is resumed may have an input that nobody wants now; it waits for one.
+    process.stdin &= options.interactive;
+    let session = Session::attach(uvm.agent(), &process);
+    let session = unless_it_ends(uvm, session).await?;
+    let mut talk = std::pin::pin!(session.run(signals));
+    let saved = tokio::select! {
+        code = unless_it_ends(uvm, talk.as_mut()) => return code,
+        saved = door.serve(config, running) => saved?,
+    };
+    uvm.stop().await?;
+    // What it has said may still be on its way; that nobody answers any more is known.
+    drop(talk.await);
+    eprintln!("kiln: saved as {saved}, and ended");
+    Ok(0)
 }
 
 /// Does something with a μVM as long as it runs. A guest that does not answer may be one whose machine has ended.
@@ -203,42 +192,15 @@ async fn unless_it_ends<T>(uvm: &Uvm, work: impl Future<Output = Result<T>>) -> 
     }
 }
 
-/// Resumes a μVM of the store in a VMM whose socket, console and log are in `place`.
-async fn resume(start: &Start<'_>, name: &str, place: &Place, timeline: &Timeline) -> Result<Uvm> {
-    let options = start.options;
-    let size = Size {
-        cpus: options.cpus,
-        memory: options
-            .memory
-            .unwrap_or(start.config.memory_without_limit())
-            .next_multiple_of(BLOCK),
-    };
-    let limits = ScratchLimits {
-        ram: options.overlay_ram.unwrap_or(start.config.overlay.ram),
-        disk: options.overlay_disk.unwrap_or(start.config.overlay.disk),
-    };
-    let jail = jail::of_this_process(start.config.vmm_ids)?;
-    // The budget is that of the pods, and root's as they are.
-    let shares_budget = jail.is_some();
-    // A store without a fitting μVM costs no process.
-    let lease = timeline.time(step::FILES, || pick::lease(&start.config.store, size))?;
-    let machine = timeline.time(step::SPAWN, || spawn(&start.vmm, jail, place))?;
-    let (baked, host) = timeline.time(step::FILES, || {
-        let host = host_side(start, place, limits, shares_budget)?;
-        anyhow::Ok((Baked::open(lease)?, host))
-    })?;
-    let order = Order {
-        size,
-        identity: Identity {
-            hostname: options.hostname.as_deref().unwrap_or(name).to_owned(),
-            network: Some(start.net.in_the_guest()?),
-            mounts: start.volumes.iter().map(|_| share::guest_mount()).collect(),
-            scratch_limit: limits.content(),
-            ..Default::default()
-        },
-        patient: true,
-    };
-    Ok(launch(machine, baked, host, order, timeline).await?)
+fn limits(config: &Config, options: &args::Run) -> ScratchLimits {
+    ScratchLimits {
+        ram: options.overlay_ram.unwrap_or(config.overlay.ram),
+        disk: options.overlay_disk.unwrap_or(config.overlay.disk),
+    }
+}
+
+fn jail_of_vmms(config: &Config) -> Result<Option<Jail>> {
+    Ok(jail::of_this_process(config.vmm_ids)?)
 }
 
 fn spawn(program: &Path, jail: Option<Jail>, place: &Place) -> Result<Machine> {
@@ -257,24 +219,33 @@ fn spawn(program: &Path, jail: Option<Jail>, place: &Place) -> Result<Machine> {
     })?)
 }
 
+/// What of the host's side differs between what is started.
+struct HostFiles {
+    /// The budget is that of the pods, and root's as they are.
+    shares_budget: bool,
+    share: Option<File>,
+    taps: Vec<Tap>,
+}
+
+/// The host's side of a μVM whose socket, console and log are in `place`.
 fn host_side(
-    start: &Start<'_>,
+    config: &Config,
+    options: &args::Run,
     place: &Place,
     limits: ScratchLimits,
-    shares_budget: bool,
+    files: HostFiles,
 ) -> Result<HostSide> {
     let socket = place.path("vsock");
     let listener = UnixListener::bind(&socket)
         .with_context(|| format!("listening on {}", socket.display()))?;
     let console = private::create(&place.path("console")).context("making the console's file")?;
-    let config = start.config;
-    let seat = if shares_budget {
+    let seat = if files.shares_budget {
         let path = config.state_dir.join(Budget::FILE_NAME);
         Some(join_budget(&path, config.overlay_node_ram, limits.ram)?.into())
     } else {
         None
     };
-    let spill = start.options.overlay_dir.as_ref();
+    let spill = options.overlay_dir.as_ref();
     let spill = spill_file(spill.unwrap_or(&config.overlay_dir))?;
     Ok(HostSide {
         vsock: (socket, listener),
@@ -284,72 +255,40 @@ fn host_side(
             spill: Some(spill.into()),
             seat,
         },
-        share: start.volumes.as_ref().map(Volumes::open).transpose()?,
-        taps: start.net.taps()?,
+        share: files.share,
+        taps: files.taps,
         console: Some(console),
     })
 }
 
-/// Starts the command in its container.
-async fn begin(
-    start: &Start<'_>,
-    name: &str,
-    place: &Place,
-    process: &Process,
-    uvm: &Uvm,
-    timeline: &Timeline,
-) -> Result<()> {
-    let options = start.options;
-    let hostname = options.hostname.as_deref().unwrap_or(name);
-    let begun = timeline.now();
-    let root = start.image.root(&start.config.store)?;
-    let found = if root.made {
-        step::IMAGE_MAKE
-    } else {
-        step::IMAGE_FIND
-    };
-    timeline.add(found, begun, timeline.now() - begun);
-    let attached = timeline.of(step::PLUG_ROOT, uvm.attach_disk(root.file, true));
-    let disk = attached.await?;
-    let files = guest::write_files(uvm.agent(), hostname, start.net.resolv_conf());
-    timeline.of(step::GUEST_FILES, files).await?;
-    let size = uvm.grown().await?;
+/// What `kiln ps` and `kiln exec` are told.
+fn facts(name: &str, running: &Running, size: &proto::ResourceState) -> Result<Facts> {
+    let (uvm, container) = (&running.uvm, &running.container);
     let id = uvm.baked().map(|lease| lease.id().to_string());
-    place.tell(&Facts {
+    Ok(Facts {
         name: name.to_owned(),
         pid: std::process::id(),
         vmm: uvm.pid(),
         uvm: id.unwrap_or_default(),
-        image: fs::canonicalize(&options.image)?,
-        command: serde_json::from_value(start.process["args"].clone())?,
+        image: container.image.clone(),
+        command: serde_json::from_value(container.process["args"].clone())?,
         started: SystemTime::now()
             .duration_since(UNIX_EPOCH)
             .unwrap_or_default()
             .as_secs(),
         cpus: size.cpus_online,
         memory: size.memory_online_bytes,
-        process: start.process.clone(),
-    })?;
-    let binds = start.volumes.as_ref().map_or(&[][..], Volumes::binds);
-    // A guest cannot be smaller than it was baked; its container can.
-    let base = Size::of(uvm.class()).memory;
-    let limit = options.memory.filter(|memory| *memory < base);
-    let spec = spec::container(
-        &start.process,
-        hostname,
-        limit,
-        binds,
-        start.seccomp.as_ref(),
-    );
-    let (agent, terminal) = (uvm.agent(), terminal::size());
-    guest::start(agent, &spec, process, &disk, terminal, timeline).await?;
+        process: container.process.clone(),
+    })
+}
+
+fn keep_trace(place: &Place, timeline: &Timeline) {
     for path in [place.path(TRACE), last_trace()] {
         // The container is none the worse for it.
         if let Err(error) = Trace::new(path, timeline.clone()).save() {
             eprintln!("kiln: the timeline is not kept: {error}");
         }
     }
-    Ok(())
 }
 
 /// The timeline of the last `kiln run` that got as far as its command.

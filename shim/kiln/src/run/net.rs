@@ -109,6 +109,11 @@ impl Net {
         })
     }
 
+    /// Whether the guest's card has no cable.
+    pub(super) fn is_none(&self) -> bool {
+        self.tap.is_none()
+    }
+
     /// What the guest's card is connected to.
     pub(super) fn taps(&self) -> Result<Vec<launch::Tap>> {
         let tap = |tap: &Tap| {

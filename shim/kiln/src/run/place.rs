@@ -48,7 +48,8 @@ pub(crate) struct Place {
     _lock: File,
 }
 
-fn check(name: &str) -> Result<()> {
+/// Whether something can be called so.
+pub(crate) fn check(name: &str) -> Result<()> {
     let good = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
     ensure!(
         !name.is_empty()

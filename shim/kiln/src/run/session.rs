@@ -142,7 +142,7 @@ impl Session {
         let mut requests = 0;
         let status = loop {
             tokio::select! {
-                status = &mut wait => break status?,
+                status = &mut wait => break status,
                 number = signals.next() => {
                     if number == libc::SIGWINCH {
                         if process.terminal {
@@ -177,7 +177,7 @@ impl Session {
                 other => other.context("writing what the command writes")?,
             }
         }
-        Ok(u8::try_from(status.exit_code).unwrap_or(u8::MAX))
+        Ok(u8::try_from(status?.exit_code).unwrap_or(u8::MAX))
     }
 }
 

@@ -69,6 +69,13 @@ pub(crate) fn inspect(root: &Path, name: &str, output: &Output) -> Result<ExitCo
     ]
     .map(|(name, value)| vec![name.to_owned(), value])
     .to_vec();
+    if let Some(saved) = &about.saved {
+        rows.push(vec!["saved as".to_owned(), saved.name.clone()]);
+        rows.push(vec!["resumed from".to_owned(), saved.bake.to_string()]);
+        for disk in &saved.disks {
+            rows.push(vec!["runs on image".to_owned(), disk.image.clone()]);
+        }
+    }
     for parent in &manifest.parents {
         rows.push(vec!["child of".to_owned(), parent.uvm.to_string()]);
     }

@@ -172,7 +172,9 @@ pub(super) fn list_row(entry: &Entry, holding: Option<Holding>) -> Vec<String> {
             let pin = entry.pinned.then(|| "pinned".to_owned());
             let parents = manifest.parents.iter();
             let parents = parents.map(|parent| format!("child of {}", parent.uvm.short()));
-            let notes: Vec<String> = pin.into_iter().chain(parents).collect();
+            let saved = manifest.about.saved.as_ref();
+            let saved = saved.map(|saved| format!("saved as {}", saved.name));
+            let notes: Vec<String> = saved.into_iter().chain(pin).chain(parents).collect();
             vec![
                 entry.id.short(),
                 moment(manifest.about.baked_at),
