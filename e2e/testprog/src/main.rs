@@ -4,6 +4,7 @@
 //! files, serve HTTP, catch signals) and tells what it sees there as JSON. It trusts nothing but
 //! its arguments and needs nothing from the image around it.
 
+mod churn;
 mod count;
 mod features;
 mod files;
@@ -55,6 +56,9 @@ testprog COMMAND [ARGUMENTS]    (or COMMAND, if the program has that name)
   signals [NAME=CODE|NAME=ignore]...  print signals as they come; exit with CODE where one is given
   lines COUNT [LENGTH] [ERR_EVERY]    print numbered lines, every n-th on stderr
   pace RATE COUNT [LENGTH]   print COUNT numbered lines, RATE a second, then the milliseconds on stderr
+  churn FILE MIB             write 1, 2, 3, ... to the pages of the file in turn, for ever
+  churned FILE               fail unless the file is as it was at one moment of that
+  beat MS                    look at the clock each millisecond; print the most microseconds between two looks
   sctp                       open a socket of a protocol that kernels load when it is asked for
   echo                       copy stdin to stdout, then print the count on stderr
   tty                        print whether stdio is a terminal and its size; again after each resize
@@ -116,6 +120,9 @@ fn run(arguments: &[String]) -> Result<ExitCode> {
         "opens" => files::opens(word(rest, 0)?, number(rest, 1)?)?,
         "blocks" => files::blocks(word(rest, 0)?, word(rest, 1)?, number(rest, 2)?)?,
         "count" => count::count(word(rest, 0)?, number(rest, 1)?, word(rest, 2)?)?,
+        "churn" => churn::churn(word(rest, 0)?, number(rest, 1)?)?,
+        "churned" => churn::churned(word(rest, 0)?)?,
+        "beat" => churn::beat(number(rest, 0)?)?,
         "sctp" => kernel::sctp()?,
         "features" => features::try_all(word(rest, 0)?)?,
         "watch" => files::watch(word(rest, 0)?)?,

@@ -15,6 +15,7 @@ use kiln_uvm::control::{Boot, Control, Resume};
 use kiln_uvm::ends::Ends;
 use kiln_uvm::jail::Jail;
 use kiln_uvm::machine::{Machine, Start};
+use kiln_uvm::save::{self, Afterwards, Files, Stood};
 use kiln_uvm::touched::Watch;
 use kiln_uvm::{DeviceKind, DeviceSpec, MachineSpec, PageRun, Span};
 
@@ -34,6 +35,8 @@ const COMES_TO_REST: Duration = Duration::from_millis(200);
 const BOOT_LIMIT: Duration = Duration::from_secs(90);
 /// How long one answer may take.
 const ANSWER_LIMIT: Duration = Duration::from_secs(60);
+/// No machine here has more.
+const MOST_MEMORY: u64 = 16 << 30;
 /// `nobody`, whom the VMM becomes.
 const NOBODY: u32 = 65534;
 
@@ -447,6 +450,22 @@ impl Uvm {
         let (state, memory) = (File::create(&baked.state)?, File::create(&baked.memory)?);
         self.vmm().save(&state, &memory, [1; 32], go_on)?;
         Ok(baked)
+    }
+
+    /// Saves the machine, which was resumed from `from` unless it was booted, into a folder, and lets it go on: its memory
+    /// is copied while it runs.
+    pub fn save(&self, into: &Path, from: Option<&Baked>) -> Result<(Baked, Stood)> {
+        std::fs::create_dir_all(into)?;
+        let saved = Baked::in_dir(into);
+        let files = Files {
+            state: File::create(&saved.state)?,
+            memory: File::create(&saved.memory)?,
+            scratch: None,
+        };
+        let from = from.map(|from| File::open(&from.memory)).transpose()?;
+        let prepared = save::prepare(self.vmm(), files, from, MOST_MEMORY)?;
+        let stood = save::finish(self.vmm(), prepared, [1; 32], Afterwards::GoesOn)?;
+        Ok((saved, stood))
     }
 
     /// Waits for the VMM's end, but not for ever: its exit code.

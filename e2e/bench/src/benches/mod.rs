@@ -6,6 +6,7 @@ mod overlay;
 mod overlay_curve;
 mod pod_start;
 mod resume;
+mod save;
 mod steady;
 pub(crate) mod store;
 mod volumes;
@@ -59,6 +60,7 @@ pub(crate) fn all() -> Vec<Bench> {
         bench!("overlay-short-job", overlay::short_job),
         bench!("overlay-curve", overlay_curve::run),
         bench!("resume", resume::run),
+        bench!("save", save::run),
         bench!("store", store::run),
         bench!("density", density::run),
         Bench {

@@ -27,8 +27,8 @@ pub struct Files {
     pub state: File,
     /// For its memory.
     pub memory: File,
-    /// For what its containers have written.
-    pub scratch: File,
+    /// For what its containers have written, unless it has no disk for that.
+    pub scratch: Option<File>,
 }
 
 /// What becomes of a μVM that was saved.
@@ -69,28 +69,9 @@ impl Uvm {
         self.grown().await?;
         let baked = self.baked().map(|lease| lease.open(Kind::Memory));
         let baked = baked.transpose().map_err(Error::Baked)?;
-        let pid = self.pid();
         // What is plugged comes in pieces.
         let most = (u64::from(self.class().max_memory_mib) << 20) + (1 << 30);
-        let prepare = move |vmm: &Control| {
-            let memory = files.memory.try_clone().map_err(not_copied)?;
-            let mut copying =
-                Copying::begin(pid, vmm.memory()?, memory, baked, most).map_err(not_copied)?;
-            let rounds = if copying.finds_writes() { ROUNDS } else { 0 };
-            for _ in 0..rounds {
-                // What is found and forgotten at one moment is found again if it is written later.
-                vmm.pause()?;
-                let found = copying.find();
-                vmm.unpause()?;
-                let copied = copying
-                    .copy(found.map_err(not_copied)?)
-                    .map_err(not_copied)?;
-                if copied <= ENOUGH {
-                    break;
-                }
-            }
-            Ok(Prepared { files, copying })
-        };
+        let prepare = move |vmm: &Control| prepare(vmm, files, baked, most);
         self.machine().call("save the guest", prepare).await
     }
 
@@ -104,31 +85,57 @@ impl Uvm {
         digest: [u8; 32],
         afterwards: Afterwards,
     ) -> Result<Stood, Error> {
-        let save = move |vmm: &Control| {
-            let begun = Instant::now();
-            vmm.pause()?;
-            let saved = finish(vmm, prepared, digest);
-            if saved.is_err() || afterwards == Afterwards::GoesOn {
-                vmm.unpause()?;
-            }
-            Ok(Stood {
-                copied: saved?,
-                still: begun.elapsed(),
-            })
-        };
-        self.machine().call("save the guest", save).await
+        let finish = move |vmm: &Control| finish(vmm, prepared, digest, afterwards);
+        self.machine().call("save the guest", finish).await
     }
 }
 
-fn not_copied(source: std::io::Error) -> Error {
-    Error::System {
-        action: "copy the guest's memory",
-        source,
+/// Copies the memory of a machine while it runs: no more than `most` bytes. It was resumed from the file `baked`, unless it
+/// was booted.
+pub fn prepare(
+    vmm: &Control,
+    files: Files,
+    baked: Option<File>,
+    most: u64,
+) -> Result<Prepared, Error> {
+    let memory = files.memory.try_clone().map_err(not_copied)?;
+    let copying = Copying::begin(vmm.pid(), vmm.memory()?, memory, baked, most);
+    let mut copying = copying.map_err(not_copied)?;
+    let rounds = if copying.finds_writes() { ROUNDS } else { 0 };
+    for _ in 0..rounds {
+        // What is found and forgotten at one moment is found again if it is written later.
+        vmm.pause()?;
+        let found = copying.find();
+        vmm.unpause()?;
+        let copied = copying.copy(found.map_err(not_copied)?);
+        if copied.map_err(not_copied)? <= ENOUGH {
+            break;
+        }
     }
+    Ok(Prepared { files, copying })
 }
 
-/// The rest, of a machine that stands still. Tells how much memory was left to copy.
-fn finish(vmm: &Control, prepared: Prepared, digest: [u8; 32]) -> Result<u64, Error> {
+/// Saves the rest, and says how long the machine stood still for that.
+pub fn finish(
+    vmm: &Control,
+    prepared: Prepared,
+    digest: [u8; 32],
+    afterwards: Afterwards,
+) -> Result<Stood, Error> {
+    let begun = Instant::now();
+    vmm.pause()?;
+    let saved = save_the_rest(vmm, prepared, digest);
+    if saved.is_err() || afterwards == Afterwards::GoesOn {
+        vmm.unpause()?;
+    }
+    Ok(Stood {
+        copied: saved?,
+        still: begun.elapsed(),
+    })
+}
+
+/// Of a machine that stands still. Tells how much memory was left to copy.
+fn save_the_rest(vmm: &Control, prepared: Prepared, digest: [u8; 32]) -> Result<u64, Error> {
     let Prepared { files, mut copying } = prepared;
     let places = vmm.memory()?;
     let copied = if copying.is_of(&places) && copying.finds_writes() {
@@ -139,7 +146,16 @@ fn finish(vmm: &Control, prepared: Prepared, digest: [u8; 32]) -> Result<u64, Er
         copying = copying.anew(places).map_err(not_copied)?;
         copying.length()
     };
-    vmm.save_overlay(slots::SCRATCH, &files.scratch)?;
+    if let Some(scratch) = &files.scratch {
+        vmm.save_overlay(slots::SCRATCH, scratch)?;
+    }
     vmm.save_state(&files.state, digest, copying.holes())?;
     Ok(copied)
+}
+
+fn not_copied(source: std::io::Error) -> Error {
+    Error::System {
+        action: "copy the guest's memory",
+        source,
+    }
 }

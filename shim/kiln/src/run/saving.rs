@@ -150,7 +150,7 @@ impl Running {
         let files = Files {
             state: staging.create(Kind::State)?,
             memory: staging.create(Kind::Memory)?,
-            scratch: staging.create(Kind::Scratch)?,
+            scratch: Some(staging.create(Kind::Scratch)?),
         };
         let prepared = self.uvm.prepare_to_save(files).await?;
         let mut about = self.describe(&ask.name).await?;

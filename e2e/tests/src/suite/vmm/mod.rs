@@ -3,6 +3,7 @@
 mod disks;
 mod files;
 mod life;
+mod saving;
 mod size;
 mod traffic;
 
@@ -21,6 +22,7 @@ pub(crate) fn cases() -> Vec<Case> {
         disks::cases(),
         size::cases(),
         life::cases(),
+        saving::cases(),
         traffic::cases(),
     ];
     let named = |case: Case| case.only_with("kiln", "vmm");
