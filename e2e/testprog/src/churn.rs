@@ -50,7 +50,7 @@ impl Pages {
     }
 }
 
-/// Writes 1, 2, 3, … to the pages of a file in turn, for ever.
+/// Writes 1, 2, 3, … to the pages of a file in turn, as long as each page still holds what was written to it last.
 pub(crate) fn churn(path: &str, mib: u64) -> Result<()> {
     let file = OpenOptions::new()
         .read(true)
@@ -62,10 +62,13 @@ pub(crate) fn churn(path: &str, mib: u64) -> Result<()> {
     file.set_len(mib << 20)?;
     let pages = Pages::map(&file)?;
     say("churning")?;
-    for number in 1.. {
-        pages.at(number).store(number, Ordering::SeqCst);
+    let mut number = 0u64;
+    loop {
+        number += 1;
+        let last = number.saturating_sub(pages.count as u64);
+        let found = pages.at(number).swap(number, Ordering::SeqCst);
+        ensure!(found == last, "where {last} was written is {found}");
     }
-    Ok(())
 }
 
 /// Fails unless the pages are as they were at one moment of that, and prints the last number.

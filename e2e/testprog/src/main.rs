@@ -56,7 +56,7 @@ testprog COMMAND [ARGUMENTS]    (or COMMAND, if the program has that name)
   signals [NAME=CODE|NAME=ignore]...  print signals as they come; exit with CODE where one is given
   lines COUNT [LENGTH] [ERR_EVERY]    print numbered lines, every n-th on stderr
   pace RATE COUNT [LENGTH]   print COUNT numbered lines, RATE a second, then the milliseconds on stderr
-  churn FILE MIB             write 1, 2, 3, ... to the pages of the file in turn, for ever
+  churn FILE MIB             write 1, 2, 3, ... to the pages of the file in turn, as long as they hold what was written
   churned FILE               fail unless the file is as it was at one moment of that
   beat MS                    look at the clock each millisecond; print the most microseconds between two looks
   sctp                       open a socket of a protocol that kernels load when it is asked for
