@@ -10,7 +10,7 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::thread::sleep;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kiln_store::testing::description;
 use kiln_store::{Digest, Error, Host, ImageKey, Kind, Policy, SegmentDigest, Store, Turn, Wanted};
@@ -347,6 +347,8 @@ fn child_and_parent_are_whole_after_kill_9_of_those_who_rebuild_them() {
 }
 
 fn kill_those_who_rebuild(has_parent: bool) {
+    /// Moments within a rebuild.
+    const ROUNDS: u32 = 12;
     let dir = tempfile::tempdir().unwrap();
     let Cold {
         store,
@@ -354,15 +356,31 @@ fn kill_those_who_rebuild(has_parent: bool) {
         memory,
         rebuilt,
     } = cold_store(dir.path(), has_parent);
-    let mut interrupted = 0;
-    for round in 0..12u64 {
+    // Begins to rebuild.
+    let leader = || {
         let mut leader = spawn("opener", OPENER, store.root(), Stdio::null());
         while flats(&store).is_empty() && leader.0.try_wait().unwrap().is_none() {
-            sleep(Duration::from_millis(1));
+            sleep(Duration::from_micros(100));
         }
-        // A child's parent is rebuilt first, which takes as long.
-        let longest = if has_parent { 83 } else { 41 };
-        sleep(Duration::from_millis((round * 7919 + 13) % longest));
+        leader
+    };
+    // On some machines it takes a few milliseconds.
+    let mut undisturbed = leader();
+    let begun = Instant::now();
+    assert!(undisturbed.0.wait().unwrap().success());
+    let takes = begun.elapsed();
+    go_cold(&store);
+    let mut interrupted = 0;
+    for round in 0.. {
+        if round >= ROUNDS && interrupted > 0 {
+            break;
+        }
+        assert!(
+            round < 20 * ROUNDS,
+            "nobody was killed in the midst of a rebuild"
+        );
+        let mut leader = leader();
+        sleep(takes * (round * 7 % ROUNDS) / ROUNDS);
         let mut follower = spawn("opener", OPENER, store.root(), Stdio::null());
         leader.kill();
         interrupted += u64::from(flats(&store).iter().any(|name| name.contains(".new-")));
@@ -381,8 +399,4 @@ fn kill_those_who_rebuild(has_parent: bool) {
         assert_eq!(flats(&store), rebuilt, "round {round}");
         go_cold(&store);
     }
-    assert!(
-        interrupted > 0,
-        "nobody was killed in the midst of a rebuild"
-    );
 }
