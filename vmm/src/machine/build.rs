@@ -254,7 +254,7 @@ impl Machine {
     ) -> Arc<Self> {
         let env = TransportEnv {
             doorbells: Arc::new(KvmDoorbells(seed.vm.clone())),
-            msi: Arc::new(KvmMsi::new(seed.vm.clone())),
+            msi: Arc::new(KvmMsi(seed.vm.clone())),
             ram: memory.ram().clone(),
             events: events.clone(),
         };

@@ -3,9 +3,7 @@
 pub mod config;
 pub mod msix;
 pub mod root;
-pub mod wire;
 
 pub use config::PciConfig;
 pub use msix::{Msix, MsixState};
 pub use root::{PciFunction, PciRoot};
-pub use wire::Wire;

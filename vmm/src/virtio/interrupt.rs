@@ -3,8 +3,6 @@
 use std::fmt::{self, Debug};
 use std::sync::Arc;
 
-use crate::pci::Wire;
-
 /// The transport's end of a device's interrupts.
 pub trait InterruptSink: Send + Sync {
     /// Tells the driver that this queue has used buffers.
@@ -13,8 +11,6 @@ pub trait InterruptSink: Send + Sync {
     fn config(&self);
     /// Declares the device broken.
     fn fail(&self, reason: &str);
-    /// Has a wire raise the interrupt of a queue; says whether it does.
-    fn connect(&self, index: u16, wire: &Arc<Wire>) -> bool;
 }
 
 /// A cheap handle to a device's interrupts, usable from any thread.
@@ -30,12 +26,6 @@ impl Interrupt {
     /// Raises the interrupt of a queue. Call it only if the queue's `needs_notification` says so.
     pub fn signal_queue(&self, index: u16) {
         self.0.queue(index);
-    }
-
-    /// Has a wire raise the interrupt of a queue until something about interrupts changes; says whether it does. For a
-    /// thread that can't call [`Interrupt::signal_queue`].
-    pub fn connect(&self, index: u16, wire: &Arc<Wire>) -> bool {
-        self.0.connect(index, wire)
     }
 
     /// Raises the configuration change interrupt. Change what `read_config` answers first.

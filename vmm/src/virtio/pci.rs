@@ -28,7 +28,7 @@ use crate::memory::GuestRam;
 use crate::pci::config::{PciConfigState, PciId};
 use crate::pci::msix::MsiTarget;
 use crate::pci::root::BAR_STRIDE;
-use crate::pci::{Msix, MsixState, PciConfig, PciFunction, Wire};
+use crate::pci::{Msix, MsixState, PciConfig, PciFunction};
 
 const BAR_LEN: u64 = 0x8000;
 const COMMON: u64 = 0x0000;
@@ -124,14 +124,6 @@ struct Irq {
 }
 
 impl InterruptSink for Irq {
-    fn connect(&self, index: u16, wire: &Arc<Wire>) -> bool {
-        let vector = self.queue_vectors.get(usize::from(index));
-        vector.is_some_and(|v| {
-            self.msix
-                .connect(usize::from(v.load(Ordering::SeqCst)), wire)
-        })
-    }
-
     fn queue(&self, index: u16) {
         self.isr.fetch_or(1, Ordering::SeqCst);
         if let Some(v) = self.queue_vectors.get(usize::from(index)) {
@@ -487,7 +479,6 @@ impl VirtioPci {
         for v in &self.irq.queue_vectors {
             v.store(NO_VECTOR, Ordering::SeqCst);
         }
-        self.irq.msix.disconnect();
         self.irq.isr.store(0, Ordering::SeqCst);
         self.irq.failed.store(false, Ordering::SeqCst);
     }
@@ -648,8 +639,6 @@ impl VirtioPci {
             if let Some(live) = self.irq.queue_vectors.get(index) {
                 live.store(vector, Ordering::SeqCst);
             }
-            // A wire would raise the one before.
-            self.irq.msix.disconnect();
             return;
         }
         // Everything else is fixed once the device runs or the queue is enabled.

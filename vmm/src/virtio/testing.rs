@@ -4,7 +4,6 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::{Interrupt, InterruptSink};
-use crate::pci::Wire;
 
 /// Counts interrupts and keeps the reason a device was stopped for.
 #[derive(Debug, Default)]
@@ -51,10 +50,6 @@ impl InterruptSink for RecordingSink {
 
     fn config(&self) {
         self.configs.fetch_add(1, Ordering::SeqCst);
-    }
-
-    fn connect(&self, _index: u16, _wire: &Arc<Wire>) -> bool {
-        false
     }
 
     fn fail(&self, reason: &str) {

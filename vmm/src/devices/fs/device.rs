@@ -10,7 +10,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::KIND;
 use super::lines::{Answer, Lines};
-use super::server::{FsServer, REQUESTS};
+use super::server::FsServer;
 use crate::devices::read_config;
 use crate::event::WatchGuard;
 use crate::virtio::{
@@ -20,8 +20,6 @@ use crate::virtio::{
 
 const VERSION: u16 = 1;
 const TAG_LEN: usize = 36;
-/// So many interrupts are worth a wire, which takes a moment to be connected: a pod's start needs fewer.
-const MANY: u32 = 512;
 /// Token of the server's event.
 const NEWS: u32 = 0;
 
@@ -50,8 +48,6 @@ pub struct Fs {
 struct Active {
     _news: Option<WatchGuard>,
     interrupt: Interrupt,
-    /// How often the server's thread has asked for interrupts.
-    asked: u32,
     /// The queues of a device without a server, whose requests are all refused.
     lines: Option<Lines>,
 }
@@ -101,17 +97,11 @@ impl Fs {
     }
 
     /// Passes on what the server's thread tells.
-    fn hear(&mut self) {
-        let (Some(active), Some(server)) = (&mut self.active, &self.server) else {
+    fn hear(&self) {
+        let (Some(active), Some(server)) = (&self.active, &self.server) else {
             return;
         };
         let news = server.news();
-        active.asked += 1;
-        if active.asked >= MANY {
-            active.asked = 0;
-            // One that can't be connected is no loss but of time.
-            active.interrupt.connect(REQUESTS, server.wire());
-        }
         for queue in news.queues() {
             active.interrupt.signal_queue(queue);
         }
@@ -199,7 +189,6 @@ impl VirtioDevice for Fs {
         self.active = Some(Active {
             _news: news,
             interrupt,
-            asked: 0,
             lines,
         });
         Ok(())

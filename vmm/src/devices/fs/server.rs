@@ -1,7 +1,6 @@
 //! The thread that does the file system calls. It takes requests off the device's queues and puts the answers there
-//! itself, for each wake of another thread costs more than most requests. Only interrupts take another's hands, for it has
-//! no descriptor of the machine's by which they are made: the device's thread makes the first ones, and has a [`Wire`]
-//! make those of a driver that has much to ask.
+//! itself, for each wake of another thread costs more than most requests. Only interrupts take another's hands: it has
+//! no descriptor of the machine's, by which they are made.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -19,7 +18,6 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::lines::{Answer, Lines};
 use crate::devices::chain::{Chain, Segments};
 use crate::devices::ring::Mem;
-use crate::pci::Wire;
 use crate::virtio::SavedQueue;
 
 /// What the thread is told to do, besides what the guest asks for.
@@ -40,8 +38,6 @@ struct Orders {
     held: bool,
 }
 
-/// The queue of all requests but urgent ones.
-pub(super) const REQUESTS: u16 = 1;
 /// The device has stopped because of its driver: beside the queues' bits in what is told.
 const BROKEN: u32 = 1 << 31;
 
@@ -53,9 +49,7 @@ struct Shared {
     obeyed: Condvar,
     /// The queues while the device is in operation. Held by the thread as long as it serves them.
     lines: Mutex<Option<Lines>>,
-    /// Interrupts for requests, once it leads anywhere.
-    wire: Arc<Wire>,
-    /// Wakes the device's thread, for other interrupts.
+    /// Wakes the device's thread, for interrupts.
     event: EventFd,
     /// Queues to be interrupted for, a bit each.
     told: AtomicU32,
@@ -76,9 +70,6 @@ impl Shared {
     }
 
     fn interrupt(&self, queue: u16) {
-        if queue == REQUESTS && self.wire.raise() {
-            return;
-        }
         self.tell(1u32.checked_shl(queue.into()).unwrap_or(0));
     }
 
@@ -133,7 +124,6 @@ impl FsServer {
             orders: Mutex::default(),
             obeyed: Condvar::new(),
             lines: Mutex::default(),
-            wire: Arc::new(Wire::new()?),
             event: EventFd::new(EFD_NONBLOCK)?,
             told: AtomicU32::new(0),
             broken: Mutex::default(),
@@ -141,9 +131,7 @@ impl FsServer {
         let (made, ready) = channel();
         let thread = std::thread::Builder::new().name("fs".to_owned()).spawn({
             let shared = shared.clone();
-            let used = [&*shared.bell, &shared.event, shared.wire.signal()];
-            let used = used.map(EventFd::as_raw_fd);
-            move || match make(&used) {
+            move || match make(&[shared.bell.as_raw_fd(), shared.event.as_raw_fd()]) {
                 Ok((server, more)) => {
                     // Nobody to hear it is nobody to work for: the thread is told to end then.
                     let _ = made.send(Ok(more));
@@ -174,11 +162,6 @@ impl FsServer {
     /// What the driver's kicks are to ring.
     pub(super) fn bell(&self) -> Arc<EventFd> {
         self.shared.bell.clone()
-    }
-
-    /// What can raise [`REQUESTS`] without the device's thread.
-    pub(super) fn wire(&self) -> &Arc<Wire> {
-        &self.shared.wire
     }
 
     /// Has the thread look at the queues.

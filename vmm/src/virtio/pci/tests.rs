@@ -13,12 +13,6 @@ impl MsiTarget for Host {
     fn deliver(&self, _address: u64, data: u32) {
         lock(&self.messages).push(data);
     }
-
-    fn connect(&self, _: &EventFd, (_, data): (u64, u32)) -> Option<u32> {
-        Some(data)
-    }
-
-    fn disconnect(&self, _: &EventFd, _: u32) {}
 }
 
 impl DoorbellHost for Host {
