@@ -47,10 +47,12 @@ impl<'a> Earlier<'a> {
             );
         };
         if let Err(why) = lease.manifest().resumes_here(&Host::this(PROTOCOL_VERSION)) {
-            bail!("{name} cannot go on here: {why}");
+            bail!(
+                "{name} cannot go on here: {why}; go on with it where it was saved, or remove it (`kiln rm {name}`)"
+            );
         }
         let container: Container = serde_json::from_str(&saved.container)
-            .with_context(|| format!("{name} was saved by another kiln"))?;
+            .with_context(|| format!("{name} was saved by another kiln: go on with it by that one, or remove it (`kiln rm {name}`)"))?;
         ensure!(
             container.stdin || !options.interactive,
             "{name} was started without an input (-i), and so it has none"
@@ -83,7 +85,7 @@ fn disks(store: &Path, wanted: &[SavedDisk], archive: &Path) -> Result<Vec<(u8, 
         };
         ensure!(
             image.key.digest() == key && image.content == disk.content,
-            "{} is not the image that it was saved with",
+            "{} is not the image that it was saved with: put that back there",
             archive.display()
         );
         Ok((disk.slot, image.file))

@@ -142,7 +142,7 @@ async fn read(stream: &mut tokio::net::UnixStream) -> Result<Ask> {
 impl Running {
     async fn save(&self, config: &Config, ask: &Ask) -> Result<Done> {
         if let Some(obstacle) = self.obstacle {
-            bail!("{obstacle}, and so it can't be saved");
+            bail!("{obstacle}, and so it can't be saved: start it without");
         }
         let store = Store::open(&config.store)?;
         store.check_name(&ask.name)?;
